@@ -1,0 +1,1 @@
+"""Penstock: serve open-weight language models to many people at once."""

@@ -1,0 +1,187 @@
+"""Sampling parameters and the one function that checks them, whatever door a request came in by."""
+
+import math
+from typing import Final
+
+import msgspec
+
+from penstock.core.errors import InvalidParameterError
+
+MAX_N: Final = 8
+MAX_STOP_STRINGS: Final = 4
+MAX_STOP_CHARS: Final = 64
+MAX_STOP_TOKEN_IDS: Final = 128
+MAX_TOP_LOGPROBS: Final = 20
+MAX_LOGIT_BIAS: Final = 300
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens; names and meaning as in vLLM and OpenAI.
+
+    `temperature=0` is greedy. `top_k=0` (or -1) means all tokens. `max_tokens=None` means as
+    many as the context holds. `logprobs=None` asks for none, `0` for the sampled token's only,
+    `k` for the k likeliest beside it. `seed=None` draws a fresh seed for the request.
+    """
+
+    n: int = 1
+    """Number of answers, 1 to 8; they share the prompt's blocks."""
+    temperature: float = 1.0
+    """0 to 2; divides the logits."""
+    top_p: float = 1.0
+    """Greater than 0, at most 1: keep the smallest set of tokens with this probability mass."""
+    top_k: int = 0
+    """At least -1: keep the k likeliest tokens; 0 and -1 keep all."""
+    min_p: float = 0.0
+    """0 to 1: drop tokens less likely than this fraction of the likeliest."""
+    presence_penalty: float = 0.0
+    """-2 to 2: subtracted once from the logit of every token already generated."""
+    frequency_penalty: float = 0.0
+    """-2 to 2: subtracted for each time the token was generated."""
+    repetition_penalty: float = 1.0
+    """Greater than 0, at most 10: divides positive and multiplies negative logits of tokens seen."""
+    logit_bias: dict[int, float] = {}
+    """Token id to a bias in -100 to 100, at most 300 entries."""
+    seed: int | None = None
+    """A signed 64-bit integer; the same seed gives the same answer, whoever shares the batch."""
+    stop: tuple[str, ...] = ()
+    """At most 4 strings of 1 to 64 characters; the answer ends before the first one found."""
+    stop_token_ids: tuple[int, ...] = ()
+    """At most 128 token ids that end the answer; the token is not part of the text."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string in the text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens cannot be chosen before this many tokens."""
+    max_tokens: int | None = None
+    """At least 1 (0 is allowed with `echo`), or None for what the context holds."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence token."""
+    logprobs: int | None = None
+    """None, or 0 to 20."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if no random number is drawn."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if logits depend on the tokens seen so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+def _require(ok: bool, *, param: str, value: object, limit: str) -> None:
+    if not ok:
+        raise InvalidParameterError(f"{param} is {value!r}, it must be {limit}", param=param)
+
+
+def _in_range(params: SamplingParams, param: str, low: float, high: float) -> None:
+    value = getattr(params, param)
+    ok = math.isfinite(value) and low <= value <= high
+    _require(ok, param=param, value=value, limit=f"between {low:g} and {high:g}")
+
+
+def _check_numbers(params: SamplingParams) -> None:
+    _in_range(params, "n", 1, MAX_N)
+    _in_range(params, "temperature", 0, 2)
+    _in_range(params, "top_p", 0, 1)
+    _require(params.top_p > 0, param="top_p", value=params.top_p, limit="greater than 0")
+    _in_range(params, "top_k", -1, INT64_MAX)
+    _in_range(params, "min_p", 0, 1)
+    _in_range(params, "presence_penalty", -2, 2)
+    _in_range(params, "frequency_penalty", -2, 2)
+    _in_range(params, "repetition_penalty", 0, 10)
+    _require(
+        params.repetition_penalty > 0,
+        param="repetition_penalty",
+        value=params.repetition_penalty,
+        limit="greater than 0",
+    )
+    if params.seed is not None:
+        _require(
+            INT64_MIN <= params.seed <= INT64_MAX,
+            param="seed",
+            value=params.seed,
+            limit="a signed 64-bit integer",
+        )
+
+
+def _check_lists(params: SamplingParams, *, vocab_size: int | None) -> None:
+    _require(
+        len(params.stop) <= MAX_STOP_STRINGS,
+        param="stop",
+        value=f"a list of {len(params.stop)}",
+        limit=f"at most {MAX_STOP_STRINGS} strings",
+    )
+    for text in params.stop:
+        _require(
+            1 <= len(text) <= MAX_STOP_CHARS,
+            param="stop",
+            value=f"a string of {len(text)} characters",
+            limit=f"of 1 to {MAX_STOP_CHARS} characters",
+        )
+    _require(
+        len(params.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+        param="stop_token_ids",
+        value=f"a list of {len(params.stop_token_ids)}",
+        limit=f"at most {MAX_STOP_TOKEN_IDS} ids",
+    )
+    _require(
+        len(params.logit_bias) <= MAX_LOGIT_BIAS,
+        param="logit_bias",
+        value=f"{len(params.logit_bias)} entries",
+        limit=f"at most {MAX_LOGIT_BIAS} entries",
+    )
+    for bias in params.logit_bias.values():
+        ok = math.isfinite(bias) and -100 <= bias <= 100
+        _require(ok, param="logit_bias", value=bias, limit="between -100 and 100")
+    if vocab_size is not None:
+        _check_token_ids(params, vocab_size=vocab_size)
+
+
+def _check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
+    limit = f"a token id from 0 to {vocab_size - 1}"
+    for token_id in params.logit_bias:
+        _require(0 <= token_id < vocab_size, param="logit_bias", value=token_id, limit=limit)
+    for token_id in params.stop_token_ids:
+        _require(0 <= token_id < vocab_size, param="stop_token_ids", value=token_id, limit=limit)
+
+
+def validate_sampling(
+    params: SamplingParams,
+    *,
+    vocab_size: int | None = None,
+    allow_zero_max_tokens: bool = False,
+) -> None:
+    """Check every number and list of `params`; the same check serves every door.
+
+    Args:
+        params: what the client asked for.
+        vocab_size: when known, token ids are checked against it.
+        allow_zero_max_tokens: `/v1/completions` with `echo` may ask for no new token.
+
+    Raises:
+        InvalidParameterError: names the field, its value and the limit.
+    """
+    _check_numbers(params)
+    _check_lists(params, vocab_size=vocab_size)
+    if params.logprobs is not None:
+        _in_range(params, "logprobs", 0, MAX_TOP_LOGPROBS)
+    least = 0 if allow_zero_max_tokens else 1
+    if params.max_tokens is not None:
+        _require(
+            least <= params.max_tokens <= INT64_MAX,
+            param="max_tokens",
+            value=params.max_tokens,
+            limit=f"at least {least}",
+        )
+    most = INT64_MAX if params.max_tokens is None else params.max_tokens
+    _require(
+        0 <= params.min_tokens <= most,
+        param="min_tokens",
+        value=params.min_tokens,
+        limit="between 0 and max_tokens",
+    )

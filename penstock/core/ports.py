@@ -1,0 +1,177 @@
+"""The interfaces between rooms: who calls them, when, and what they may change.
+
+A port is written here so that no room imports upward. Implementations: `ModelClient` by
+`text/service` (and later by upstreams), `EngineClient` by `engine/client` (in-process and
+cross-process) and by `tests/fakes`, `EngineEvents` by `observe`, `Clock` and `Rng` by `observe.clock`
+and by `sim`.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from penstock.core.ids import ModelName, RequestId
+from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta
+from penstock.core.tokens import (
+    EngineInfo,
+    EngineRequest,
+    MemoryReport,
+    RequestReport,
+    StepStats,
+    TokenDelta,
+)
+
+
+class Clock(Protocol):
+    """Time from outside, so that policy runs under a simulator."""
+
+    def monotonic(self) -> float:
+        """Seconds, never going back; for intervals."""
+        ...
+
+    def wall(self) -> float:
+        """Unix time in seconds; for dates only."""
+        ...
+
+
+class Rng(Protocol):
+    """Randomness from outside; `random.Random` fits."""
+
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
+        ...
+
+    def getrandbits(self, k: int, /) -> int:
+        """k random bits."""
+        ...
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Telemetry of one request, emitted once, when it ends; never any text."""
+
+    request_id: RequestId
+    model: ModelName
+    tenant_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason
+    error_code: str | None
+    ttft_s: float | None
+    """Received to first non-empty token; None if there was none."""
+    e2e_s: float
+    tokens_per_s: float
+    queue_wait_s: float
+    batch_size: int
+    kv_usage: float
+    num_preemptions: int
+
+
+class EngineEvents(Protocol):
+    """Sink for what happens; called in the API process, must not block or raise."""
+
+    def on_step(self, model: ModelName, stats: StepStats) -> None:
+        """After each engine step."""
+        ...
+
+    def on_token_gap(self, model: ModelName, gap_s: float) -> None:
+        """Between two deltas of one answer (ITL)."""
+        ...
+
+    def on_request(self, record: RequestRecord) -> None:
+        """Once per request, at its terminal event."""
+        ...
+
+    def on_engine_restart(self, model: ModelName, reason: str) -> None:
+        """When an engine process died or hung and is started again; `reason` is `died` or `hung`."""
+        ...
+
+
+class EngineClient(Protocol):
+    """The lower waist, used by `text/service`.
+
+    `generate` is awaited until the engine side has accepted the request; it raises `CapacityError` or
+    `RequestError` if not, before any token. The generator then yields `TokenDelta`s up to the terminal
+    one and raises `EngineError` if the request fails. Closing it early cancels the request: its blocks
+    are free within two steps.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Resolved facts; valid once ready, kept through a restart."""
+        ...
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """None if requests can be served now, else a word: loading, draining, restarting, queue_full."""
+        ...
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
+        """Submit a request; see the class."""
+        ...
+
+
+class EngineAdmin(Protocol):
+    """Questions and orders of an operator, used by `server/admin`."""
+
+    async def memory(self) -> MemoryReport:
+        """Who holds which bytes."""
+        ...
+
+    async def requests(self) -> Sequence[RequestReport]:
+        """Every request in the engine, at most 10,000."""
+        ...
+
+
+class ModelClient(Protocol):
+    """The upper waist, used by every dialect through the catalog.
+
+    `generate` has the contract of `EngineClient.generate`, one floor up.
+    """
+
+    @property
+    def card(self) -> ModelCard:
+        """Name and limits."""
+        ...
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """None if requests can be served now, else a word."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta]:
+        """Answer a request; see the class."""
+        ...
+
+    async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of the prompt or rendered conversation."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        ...
+
+
+class KvConnector(Protocol):
+    """Moves KV blocks to and from outside the pool: swap, offload tiers, disaggregation.
+
+    Called by the scheduler only. A sequence whose blocks are being loaded is in state `waiting_kv` and
+    is not scheduled until `poll` names it. Implementations own the copies; they never allocate blocks.
+    """
+
+    def num_loadable_tokens(self, token_ids: Sequence[int], *, num_computed_tokens: int) -> int:
+        """How many tokens beyond `num_computed_tokens` it holds, a multiple of the block size."""
+        ...
+
+    def begin_load(self, seq_id: int, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Start to fill `block_ids` with the KV of the whole blocks of `token_ids`."""
+        ...
+
+    def begin_save(self, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Start to copy full blocks out; they stay valid until `poll` has reported the save."""
+        ...
+
+    def poll(self) -> Sequence[int]:
+        """Ids of the sequences whose load ended since the last call; never blocks."""
+        ...

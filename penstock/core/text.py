@@ -1,0 +1,136 @@
+"""The upper waist: what every dialect asks for and what it gets back, in text.
+
+`GenerateRequest` goes in, `TextDelta`s come out. Made by `server/dialects` (or `cli/offline`),
+answered by a `ModelClient`. Domain types: wire formats are converted once, at the edge.
+"""
+
+import enum
+
+import msgspec
+
+from penstock.core.ids import DEFAULT_TENANT, ModelName, RequestId, TenantId
+from penstock.core.params import SamplingParams
+
+
+class Priority(enum.IntEnum):
+    """Tier of a request; a lower tier is served only when no higher one waits."""
+
+    REALTIME = 0
+    INTERACTIVE = 1
+    BATCH = 2
+
+
+class FinishReason(enum.StrEnum):
+    """Why an answer ended; exactly one per answer."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+    CONTENT_FILTER = "content_filter"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One turn of a conversation.
+
+    `content` is text (parts are joined at the edge). `tool_calls` are in OpenAI's form, with
+    `arguments` already parsed to an object, as chat templates expect.
+    """
+
+    role: str
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[dict[str, object], ...] = ()
+    tool_call_id: str | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ask a model for text; exactly one of `prompt` and `messages` is set."""
+
+    request_id: RequestId
+    model: ModelName
+    prompt: str | tuple[int, ...] | None = None
+    """Raw text, or token ids, for completion without a chat template."""
+    messages: tuple[Message, ...] | None = None
+    """A conversation for the model's chat template."""
+    tools: tuple[dict[str, object], ...] = ()
+    """JSON schemas of functions, handed to the chat template."""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    params: SamplingParams = SamplingParams()
+    priority: Priority = Priority.INTERACTIVE
+    tenant_id: TenantId = DEFAULT_TENANT
+    cache_salt: str = ""
+    """Extra salt of the prefix key; requests with different salts never share blocks."""
+    echo: bool = False
+    """Begin the answer with the prompt's text (raw prompts only)."""
+    arrival_s: float = 0.0
+    """Monotonic time of this process when the request was received."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, natural logarithm, after temperature 1 softmax of raw logits."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The sampled token's log-probability and the likeliest alternatives, best first."""
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class TextLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """`TokenLogprobs` with the tokens' own text; `token` may hold U+FFFD for a partial character."""
+
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: tuple["TextLogprob", ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the request consumed, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Of `prompt_tokens`, those found in the prefix tree."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class TextDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A piece of an answer.
+
+    A stream holds, for every `index` below `n`, zero or more deltas without `finish_reason` and then
+    exactly one with it. The stream's last delta alone carries `usage`.
+    """
+
+    request_id: RequestId
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TextLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended the answer; None for end-of-sequence and length."""
+    usage: Usage | None = None
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What `/v1/models` tells about one model."""
+
+    name: ModelName
+    created_unix_s: int
+    max_model_len: int
+    root: str = ""
+    """Hub id or folder name the weights came from; never an absolute path."""
+    parent: ModelName | None = None

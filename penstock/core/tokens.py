@@ -1,0 +1,165 @@
+"""The lower waist: token ids in, token ids out.
+
+`EngineRequest` goes to an `EngineClient`, `TokenDelta`s come back. These structs also are the format
+between the API process and the engine process (msgpack, array-like where they are many).
+"""
+
+import msgspec
+
+from penstock.core.ids import DEFAULT_TENANT, RequestId, TenantId
+from penstock.core.params import SamplingParams
+from penstock.core.text import FinishReason, Priority, TokenLogprobs
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ask the engine for tokens; everything that concerns text has been resolved.
+
+    `params.max_tokens` is concrete here: the text service has replaced None by what the context holds.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer unless `params.ignore_eos`."""
+    priority: Priority = Priority.INTERACTIVE
+    tenant_id: TenantId = DEFAULT_TENANT
+    cache_salt: str = ""
+    adapter_revision: str = ""
+    """Content hash of the adapter, part of the prefix key; empty for the base model."""
+
+    @property
+    def max_tokens(self) -> int:
+        """`params.max_tokens`, known to be concrete."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
+    @property
+    def num_tokens_max(self) -> int:
+        """Most tokens that all answers and the prompt can hold together, sharing not counted."""
+        return self.params.n * (len(self.prompt_token_ids) + self.max_tokens)
+
+
+class RequestStats(msgspec.Struct, frozen=True, array_like=True):
+    """What the engine knows about a request when it ends; seconds by the engine's monotonic clock."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    queue_wait_s: float
+    """From arrival in the engine to its first scheduled step."""
+    batch_size: int
+    """Sequences in the step in which it was first scheduled."""
+    kv_usage: float
+    """Owned blocks over all blocks, 0 to 1, in that step."""
+    num_preemptions: int
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A `PenstockError` on the wire between processes."""
+
+    kind: str
+    """Class name in `core.errors`."""
+    message: str
+    code: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that one answer gained in one step.
+
+    For every `index` below `n` exactly one delta has a `finish_reason`; or the request fails as a whole
+    and a single delta with `error` is its last. The request's last delta alone carries `stats`.
+    """
+
+    request_id: RequestId
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The id in `params.stop_token_ids` that ended the answer; not among `token_ids`."""
+    num_cached_tokens: int = 0
+    stats: RequestStats | None = None
+    error: ErrorInfo | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """True for the request's terminal event."""
+        return self.stats is not None or self.error is not None
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain numbers of one engine step; counters are for this step alone, gauges are after it."""
+
+    step_time_s: float
+    num_seqs: int
+    num_batched_tokens: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+    num_preemptions: int
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_blocks: int
+    num_blocks_free: int
+    num_blocks_cached: int
+    num_blocks_owned: int
+    num_slots_owned: int
+    """Token slots in owned blocks, shared blocks counted once."""
+    num_slots_used: int
+    """Of those, slots that hold a token."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a started engine is: the resolved choices, for the start table, `/metrics` and admission."""
+
+    architecture: str
+    num_parameters: int
+    dtype: str
+    kernels: str
+    device: str
+    vocab_size: int
+    weights_bytes: int
+    kv_bytes: int
+    bytes_per_block: int
+    block_size: int
+    num_blocks: int
+    num_cache_groups: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    load_time_s: float
+    warmup_time_s: float
+
+
+class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds which bytes in the engine process."""
+
+    weights_bytes: int
+    kv_bytes_total: int
+    kv_bytes_free: int
+    kv_bytes_cached: int
+    kv_bytes_owned: int
+    prefix_tree_nodes: int
+    prefix_tree_bytes: int
+    buffer_bytes: int
+    process_rss_bytes: int
+
+
+class RequestReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One request in the engine, as `/admin/requests` lists it; never its text."""
+
+    request_id: RequestId
+    tenant_id: TenantId
+    priority: int
+    state: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_generated_tokens: int
+    num_blocks: int
+    num_preemptions: int
+    age_s: float

@@ -1,0 +1,104 @@
+"""What the engine is told at start, and the limits it lives by."""
+
+from typing import Final, Literal
+
+import msgspec
+
+from penstock.core.errors import StartupError
+
+DTYPES: Final = ("auto", "float32", "bfloat16")
+KERNELS: Final = ("auto", "reference", "eager")
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of one step and of the queue."""
+
+    max_num_seqs: int = 64
+    """Sequences in one step, 1 to 4096."""
+    max_num_batched_tokens: int = 2048
+    """Tokens in one step, at least `max_num_seqs`."""
+    max_model_len: int = 4096
+    """Tokens of prompt and answer together."""
+    step_time_target_ms: float = 150.0
+    """A step with running decodes takes at most about this long: the prefill chunk is cut to fit."""
+    max_num_queued_reqs: int = 1024
+    """Requests that may wait; beyond it `QueueFullError` (429)."""
+    max_num_queued_tokens: int = 1_000_000
+    """Prompt tokens that may wait; beyond it `QueueFullError` (429)."""
+    enable_prefix_caching: bool = True
+    """Keep full blocks in the prefix tree for later requests."""
+    max_preemptions: int = 3
+    """After so many preemptions a request is protected from further ones."""
+    policy: Literal["fcfs", "priority", "fair"] = "fair"
+    """Order of waiting requests; `fair` is tier, then least service among tenants, then arrival."""
+
+
+class KvConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The pool of KV blocks."""
+
+    block_size: int = 16
+    """Token slots in a block; a power of two from 1 to 256."""
+    num_blocks: int | None = None
+    """Size of the pool; None derives it from `kv_cache_memory_bytes`."""
+    kv_cache_memory_bytes: int | None = None
+    """Memory for the pool; None takes a share of the free memory, at most what `max_num_seqs` full
+    contexts could use."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All an engine process needs to start; serialisable, so that it crosses to the child process."""
+
+    model_path: str
+    """Local folder of the checkpoint, already downloaded."""
+    model_revision: str = ""
+    """Content or commit id of the checkpoint, part of the prefix key."""
+    dtype: str = "auto"
+    """`auto` takes the checkpoint's (float32 for float32, else bfloat16), or float32, bfloat16."""
+    kernels: str = "auto"
+    """`auto`, `eager` (fast torch) or `reference` (obvious, batch-invariant)."""
+    device: str = "cpu"
+    """Only `cpu` in this version."""
+    num_threads: int | None = None
+    """Threads of the compute pool; None takes the CPUs this process may use."""
+    max_model_len: int | None = None
+    """None takes the model's own context."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    kv: KvConfig = KvConfig()
+    warmup: bool = True
+    """Run the largest batch and chunk once before ready."""
+
+
+def _bound(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise StartupError(f"{name} is {value:g}, it must be between {low:g} and {high:g}", param=name)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise StartupError(f"{name} is {value!r}, it must be one of {', '.join(known)}", param=name)
+
+
+def validate_engine_config(config: EngineConfig) -> None:
+    """Check every field before a process is started for it.
+
+    Raises:
+        StartupError: names the field, its value and the limit.
+    """
+    sched = config.scheduler
+    _one_of("dtype", config.dtype, DTYPES)
+    _one_of("kernels", config.kernels, KERNELS)
+    _one_of("device", config.device, ("cpu",))
+    _bound("max_num_seqs", sched.max_num_seqs, 1, 4096)
+    _bound("max_num_batched_tokens", sched.max_num_batched_tokens, sched.max_num_seqs, 1 << 20)
+    _bound("step_time_target_ms", sched.step_time_target_ms, 1, 600_000)
+    _bound("max_num_queued_reqs", sched.max_num_queued_reqs, 1, 1_000_000)
+    _bound("max_num_queued_tokens", sched.max_num_queued_tokens, 1, 1 << 40)
+    _bound("block_size", config.kv.block_size, 1, 256)
+    if config.kv.block_size & (config.kv.block_size - 1):
+        raise StartupError(f"block_size is {config.kv.block_size}, it must be a power of two")
+    if config.kv.num_blocks is not None:
+        _bound("num_blocks", config.kv.num_blocks, 2, 1 << 31)
+    if config.max_model_len is not None:
+        _bound("max_model_len", config.max_model_len, 2, 1 << 24)
+    if config.num_threads is not None:
+        _bound("num_threads", config.num_threads, 1, 1024)

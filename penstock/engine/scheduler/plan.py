@@ -1,0 +1,108 @@
+"""The seam between scheduling and execution: plain, serialisable data.
+
+The scheduler writes a `StepPlan`, the runner reads it and answers with a `StepResult`; nothing else
+crosses. A plan can be broadcast to ranks as it is.
+"""
+
+import msgspec
+
+from penstock.core.ids import SequenceId
+from penstock.core.params import SamplingParams
+from penstock.core.text import TokenLogprobs
+
+
+class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence that the runner's sampler meets for the first time (also a fork)."""
+
+    seq_id: SequenceId
+    params: SamplingParams
+    seed: int
+    """Concrete 64-bit seed of this answer; the draw for its k-th token depends on (seed, k) alone."""
+    prompt_token_ids: list[int]
+    """For penalties and `min_tokens`."""
+    banned_until_min_tokens: tuple[int, ...] = ()
+    """End-of-sequence and stop ids that `min_tokens` forbids at first."""
+
+
+class SampleSpec(msgspec.Struct, frozen=True, array_like=True):
+    """Draw one token for `seq_id` from a row's last logits; several specs may share one row (`n`)."""
+
+    seq_id: SequenceId
+    output_idx: int
+    """How many tokens the answer has already: 0 for its first."""
+
+
+class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A run of tokens to compute for one sequence in this step.
+
+    ```
+    token ids      [0 ......... start) [start ..... start + len(token_ids))
+                    KV already there    written by this step
+    ```
+    """
+
+    seq_id: SequenceId
+    token_ids: list[int]
+    start: int
+    """Position of the first of `token_ids`."""
+    block_tables: tuple[list[int], ...]
+    """One table per cache group; entry i holds positions [i * block_size, (i + 1) * block_size).
+    Blocks behind a window that were freed are -1."""
+    samples: tuple[SampleSpec, ...] = ()
+    """Empty for a prefill chunk that is not the last."""
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """Copy on write: before the step, copy block `src` to block `dst` in all layers."""
+
+    src: int
+    dst: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one step does."""
+
+    step_id: int
+    sequences: list[ScheduledSequence]
+    new_sequences: list[NewSequence] = []
+    finished_seq_ids: list[SequenceId] = []
+    """Sequences whose sampling state the runner may forget."""
+    block_copies: list[BlockCopy] = []
+    blocks_to_zero: list[int] = []
+    """Blocks that held NaN; zeroed before anything else."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(len(seq.token_ids) for seq in self.sequences)
+
+    @property
+    def has_work(self) -> bool:
+        """False if the step would compute nothing."""
+        return bool(self.sequences)
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """The token drawn for one `SampleSpec`."""
+
+    seq_id: SequenceId
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that the runner could not carry on, others unharmed."""
+
+    seq_id: SequenceId
+    code: str
+    """`numerical_error` for NaN logits, `step_error` for an exception traced to it."""
+    message: str
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step produced; every `SampleSpec` of the plan is answered by a token or a failure."""
+
+    step_id: int
+    tokens: list[SampledToken]
+    failures: list[SequenceFailure] = []
+    step_time_s: float = 0.0

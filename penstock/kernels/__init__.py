@@ -1,0 +1,1 @@
+"""One function per operation: `ops` is the contract, `registry` picks the home that runs it."""

@@ -1,0 +1,69 @@
+"""The flat, padding-free inputs of one step, as layers and kernels read them.
+
+Built by `engine/runner/input_batch`, read by `models`, `layers` and `kernels`. Nothing here is padded:
+the tokens of all sequences lie one after the other.
+
+Worked example, block_size 4: sequence A computes tokens 4..6 of 7 (a prefill chunk), sequence B token 9
+of 10 (a decode):
+
+```
+token_ids        [A4 A5 A6 B9]       num_tokens = 4
+positions        [ 4  5  6  9]
+query_start_loc  [ 0  3  4]          A owns rows 0..3, B row 3
+seq_lens         [ 7 10]             keys each sequence attends to after this step
+block_tables     [[5, 2, -1], [7, 1, 3]]
+slot_mapping     [8 9 10 13]         block 2 * 4 + 0..2; block 3 * 4 + 1
+```
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBatch:
+    """What attention needs for the layers of one cache group."""
+
+    query_start_loc: torch.Tensor
+    """[num_seqs + 1] int32: first row of each sequence, and the number of rows."""
+    seq_lens: torch.Tensor
+    """[num_seqs] int32: tokens of each sequence after this step, its new ones included."""
+    block_tables: torch.Tensor
+    """[num_seqs, max_num_blocks] int32: -1 beyond the end and behind a window."""
+    slot_mapping: torch.Tensor
+    """[num_tokens] int64: block_id * block_size + offset, where each new token's K and V go."""
+    query_lens_host: tuple[int, ...]
+    """`query_start_loc` as lengths, on the host: shapes are decided without a device read."""
+    seq_lens_host: tuple[int, ...]
+    """`seq_lens` on the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSlab:
+    """Keys and values of one layer; a view into the pool, shared by the groups' layers with this slab."""
+
+    keys: torch.Tensor
+    """[num_blocks, block_size, num_kv_heads, head_dim]"""
+    values: torch.Tensor
+    """[num_blocks, block_size, num_kv_heads, head_dim]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """One step's inputs for a model."""
+
+    token_ids: torch.Tensor
+    """[num_tokens] int64"""
+    positions: torch.Tensor
+    """[num_tokens] int64"""
+    groups: tuple[AttentionBatch, ...]
+    """One per cache group."""
+    layer_groups: tuple[int, ...]
+    """For each model layer the index of its cache group."""
+    layer_slabs: tuple[KvSlab, ...]
+    """For each model layer its keys and values."""
+
+    def attention(self, layer_idx: int) -> tuple[AttentionBatch, KvSlab]:
+        """What the attention of `layer_idx` reads and writes."""
+        return self.groups[self.layer_groups[layer_idx]], self.layer_slabs[layer_idx]
