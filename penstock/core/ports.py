@@ -43,7 +43,7 @@ class Rng(Protocol):
         ...
 
     def getrandbits(self, k: int, /) -> int:
-        """k random bits."""
+        """K random bits."""
         ...
 
 

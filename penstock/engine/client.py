@@ -1,0 +1,314 @@
+"""The API side of an engine: token streams, acceptance, and the in-process client.
+
+`StreamTable` keeps one `TokenStream` for each request in flight and feeds it from the engine's messages;
+`InProcessEngine` (a thread, for tests and the offline API) and `SubprocessEngine` (supervisor.py) share
+it. What it is not: it does not restart anything and knows no text.
+"""
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Final
+
+from penstock.core.errors import EngineDeadError, InvalidParameterError, NotReadyError, PenstockError
+from penstock.core.ids import ModelName, RequestId
+from penstock.core.ports import EngineEvents
+from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, TokenDelta
+from penstock.engine.core import EngineCore
+from penstock.engine.loop import EngineLoop
+from penstock.engine.wire import (
+    Abort,
+    Accepted,
+    Answer,
+    Ask,
+    Fatal,
+    FromEngine,
+    Output,
+    Refused,
+    Shutdown,
+    Submit,
+    ToEngine,
+    error_to_info,
+    info_to_error,
+)
+
+ANSWER_TIMEOUT_S: Final = 10.0
+"""An operator's question waits for the running step at most this long."""
+
+
+class TokenStream(AsyncGenerator[TokenDelta, None]):
+    """Deltas of one request; a class, so that closing it before the first read cancels too."""
+
+    def __init__(self, request: EngineRequest, on_close: Callable[["TokenStream"], None]) -> None:
+        self.request = request
+        self.has_tokens = False
+        """True once a delta has arrived: such a request cannot be queued again."""
+        self.num_requeues = 0
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._items: asyncio.Queue[TokenDelta | PenstockError] = asyncio.Queue()
+        self._on_close = on_close
+        self._ended = False
+
+    def feed(self, delta: TokenDelta) -> None:
+        """Hand over a delta from the engine."""
+        self.has_tokens = self.has_tokens or bool(delta.token_ids)
+        self._items.put_nowait(delta if delta.error is None else info_to_error(delta.error))
+
+    def fail(self, error: PenstockError) -> None:
+        """End the stream with an error; before acceptance `generate` raises it."""
+        if self.accepted.done():
+            self._items.put_nowait(error)
+        else:
+            self.accepted.set_exception(error)
+
+    def accept(self) -> None:
+        """Let `generate` return."""
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+
+    async def asend(self, _value: None) -> TokenDelta:
+        """Next delta; raises the request's error, or StopAsyncIteration after the last delta."""
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self._items.get()
+        if isinstance(item, PenstockError):
+            self._ended = True
+            raise item
+        self._ended = item.is_last
+        return item
+
+    async def athrow(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+        /,
+    ) -> TokenDelta:
+        """Close and raise, as a generator would."""
+        self._close()
+        if isinstance(typ, BaseException):
+            raise typ.with_traceback(tb)
+        raise val if isinstance(val, BaseException) else typ()
+
+    async def aclose(self) -> None:
+        """Cancel the request if it has not ended."""
+        self._close()
+
+    def _close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_close(self)
+
+
+class StreamTable:
+    """The requests in flight at one engine, and the questions asked of it."""
+
+    def __init__(self, *, name: ModelName, events: EngineEvents, send: Callable[[ToEngine], None]) -> None:
+        self._name = name
+        self._events = events
+        self._send = send
+        self._streams: dict[RequestId, TokenStream] = {}
+        self._questions: dict[int, asyncio.Future[Answer]] = {}
+        self._question_ids = itertools.count()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    async def wait_empty(self) -> None:
+        """Return when no request is in flight."""
+        await self._empty.wait()
+
+    async def submit(self, request: EngineRequest) -> TokenStream:
+        """Send the request and wait until the engine has accepted it.
+
+        Raises:
+            PenstockError: the engine refused, or died and could not take it again.
+        """
+        if request.request_id in self._streams:
+            raise InvalidParameterError(
+                f"request_id is {request.request_id!r}, it must not be in use", param="request_id"
+            )
+        stream = TokenStream(request, self._cancel)
+        self._streams[request.request_id] = stream
+        self._empty.clear()
+        self._send(Submit(request))
+        try:
+            await stream.accepted
+        except asyncio.CancelledError:
+            self._cancel(stream)
+            raise
+        return stream
+
+    async def ask(self, what: str) -> Answer:
+        """Put an operator's question to the engine.
+
+        Raises:
+            NotReadyError: no answer within `ANSWER_TIMEOUT_S`.
+        """
+        question_id = next(self._question_ids)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._questions[question_id] = future
+        self._send(Ask(question_id, what))
+        try:
+            return await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            raise NotReadyError(
+                f"the engine did not answer within {ANSWER_TIMEOUT_S:g} s", retry_after_s=1
+            ) from None
+        finally:
+            del self._questions[question_id]
+
+    def on_message(self, message: FromEngine) -> None:
+        """Feed what the engine sent to whom it concerns."""
+        match message:
+            case Output():
+                self._on_output(message)
+            case Accepted(request_id=request_id):
+                if stream := self._streams.get(request_id):
+                    stream.accept()
+            case Refused(request_id=request_id, error=error):
+                if stream := self._remove(request_id):
+                    stream.fail(info_to_error(error))
+            case Answer(question_id=question_id):
+                if (future := self._questions.get(question_id)) and not future.done():
+                    future.set_result(message)
+            case _:
+                pass  # Loading, Started, Pong and Fatal concern the supervisor
+
+    def _on_output(self, output: Output) -> None:
+        for delta in output.deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:
+                continue  # closed by its client while the step ran
+            if delta.is_last:
+                self._remove(delta.request_id)
+            stream.feed(delta)
+        if output.stats is not None:
+            self._events.on_step(self._name, output.stats)
+
+    def _cancel(self, stream: TokenStream) -> None:
+        if self._remove(stream.request.request_id) is not None:
+            self._send(Abort(stream.request.request_id))
+
+    def _remove(self, request_id: RequestId) -> TokenStream | None:
+        stream = self._streams.pop(request_id, None)
+        if not self._streams:
+            self._empty.set()
+        return stream
+
+    def take_restartable(self, error: PenstockError) -> list[TokenStream]:
+        """The engine died: fail what has produced tokens, return what may be queued again (once)."""
+        restartable = []
+        for stream in list(self._streams.values()):
+            if stream.has_tokens or stream.num_requeues:
+                self._fail(stream, error)
+            else:
+                stream.num_requeues += 1
+                restartable.append(stream)
+        return restartable
+
+    def resubmit(self) -> None:
+        """Send every request in the table to a fresh engine."""
+        for stream in list(self._streams.values()):
+            self._send(Submit(stream.request))
+
+    def fail_all(self, error: PenstockError) -> None:
+        """End every request with `error`."""
+        for stream in list(self._streams.values()):
+            self._fail(stream, error)
+
+    def _fail(self, stream: TokenStream, error: PenstockError) -> None:
+        self._remove(stream.request.request_id)
+        stream.fail(error)
+
+
+class _QueueChannel:
+    """Messages between the event loop's thread and the engine's thread."""
+
+    def __init__(self, deliver: Callable[[FromEngine], None]) -> None:
+        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._deliver = deliver
+
+    def receive(self, *, block: bool) -> Iterable[ToEngine]:
+        if block:
+            yield self.inbox.get()
+        while True:
+            try:
+                yield self.inbox.get_nowait()
+            except queue.Empty:
+                return
+
+    def send(self, message: FromEngine) -> None:
+        self._deliver(message)
+
+
+class InProcessEngine:
+    """`EngineClient` and `EngineAdmin` over an engine in a thread of this process.
+
+    For tests and the offline API: no second process, no restart. Must be used from one event loop.
+    """
+
+    def __init__(self, core: EngineCore, *, name: ModelName, events: EngineEvents) -> None:
+        self._core = core
+        self._event_loop = asyncio.get_running_loop()
+        self._channel = _QueueChannel(self._deliver)
+        self._table = StreamTable(name=name, events=events, send=self._channel.inbox.put)
+        self._stop_reason: str | None = None
+        self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Resolved facts."""
+        return self._core.info
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """None, or `closed` or `dead`."""
+        return self._stop_reason
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
+        """See `EngineClient`."""
+        if self._stop_reason is not None:
+            raise NotReadyError(f"the engine is {self._stop_reason}")
+        return await self._table.submit(request)
+
+    async def memory(self) -> MemoryReport:
+        """See `EngineAdmin`."""
+        answer = await self._table.ask("memory")
+        assert answer.memory is not None
+        return answer.memory
+
+    async def requests(self) -> Sequence[RequestReport]:
+        """See `EngineAdmin`."""
+        answer = await self._table.ask("requests")
+        assert answer.requests is not None
+        return answer.requests
+
+    async def close(self) -> None:
+        """Stop the thread; requests in flight end with `EngineDeadError`."""
+        self._stop_reason = self._stop_reason or "closed"
+        self._table.fail_all(EngineDeadError("the engine was closed"))
+        self._channel.inbox.put(Shutdown())
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            EngineLoop(self._core, self._channel).run()
+        except Exception as error:  # noqa: BLE001 - the thread's edge: every request must hear of it
+            self._deliver(Fatal(error_to_info(EngineDeadError(f"the engine failed: {error}"))))
+
+    def _deliver(self, message: FromEngine) -> None:
+        self._event_loop.call_soon_threadsafe(self._on_message, message)
+
+    def _on_message(self, message: FromEngine) -> None:
+        if isinstance(message, Fatal):
+            self._stop_reason = "dead"
+            self._table.fail_all(info_to_error(message.error))
+        else:
+            self._table.on_message(message)

@@ -1,0 +1,73 @@
+"""The step: schedule, launch, collect, apply.
+
+`EngineCore` joins the pure half (scheduler, KV manager) and the half that computes (a rank group). It
+is driven by `loop`; it knows no processes, no asyncio and no text.
+"""
+
+from dataclasses import dataclass
+
+from penstock.core.ids import RequestId
+from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.runner.memory import process_rss_bytes
+from penstock.engine.runner.rank_group import RankGroup
+from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCore:
+    """One model replica: requests in, deltas out, one step at a time."""
+
+    scheduler: Scheduler
+    kv: KvManager
+    ranks: RankGroup
+    info: EngineInfo
+
+    @property
+    def has_work(self) -> bool:
+        """True if `step` would do something."""
+        return self.scheduler.has_work
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFullError: the queue is at its limit.
+            InvalidParameterError: the request can never fit.
+        """
+        self.scheduler.add(request)
+
+    def abort(self, request_id: RequestId) -> None:
+        """Forget a request; its blocks are free after the step under way. Unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """One step of the whole engine.
+
+        Raises:
+            EngineDeadError: the fault is in no single request.
+        """
+        plan = self.scheduler.schedule()
+        handle = self.ranks.launch(plan)
+        result = self.ranks.collect(handle)
+        return self.scheduler.apply(plan, result)
+
+    def requests(self) -> list[RequestReport]:
+        """Every request, waiting and running."""
+        return self.scheduler.reports()
+
+    def memory(self) -> MemoryReport:
+        """Who holds which bytes."""
+        usage = self.kv.usage()
+        per_block = self.info.bytes_per_block
+        return MemoryReport(
+            weights_bytes=self.info.weights_bytes,
+            kv_bytes_total=usage.num_blocks * per_block,
+            kv_bytes_free=usage.num_free * per_block,
+            kv_bytes_cached=usage.num_cached * per_block,
+            kv_bytes_owned=usage.num_owned * per_block,
+            prefix_tree_nodes=usage.num_tree_nodes,
+            prefix_tree_bytes=usage.tree_bytes,
+            buffer_bytes=self.ranks.buffer_bytes,
+            process_rss_bytes=process_rss_bytes(),
+        )

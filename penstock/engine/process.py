@@ -1,0 +1,125 @@
+"""The engine process: `python -m penstock.engine.process ADDRESS`.
+
+A direct child of the API process. It connects to ADDRESS (`ipc://` in a 0700 folder), takes its config
+from the first message, loads, warms up, reports `Started` and turns the loop. It ends with its parent.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from typing import Final
+
+import zmq
+
+from penstock.core.errors import EngineDeadError, StartupError
+from penstock.engine.wire import (
+    Fatal,
+    FromEngine,
+    Loading,
+    Start,
+    Started,
+    ToEngine,
+    decode_to_engine,
+    encode,
+    error_to_info,
+)
+
+EXIT_STARTUP: Final = 3
+EXIT_ENGINE: Final = 70
+IDLE_POLL_MS: Final = 10_000
+"""An idle engine wakes this often to see whether its parent is alive; messages wake it at once."""
+PR_SET_PDEATHSIG: Final = 1
+
+log = logging.getLogger("penstock.engine")
+
+
+class ZmqChannel:
+    """The engine's end of the socket pair."""
+
+    def __init__(self, address: str) -> None:
+        self._parent_pid = os.getppid()
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.connect(address)
+
+    def receive(self, *, block: bool) -> Iterable[ToEngine]:
+        """See `loop.Channel`."""
+        if block and not self._socket.poll(IDLE_POLL_MS):
+            self._end_with_parent()
+            return
+        while True:
+            try:
+                yield decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+    def receive_start(self) -> Start:
+        """Wait for the first message."""
+        message = decode_to_engine(self._socket.recv())
+        assert isinstance(message, Start), "the first message is Start"
+        return message
+
+    def send(self, message: FromEngine) -> None:
+        """See `loop.Channel`."""
+        self._socket.send(encode(message))
+
+    def close(self) -> None:
+        """Flush what was sent and end."""
+        self._socket.close()
+        zmq.Context.instance().term()
+
+    def _end_with_parent(self) -> None:
+        if os.getppid() != self._parent_pid:
+            log.warning("the API process has gone, the engine ends")
+            sys.exit(0)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies (Linux; elsewhere the idle poll sees it)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _serve(channel: ZmqChannel) -> int:
+    start = channel.receive_start()
+    # torch is imported only now, so that a wrong command line fails fast
+    from penstock.engine.build import build_core
+    from penstock.engine.loop import EngineLoop
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        channel.send(Loading(done_bytes, total_bytes))
+
+    try:
+        core = build_core(start.config, on_progress=on_progress)
+    except StartupError as error:
+        channel.send(Fatal(error_to_info(error)))
+        return EXIT_STARTUP
+    channel.send(Started(core.info))
+    EngineLoop(core, channel).run()
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run the process; the return value is its exit code."""
+    faulthandler.enable()
+    # Ctrl-C in a terminal reaches the whole group; only the API process decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    channel = ZmqChannel(argv[1])
+    try:
+        return _serve(channel)
+    except Exception as error:
+        log.exception("the engine failed")
+        channel.send(Fatal(error_to_info(EngineDeadError(f"the engine failed: {type(error).__name__}"))))
+        return EXIT_ENGINE
+    finally:
+        channel.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,147 @@
+"""Messages between the API side and the engine side, and the errors they carry.
+
+msgpack structs with closed tags: a message that is not in the union is refused by the decoder. Used by
+`client` and `supervisor` on one side, by `loop` and `process` on the other.
+"""
+
+import msgspec
+
+from penstock.core import errors
+from penstock.core.errors import EngineError, PenstockError
+from penstock.core.ids import RequestId
+from penstock.core.tokens import (
+    EngineInfo,
+    EngineRequest,
+    ErrorInfo,
+    MemoryReport,
+    RequestReport,
+    StepStats,
+    TokenDelta,
+)
+from penstock.engine.config import EngineConfig
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    """First message to a fresh engine process."""
+
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """A new request; answered by `Accepted` or `Refused`."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """The client has gone; an unknown id is ignored."""
+
+    request_id: RequestId
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Prove that the step loop turns; answered by `Pong` between two steps."""
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """An operator's question; answered by `Answer` with the same `question_id`."""
+
+    question_id: int
+    what: str
+    """`memory` or `requests`"""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """End the process; requests in flight are dropped, the API side has told their clients."""
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Progress of loading the weights, in bytes."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """The engine is warm and ready."""
+
+    info: EngineInfo
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The request is in the queue; from here it ends in exactly one terminal delta."""
+
+    request_id: RequestId
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The request was not queued."""
+
+    request_id: RequestId
+    error: ErrorInfo
+
+
+class Output(msgspec.Struct, frozen=True, tag="output"):
+    """What a step gave; `stats` is None for deltas outside a step (cancellations)."""
+
+    deltas: list[TokenDelta]
+    stats: StepStats | None = None
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """Answer to `Ping`."""
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """Answer to `Ask`; exactly one field is set."""
+
+    question_id: int
+    memory: MemoryReport | None = None
+    requests: list[RequestReport] | None = None
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The engine ends; `error` says why (a `StartupError` before `Started`)."""
+
+    error: ErrorInfo
+
+
+ToEngine = Start | Submit | Abort | Ping | Ask | Shutdown
+FromEngine = Loading | Started | Accepted | Refused | Output | Pong | Answer | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """One message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Read a message on the engine side."""
+    message: ToEngine = _to_engine.decode(data)
+    return message
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """Read a message on the API side."""
+    message: FromEngine = _from_engine.decode(data)
+    return message
+
+
+def error_to_info(error: PenstockError) -> ErrorInfo:
+    """The wire form of an error."""
+    return ErrorInfo(type(error).__name__, error.message, error.code, error.param, error.retry_after_s)
+
+
+def info_to_error(info: ErrorInfo) -> PenstockError:
+    """The error that `info` stands for; an unknown kind becomes `EngineError`."""
+    kind = getattr(errors, info.kind, EngineError)
+    if not (isinstance(kind, type) and issubclass(kind, PenstockError)):
+        kind = EngineError
+    error: PenstockError = kind(
+        info.message, code=info.code, param=info.param, retry_after_s=info.retry_after_s
+    )
+    return error

@@ -1,0 +1,176 @@
+"""A real engine process dies, hangs, refuses and ends; no client hangs, the API side carries on."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.core.errors import CheckpointError, EngineDeadError, NotReadyError
+from penstock.core.ids import ModelName, RequestId
+from penstock.core.params import SamplingParams
+from penstock.core.tokens import EngineRequest
+from penstock.engine import supervisor
+from penstock.engine.config import EngineConfig, KvConfig
+from penstock.engine.supervisor import SubprocessEngine
+from penstock.models.embedded_model import embedded_path
+from penstock.observe.clock import SystemClock
+
+MAX_TOKENS = 3000
+
+
+class Restarts:
+    """EngineEvents that remembers restarts."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def on_step(self, model: ModelName, stats: Any) -> None: ...
+    def on_token_gap(self, model: ModelName, gap_s: float) -> None: ...
+    def on_request(self, record: Any) -> None: ...
+
+    def on_engine_restart(self, model: ModelName, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+def make_engine(path: Path, events: Restarts) -> SubprocessEngine:
+    config = EngineConfig(model_path=str(path), kv=KvConfig(num_blocks=2048), warmup=False, num_threads=1)
+    return SubprocessEngine(config, name=ModelName("m"), events=events, clock=SystemClock())
+
+
+@pytest.fixture
+def events() -> Restarts:
+    return Restarts()
+
+
+@pytest.fixture
+async def engine(events: Restarts) -> AsyncIterator[SubprocessEngine]:
+    engine = make_engine(embedded_path(), events)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def request(name: str, *, max_tokens: int = MAX_TOKENS) -> EngineRequest:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return EngineRequest(request_id=RequestId(name), prompt_token_ids=[5, 6, 7], params=params)
+
+
+async def until(condition: Any, *, timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_tokens_come_from_another_process_which_close_ends(events: Restarts) -> None:
+    engine = make_engine(embedded_path(), events)
+    await engine.start()
+    pid = engine.pid
+    assert pid != os.getpid()
+    assert engine.not_ready_reason is None
+    stream = await engine.generate(request("r", max_tokens=4))
+    tokens = [token for delta in [d async for d in stream] for token in delta.token_ids]
+    assert len(tokens) == 4
+    await engine.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(NotReadyError):
+        await engine.generate(request("late"))
+
+
+async def test_after_sigkill_started_requests_fail_and_fresh_ones_are_served_by_the_next_engine(
+    engine: SubprocessEngine, events: Restarts
+) -> None:
+    started = await engine.generate(request("started"))
+    await anext(started)
+    os.kill(engine.pid, signal.SIGKILL)
+    killed_s = time.monotonic()
+    fresh = asyncio.create_task(engine.generate(request("fresh", max_tokens=3)))
+    with pytest.raises(EngineDeadError):
+        async for _ in started:
+            pass
+    assert time.monotonic() - killed_s < 1.0
+    assert engine.not_ready_reason == "restarting"
+    deltas = [delta async for delta in await asyncio.wait_for(fresh, 20)]
+    assert sum(len(delta.token_ids) for delta in deltas) == 3
+    assert engine.not_ready_reason is None
+    assert events.reasons == ["died"]
+
+
+async def test_a_stopped_engine_is_detected_killed_and_replaced(
+    engine: SubprocessEngine, events: Restarts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WATCHDOG_MIN_S", 0.5)
+    monkeypatch.setattr(supervisor, "PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(supervisor, "WATCHDOG_STEPS", 0)
+    stream = await engine.generate(request("r"))
+    await anext(stream)
+    os.kill(engine.pid, signal.SIGSTOP)
+    with pytest.raises(EngineDeadError):
+        async with asyncio.timeout(10):
+            async for _ in stream:
+                pass
+    await until(lambda: engine.not_ready_reason is None)
+    assert events.reasons == ["hung"]
+
+
+async def test_cancelled_requests_give_their_blocks_back(engine: SubprocessEngine) -> None:
+    stream = await engine.generate(request("r"))
+    await anext(stream)
+    assert (await engine.memory()).kv_bytes_owned > 0
+    await stream.aclose()
+    async with asyncio.timeout(5):
+        while (await engine.memory()).kv_bytes_owned:
+            await asyncio.sleep(0.02)
+    assert await engine.requests() == []
+
+
+async def test_draining_admits_nothing_and_waits_for_what_runs(engine: SubprocessEngine) -> None:
+    stream = await engine.generate(request("r", max_tokens=40))
+    drained = asyncio.create_task(engine.drain(20))
+    await asyncio.sleep(0)
+    with pytest.raises(NotReadyError):
+        await engine.generate(request("late"))
+    assert sum([len(delta.token_ids) async for delta in stream]) == 40
+    assert await drained
+
+
+async def test_a_missing_checkpoint_is_one_clear_error_and_leaves_no_process(
+    events: Restarts, tmp_path: Path
+) -> None:
+    engine = make_engine(tmp_path, events)
+    with pytest.raises(CheckpointError, match="config.json"):
+        await engine.start()
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine.pid, 0)
+
+
+def test_the_engine_ends_when_its_parent_is_killed() -> None:
+    script = (
+        "import asyncio, sys; sys.path.insert(0, 'tests/e2e/engine')\n"
+        "import test_engine_process as t\n"
+        "async def main():\n"
+        "    engine = t.make_engine(t.embedded_path(), t.Restarts())\n"
+        "    await engine.start()\n"
+        "    print(engine.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child_pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline_s = time.monotonic() + 5
+    while Path(f"/proc/{child_pid}/cmdline").exists() and Path(f"/proc/{child_pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline_s, "the engine outlived its parent"
+        time.sleep(0.02)
+    parent.stdout.close()
