@@ -1,0 +1,79 @@
+"""Options that people know from vLLM and that this version does not have: refused by name, never ignored."""
+
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+from penstock.core.errors import StartupError
+
+_ONE_RANK: Final = "this version computes on one rank"
+_NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-cache-memory-bytes"
+_NO_LORA: Final = "adapters are not served yet"
+_NO_SPEC: Final = "speculative decoding is not here yet"
+_NO_GUIDED: Final = "guided decoding is not here yet"
+_NO_TOOLS: Final = "tool calls are not parsed yet"
+
+REFUSED_OPTIONS: Final[dict[str, str]] = {
+    "quantization": "quantized weights are not loaded yet; use --dtype bfloat16",
+    "q": "quantized weights are not loaded yet; use --dtype bfloat16",
+    "load_format": "weights are read from safetensors only",
+    "kv_cache_dtype": "the KV cache has the dtype of the model",
+    "gpu_memory_utilization": _NO_DEVICE,
+    "device": _NO_DEVICE,
+    "swap_space": "preemption recomputes; there is no swap space",
+    "cpu_offload_gb": _NO_DEVICE,
+    "pipeline_parallel_size": _ONE_RANK,
+    "data_parallel_size": _ONE_RANK,
+    "enable_expert_parallel": _ONE_RANK,
+    "distributed_executor_backend": _ONE_RANK,
+    "enable_lora": _NO_LORA,
+    "lora_modules": _NO_LORA,
+    "max_loras": _NO_LORA,
+    "max_lora_rank": _NO_LORA,
+    "speculative_config": _NO_SPEC,
+    "speculative_model": _NO_SPEC,
+    "num_speculative_tokens": _NO_SPEC,
+    "guided_decoding_backend": _NO_GUIDED,
+    "structured_outputs_config": _NO_GUIDED,
+    "reasoning_parser": "reasoning is not split from the answer yet",
+    "tool_call_parser": _NO_TOOLS,
+    "enable_auto_tool_choice": _NO_TOOLS,
+    "trust_remote_code": "code from model folders is never run; see the list of known architectures",
+    "enforce_eager": "there are no recorded graphs to switch off; --kernels eager is the plain path",
+    "enable_chunked_prefill": "prompts are always computed in chunks that fit the step",
+    "no_enable_chunked_prefill": "prompts are always computed in chunks that fit the step",
+    "task": "only text generation is served yet",
+    "runner": "only text generation is served yet",
+    "tokenizer": "the tokenizer comes with the model",
+    "hf_token": "set HF_TOKEN in the environment",
+    "ssl_keyfile": "put a TLS proxy in front",
+    "ssl_certfile": "put a TLS proxy in front",
+}
+
+
+def refuse(name: str, *, source: str) -> NoReturn:
+    """Raise for the refused option `name`.
+
+    Raises:
+        StartupError: always.
+    """
+    where = "" if source == "flags" else f" (from {source})"
+    raise StartupError(f"{name} is not supported{where}: {REFUSED_OPTIONS[name]}", param=name)
+
+
+def refuse_name(name: str, *, source: str) -> None:
+    """Raise if `name` (with underscores) is an option that this version refuses."""
+    if name in REFUSED_OPTIONS:
+        refuse(name, source=source)
+
+
+def refuse_flags(argv: Sequence[str]) -> None:
+    """Raise if a flag of `argv` is one that this version refuses.
+
+    Raises:
+        StartupError: names the option and what to do instead.
+    """
+    for token in argv:
+        if token == "--":  # noqa: S105 - the end of the flags, not a secret
+            return
+        if token.startswith("-"):
+            refuse_name(token.lstrip("-").split("=", 1)[0].replace("-", "_"), source="flags")

@@ -1,0 +1,53 @@
+"""How one setting is declared: its sentence, its range, and the annotation that cyclopts reads.
+
+Used by `settings` and the commands; `tools/reference` reads the same declarations for the docs.
+"""
+
+import math
+from dataclasses import dataclass
+
+from cyclopts import Parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Closed interval of legal values; a cyclopts validator."""
+
+    low: float
+    high: float
+
+    def __call__(self, _type: object, value: object) -> None:
+        """Raise ValueError with the limit if `value` is outside; None passes."""
+        if value is None:
+            return
+        assert isinstance(value, int | float)
+        if not (math.isfinite(value) and self.low <= value <= self.high):
+            raise ValueError(f"It must be {self}.")
+
+    def __str__(self) -> str:
+        return f"between {self.low:.15g} and {self.high:.15g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerOfTwo(Range):
+    """A power of two in the interval."""
+
+    def __call__(self, _type: object, value: object) -> None:
+        """Raise ValueError with the limit if `value` is not such a power."""
+        assert isinstance(value, int)
+        if not self.low <= value <= self.high or value & (value - 1):
+            raise ValueError(f"It must be {self}.")
+
+    def __str__(self) -> str:
+        return f"a power of two from {self.low:g} to {self.high:g}"
+
+
+def setting(doc: str, *, allowed: Range | None = None, name: str | None = None) -> Parameter:
+    """Annotation of one setting.
+
+    Args:
+        doc: one sentence for `--help` and the reference page.
+        allowed: its legal values, if it is a number.
+        name: the flag, if it is not the field's own name.
+    """
+    return Parameter(help=doc, validator=allowed, name=name, show_choices=True)

@@ -1,0 +1,142 @@
+"""What `penstock serve` can be told: defaults < file < environment < flags, typed, checked, frozen.
+
+Each room owns its config; `engine_config` and its siblings make those from `ServeSettings`. Nobody but
+`build` receives the whole.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from penstock.cli.setting import PowerOfTwo, Range, setting
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+
+GIB = 1 << 30
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Every setting of `penstock serve`; the flags bear vLLM's names where it has one."""
+
+    host: Annotated[str, setting("Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    port: Annotated[
+        int, setting("Port to listen on; 0 takes a free one.", allowed=Range(low=0, high=65_535))
+    ] = 8000
+    served_model_name: Annotated[
+        str | None, setting("Name that clients write in `model`; otherwise the hub id or folder name.")
+    ] = None
+    revision: Annotated[str | None, setting("Branch, tag or commit of the hub model.")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        setting("Type of weights and KV; auto takes the checkpoint's."),
+    ] = "auto"
+    kernels: Annotated[
+        Literal["auto", "eager", "reference"],
+        setting("Kernel set; reference is the obvious one, whose greedy output never depends on the batch."),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        setting(
+            "Most tokens of prompt and answer; otherwise the model's own.", allowed=Range(low=2, high=1 << 24)
+        ),
+    ] = None
+    max_num_seqs: Annotated[int, setting("Most sequences in one step.", allowed=Range(low=1, high=4096))] = 64
+    max_num_batched_tokens: Annotated[
+        int,
+        setting("Most tokens in one step; at least max_num_seqs.", allowed=Range(low=1, high=1 << 20)),
+    ] = 2048
+    step_time_target_ms: Annotated[
+        float,
+        setting(
+            "A step with running answers takes about this many milliseconds at most: prompts are cut to fit.",
+            allowed=Range(low=1, high=600_000),
+        ),
+    ] = 150.0
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority", "fair"],
+        setting(
+            "Order of waiting requests; fair is priority, then least service among tenants, then arrival."
+        ),
+    ] = "fair"
+    max_num_queued_reqs: Annotated[
+        int,
+        setting("Most requests that may wait; beyond it 429.", allowed=Range(low=1, high=1_000_000)),
+    ] = 1024
+    max_num_queued_tokens: Annotated[
+        int,
+        setting("Most prompt tokens that may wait; beyond it 429.", allowed=Range(low=1, high=1 << 40)),
+    ] = 1_000_000
+    enable_prefix_caching: Annotated[
+        bool, setting("Keep the blocks of earlier prompts for later requests that begin alike.")
+    ] = True
+    block_size: Annotated[int, setting("Token slots in a KV block.", allowed=PowerOfTwo(low=1, high=256))] = (
+        16
+    )
+    num_kv_blocks: Annotated[
+        int | None,
+        setting(
+            "Blocks in the KV pool; otherwise from kv_cache_memory_bytes.", allowed=Range(low=2, high=1 << 31)
+        ),
+    ] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        setting(
+            "Bytes for the KV pool; otherwise a share of the free memory.", allowed=Range(low=1, high=1 << 50)
+        ),
+    ] = None
+    num_threads: Annotated[
+        int | None,
+        setting(
+            "Threads that compute; otherwise the CPUs this process may use.", allowed=Range(low=1, high=1024)
+        ),
+    ] = None
+    tensor_parallel_size: Annotated[
+        int, setting("Ranks that share a layer; this version has one.", allowed=Range(low=1, high=1))
+    ] = 1
+    chat_template: Annotated[
+        Path | None, setting("File with a Jinja chat template in place of the model's.")
+    ] = None
+    api_key: Annotated[str | None, setting("Key that clients must send; none means open.")] = None
+    admin_key: Annotated[
+        str | None, setting("Key of the admin listener on 127.0.0.1; without one it is not opened.")
+    ] = None
+    admin_port: Annotated[
+        int, setting("Port of the admin listener; 0 takes a free one.", allowed=Range(low=0, high=65_535))
+    ] = 8001
+    shutdown_timeout: Annotated[
+        float,
+        setting("Seconds that running requests get to finish at SIGTERM.", allowed=Range(low=0, high=86_400)),
+    ] = 30.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], setting("Least severity of log lines.")
+    ] = "info"
+    config: Annotated[Path | None, setting("TOML or YAML file with settings by these names.")] = None
+
+
+def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: str) -> EngineConfig:
+    """The engine's part of the settings."""
+    return EngineConfig(
+        model_path=str(model_path),
+        model_revision=model_revision,
+        dtype=settings.dtype,
+        kernels=settings.kernels,
+        num_threads=settings.num_threads,
+        max_model_len=settings.max_model_len,
+        scheduler=SchedulerConfig(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            step_time_target_ms=settings.step_time_target_ms,
+            max_num_queued_reqs=settings.max_num_queued_reqs,
+            max_num_queued_tokens=settings.max_num_queued_tokens,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            policy=settings.scheduling_policy,
+        ),
+        kv=KvConfig(
+            block_size=settings.block_size,
+            num_blocks=settings.num_kv_blocks,
+            kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Programs for those who work on Penstock: checks, generators, training; the package imports none of them."""
