@@ -1,0 +1,229 @@
+"""Trains the embedded model: resumes from its checkpoint and ends at a time you name.
+
+The learning rate warms up, stays, and falls to zero over the last `--decay-minutes` before
+`--finish-by`, so the run may be stopped, continued or shortened at will. A file
+`control.json` in the work folder is read again before each step and may change the shares of
+data and the end.
+"""
+
+import argparse
+import json
+import random
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from datetime import time as time_of_day
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tools.embedded import checkpoint, data
+from tools.embedded.model import LanguageModel, ModelConfig
+from tools.embedded.optimizer import make_optimizers
+
+SAVE_SECONDS = 240
+LOG_STEPS = 10
+
+
+@dataclass(slots=True, kw_only=True)
+class Control:
+    """What may change during a run, from `control.json`; absent keys keep these values."""
+
+    finish_by: str = ""  # HH:MM local time; empty means never
+    decay_minutes: float = 20.0
+    learning_rate: float = 0.004
+    warmup_steps: int = 60
+    book_share: float = 0.55  # of rows
+    long_share: float = 0.02  # of steps, before the decay
+    long_share_decay: float = 0.25  # of steps, during the decay
+    shares: dict[str, float] | None = None  # of the kinds of instruction
+
+    def minutes_left(self, started: datetime) -> float:
+        """Minutes until the end; a time of day before the start means the next day."""
+        if not self.finish_by:
+            return float("inf")
+        clock = time_of_day.fromisoformat(self.finish_by)
+        end = datetime.combine(started.date(), clock, started.tzinfo)
+        if end < started:
+            end += timedelta(days=1)
+        return (end - datetime.now().astimezone()).total_seconds() / 60
+
+    def rate(self, step: int, minutes_left: float) -> float:
+        """Learning rate of a step."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        return self.learning_rate * warm * max(0.0, min(1.0, minutes_left / self.decay_minutes))
+
+
+def read_control(path: Path, base: dict[str, Any]) -> Control:
+    """The command line's values, overridden by the control file. Any: JSON values."""
+    override = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return Control(**{**base, **override})
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Counters of a run; saved in the checkpoint."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    cursor: dict[str, int] = field(default_factory=dict)
+
+
+class Trainer:
+    """Holds model, optimizers and data of one run."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = torch.device(arguments.device)
+        torch.manual_seed(arguments.seed)
+        self.model = LanguageModel(ModelConfig()).to(self.device)
+        self.optimizers = make_optimizers(self.model)
+        self.progress = Progress()
+        self.started = datetime.now().astimezone()
+        self.stop_requested = False
+        self.base = {"decay_minutes": arguments.decay_minutes, "finish_by": arguments.finish_by}
+        tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
+        self.held_out = data.encode_held_out(tokenizer, arguments.corpus)
+        self.rows = data.RowSource(
+            tokenizer=tokenizer,
+            book_ids=data.encode_books(tokenizer, arguments.corpus),
+            paragraphs=data.load_paragraphs(arguments.corpus),
+            cursor=data.Cursor(),
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is saved."""
+        path: Path = self.arguments.work_dir / "checkpoint.safetensors"
+        return path
+
+    def save(self) -> None:
+        """Write the checkpoint; a reader never sees half of one."""
+        self.progress.cursor = asdict(self.rows.cursor)
+        checkpoint.write(
+            self.checkpoint,
+            model=self.model,
+            optimizers=self.optimizers,
+            progress=asdict(self.progress),
+        )
+
+    def resume(self) -> None:
+        """Continue from the checkpoint if there is one."""
+        if not self.checkpoint.exists():
+            return
+        saved = checkpoint.read(self.checkpoint)
+        checkpoint.restore(saved, model=self.model, optimizers=self.optimizers)
+        self.progress = Progress(**saved.progress)
+        self.rows.cursor = data.Cursor(**self.progress.cursor)
+        print(f"resumed at step {self.progress.step}", flush=True)
+
+    def batch(self, control: Control, *, is_decaying: bool) -> tuple[Tensor, Tensor]:
+        """Ids and targets of the next step, each `[rows, length]` int64."""
+        rng = random.Random(f"batch:{self.progress.step}")  # noqa: S311  # a data set
+        self.rows.shares = control.shares
+        long_share = control.long_share_decay if is_decaying else control.long_share
+        length = rng.choice((2048, 4096)) if rng.random() < long_share else 512
+        rows = [
+            self.rows.book_row(length) if rng.random() < control.book_share else self.rows.chat_row(length)
+            for _ in range(self.arguments.tokens_per_step // length)
+        ]
+        ids = torch.stack([torch.from_numpy(row.ids) for row in rows]).long()
+        targets = torch.stack([torch.from_numpy(row.targets) for row in rows]).long()
+        return ids.to(self.device), targets.to(self.device)
+
+    def step(self, control: Control) -> float:
+        """One update; returns its loss."""
+        minutes_left = control.minutes_left(self.started)
+        is_decaying = minutes_left < control.decay_minutes
+        ids, targets = self.batch(control, is_decaying=is_decaying)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = self.model.loss(ids, targets)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = control.rate(self.progress.step, minutes_left)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.num_tokens += ids.numel()
+        return loss.item()
+
+    @torch.no_grad()
+    def held_out_loss(self, *, num_rows: int = 16) -> float:
+        """Mean loss on the start of the held-out book, for the log alone."""
+        ids = torch.from_numpy(self.held_out[: num_rows * 512 + 1]).long().to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = self.model.loss(ids[:-1].view(-1, 512), ids[1:].view(-1, 512))
+        return loss.item()
+
+    def run(self) -> None:
+        """Train until the end, saving on the way."""
+        saved_at = time.monotonic()
+        control_path = self.arguments.work_dir / "control.json"
+        recent: list[float] = []
+        while not self.stop_requested:
+            control = read_control(control_path, self.base)
+            if control.minutes_left(self.started) <= 0:
+                break
+            begun = time.monotonic()
+            recent.append(self.step(control))
+            self.progress.seconds += time.monotonic() - begun
+            if self.progress.step % LOG_STEPS == 0:
+                self._log(recent, control)
+                recent.clear()
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                self.save()
+                print(f"saved; held-out loss {self.held_out_loss():.3f}", flush=True)
+                saved_at = time.monotonic()
+        self.save()
+        print(f"ended; held-out loss {self.held_out_loss():.3f}", flush=True)
+
+    def _log(self, recent: list[float], control: Control) -> None:
+        progress = self.progress
+        rate = control.rate(progress.step, control.minutes_left(self.started))
+        now = datetime.now().astimezone()
+        print(
+            f"{now:%H:%M:%S} step {progress.step} tokens {progress.num_tokens / 1e6:.2f}M"
+            f" loss {sum(recent) / len(recent):.3f} lr {rate:.5f}"
+            f" {progress.num_tokens / progress.seconds:.0f} tok/s",
+            flush=True,
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of tokenizer.json")
+    parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and control file")
+    parser.add_argument("--finish-by", default="", help="HH:MM, local time")
+    parser.add_argument("--decay-minutes", type=float, default=20.0)
+    parser.add_argument("--tokens-per-step", type=int, default=8192)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=7)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train from the command line; SIGTERM saves and ends the run."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(arguments)
+
+    def request_stop(_signal: int, _frame: object) -> None:
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGTERM, request_stop)
+    trainer.resume()
+    trainer.run()
+
+
+if __name__ == "__main__":
+    main()
