@@ -1,0 +1,138 @@
+"""One answer of a request: `TokenDelta`s in, `TextDelta`s out.
+
+Joins the detokenizer, the stop-string search and the text of logprobs, and decides how the answer ends. Knows
+nothing of the engine's stream, of other answers or of usage (`stream`).
+"""
+
+from penstock.core.ids import RequestId
+from penstock.core.params import SamplingParams
+from penstock.core.text import FinishReason, TextDelta, TextLogprob, TokenLogprob, TokenLogprobs
+from penstock.core.tokens import TokenDelta
+from penstock.text.detokenizer import Detokenizer
+from penstock.text.stop_strings import StopAutomaton, StopSearch
+from penstock.text.tokenizer import Tokenizer
+
+
+class Answer:
+    """State of one answer; `finish_reason` is None until it has ended.
+
+    Tokens whose text is held back (an unfinished character, a possible stop string) wait and go out with
+    the next text. Tokens after the one that completes a stop string are dropped and not counted.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "_index",
+        "_min_tokens",
+        "_request_id",
+        "_stops",
+        "_tokenizer",
+        "_waiting_ids",
+        "_waiting_logprobs",
+        "finish_reason",
+        "num_tokens",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        request_id: RequestId,
+        index: int,
+        params: SamplingParams,
+        automaton: StopAutomaton | None,
+        at_start: bool,
+    ) -> None:
+        """Begin answer `index`; `automaton` is None if the request has no stop strings."""
+        self._tokenizer = tokenizer
+        self._request_id = request_id
+        self._index = index
+        self._min_tokens = params.min_tokens
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=params.skip_special_tokens, at_start=at_start
+        )
+        keep = params.include_stop_str_in_output
+        self._stops = None if automaton is None else StopSearch(automaton, include_stop_str_in_output=keep)
+        self._waiting_ids: tuple[int, ...] = ()
+        self._waiting_logprobs: tuple[TextLogprob, ...] = ()
+        self.num_tokens = 0
+        """Tokens taken so far: what is billed."""
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, delta: TokenDelta) -> TextDelta | None:
+        """Take tokens; return what can be shown, or None if that is nothing yet.
+
+        After the answer has ended its further tokens are ignored.
+        """
+        if self.finish_reason is not None:
+            return None
+        text, num_taken = self._read(delta.token_ids)
+        self._waiting_ids += delta.token_ids[:num_taken]
+        if delta.logprobs is not None:
+            self._waiting_logprobs += tuple(map(self._logprob, delta.logprobs[:num_taken]))
+        if self._matched is None and delta.finish_reason is None:
+            return self._delta(text) if text else None
+        if self._matched is None:
+            text += self._flush()
+        return self._last_delta(text, delta=delta)
+
+    def end(self, reason: FinishReason) -> TextDelta:
+        """End the answer from outside; shows what was held back."""
+        assert self.finish_reason is None
+        self.finish_reason = reason
+        return self._delta(self._flush())
+
+    @property
+    def _matched(self) -> str | None:
+        return None if self._stops is None else self._stops.matched
+
+    def _read(self, token_ids: tuple[int, ...]) -> tuple[str, int]:
+        """Text of `token_ids` up to a stop string, and how many tokens that took."""
+        push = self._detokenizer.push
+        if self._stops is None:
+            self.num_tokens += len(token_ids)
+            text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
+            return text, len(token_ids)
+        text = ""
+        for taken, token_id in enumerate(token_ids, start=1):
+            self.num_tokens += 1
+            piece = push(token_id)
+            if piece:
+                text += self._stops.push(piece, is_armed=self.num_tokens > self._min_tokens)
+            if self._stops.matched is not None:
+                return text, taken
+        return text, len(token_ids)
+
+    def _flush(self) -> str:
+        tail = self._detokenizer.flush()
+        if self._stops is None:
+            return tail
+        text = self._stops.push(tail, is_armed=self.num_tokens > self._min_tokens)
+        return text if self._stops.matched is not None else text + self._stops.finish()
+
+    def _last_delta(self, text: str, *, delta: TokenDelta) -> TextDelta:
+        matched = self._matched
+        self.finish_reason = delta.finish_reason if matched is None else FinishReason.STOP
+        return self._delta(text, stop_reason=delta.stop_token_id if matched is None else matched)
+
+    def _delta(self, text: str, *, stop_reason: int | str | None = None) -> TextDelta:
+        token_ids, self._waiting_ids = self._waiting_ids, ()
+        logprobs, self._waiting_logprobs = self._waiting_logprobs, ()
+        return TextDelta(
+            request_id=self._request_id,
+            index=self._index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs or None,
+            finish_reason=self.finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def _logprob(self, logprobs: TokenLogprobs) -> TextLogprob:
+        return self._text_logprob(logprobs.sampled, top=tuple(map(self._text_logprob, logprobs.top)))
+
+    def _text_logprob(self, logprob: TokenLogprob, *, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
+        spelled = self._tokenizer.token_bytes(logprob.token_id)
+        return TextLogprob(
+            token=spelled.decode("utf-8", "replace"), token_bytes=spelled, logprob=logprob.logprob, top=top
+        )

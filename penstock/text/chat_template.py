@@ -1,0 +1,166 @@
+"""Conversations to prompts with the model's or the operator's own template, never the request's.
+
+Finds the templates of a model folder and picks one per conversation; the rendering itself happens in bounded
+processes (`template_pool`). Output is that of the Hugging Face stack for the same folder. Used by `service`.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from penstock.core.errors import CheckpointError, InvalidParameterError
+from penstock.core.text import GenerateRequest, Message
+from penstock.text.model_files import read_bytes, read_object
+from penstock.text.template_pool import TemplateLimits, TemplatePool
+from penstock.text.template_worker import Job, Setup
+
+
+class ChatTemplate:
+    """A model's named templates; `default`, and perhaps `tool_use` for conversations with tools."""
+
+    def __init__(
+        self,
+        templates: Mapping[str, str],
+        *,
+        special_tokens: Mapping[str, str],
+        limits: TemplateLimits | None = None,
+    ) -> None:
+        """Hold `templates`; no process is started yet.
+
+        Args:
+            templates: name to jinja2 source; must hold `default`.
+            special_tokens: `bos_token` and the like, as variables for the templates.
+            limits: bounds of rendering.
+
+        Raises:
+            CheckpointError: there is no template named `default`.
+        """
+        if "default" not in templates:
+            raise CheckpointError(f"chat_template has no 'default', it has {sorted(templates)}")
+        self._names = frozenset(templates)
+        self._limits = limits or TemplateLimits()
+        setup = Setup(
+            templates=dict(templates),
+            special_tokens=dict(special_tokens),
+            max_output_chars=self._limits.max_output_chars,
+            max_cpu_s=self._limits.max_cpu_s,
+            max_memory_bytes=self._limits.max_memory_bytes,
+        )
+        self.pool = TemplatePool(setup, limits=self._limits)
+        self._threads = ThreadPoolExecutor(self._limits.num_workers, thread_name_prefix="chat-template")
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: Path | str,
+        *,
+        special_tokens: Mapping[str, str],
+        override: Path | str | None = None,
+        limits: TemplateLimits | None = None,
+    ) -> "ChatTemplate | None":
+        """The template of a model folder, or None if it has none.
+
+        `chat_template.jinja` (with `additional_chat_templates/`) comes before `tokenizer_config.json`, and
+        that before `chat_template.json`; the operator's file `override` before all.
+
+        Raises:
+            CheckpointError: a file is broken, or `override` is missing.
+        """
+        folder = Path(path)
+        templates = {"default": _read_text(Path(override))} if override else _find_templates(folder)
+        return cls(templates, special_tokens=special_tokens, limits=limits) if templates else None
+
+    def start(self) -> None:
+        """Launch the workers without waiting, so that the first conversation finds them ready."""
+        self.pool.start()
+
+    async def wait_ready(self) -> None:
+        """Wait until the templates are compiled.
+
+        Raises:
+            CheckpointError: one does not compile.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._threads, self.pool.wait_ready)
+
+    async def render(self, request: GenerateRequest) -> str:
+        """The prompt of `request.messages`; the event loop is free meanwhile.
+
+        Raises:
+            InvalidParameterError: the template refuses the conversation, or it breaks a limit.
+            QueueFullError: too many conversations wait.
+            GenerateError: rendering failed for no fault of the request.
+        """
+        job = self._job(request)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.pool.render, job)
+
+    def close(self) -> None:
+        """End the workers; safe to call twice."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.pool.close()
+
+    def _job(self, request: GenerateRequest) -> Job:
+        if not request.messages:
+            raise InvalidParameterError(
+                "messages is empty, it must hold at least one message", param="messages"
+            )
+        if request.add_generation_prompt and request.continue_final_message:
+            raise InvalidParameterError(
+                "continue_final_message is True and so is add_generation_prompt, only one of them may be",
+                param="continue_final_message",
+            )
+        return Job(
+            template="tool_use" if request.tools and "tool_use" in self._names else "default",
+            messages=[message_fields(message) for message in request.messages],
+            tools=list(request.tools) or None,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+        )
+
+
+def message_fields(message: Message) -> dict[str, Any]:  # JSON values, as templates take them
+    """What a template sees of a message: the fields that are set."""
+    fields: dict[str, Any] = {"role": message.role}  # JSON values
+    if message.content is not None:
+        fields["content"] = message.content
+    if message.name is not None:
+        fields["name"] = message.name
+    if message.tool_calls:
+        fields["tool_calls"] = list(message.tool_calls)
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
+
+
+def _find_templates(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if (folder / "chat_template.jinja").exists():
+        found["default"] = _read_text(folder / "chat_template.jinja")
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = _read_text(path)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if not found:
+            found = _templates_in(read_object(folder / name).get("chat_template"), name=name)
+    return found
+
+
+def _templates_in(value: object, *, name: str) -> dict[str, str]:
+    """A template is written as one string or as a list of `{"name": ..., "template": ...}`."""
+    if value is None:
+        return {}
+    entries: Sequence[object] = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    found: dict[str, str] = {}
+    for entry in entries:
+        key, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(key, str) and isinstance(text, str)):
+            raise CheckpointError(f"{name}: chat_template must be a string or a list of named strings")
+        found[key] = text
+    return found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path.name} is not UTF-8 text") from None

@@ -1,0 +1,317 @@
+"""The text service: a `ModelClient` over an `EngineClient`, once, for every dialect and the offline API.
+
+Checks a request, renders and tokenizes it, submits it to the engine and hands back the stream of its text.
+What it refuses it refuses before the engine hears of it. Not the wire (`server`), not limits per tenant
+(`gateway`).
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+from penstock.core.errors import GenerateError, InvalidParameterError, PenstockError
+from penstock.core.ids import ModelName
+from penstock.core.params import SamplingParams, validate_sampling
+from penstock.core.ports import Clock, EngineClient, EngineEvents
+from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, Usage
+from penstock.core.tokens import EngineRequest, TokenDelta
+from penstock.text.answer import Answer
+from penstock.text.chat_template import ChatTemplate
+from penstock.text.stop_strings import StopAutomaton
+from penstock.text.stream import RequestMeter, TextStream
+from penstock.text.tokenizer import Tokenizer
+
+logger: Final = logging.getLogger(__name__)
+
+LONG_TEXT_CHARS: Final = 8192
+"""Longer texts are tokenized in a thread: this many take about 1 ms."""
+
+Result = TypeVar("Result")
+
+
+class TextService:
+    """Answers `GenerateRequest`s with the model behind `engine`.
+
+    One request's life: check > render > tokenize > check against the context > engine > `TextStream`. One
+    `RequestRecord` is emitted for every request that enters `generate`, however it ends.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        name: ModelName,
+        events: EngineEvents,
+        clock: Clock,
+        root: str = "",
+        created_unix_s: int | None = None,
+    ) -> None:
+        """Join the parts; starts nothing.
+
+        Args:
+            engine: where tokens come from; its `info` must be valid when requests come.
+            tokenizer: the model's.
+            template: the model's chat template, None if it has none.
+            name: the model's name in records and events.
+            events: told of gaps between tokens and of ended requests.
+            clock: for times.
+            root: hub id or folder name of the weights, for the card.
+            created_unix_s: for the card; now if None.
+        """
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._template = template
+        self._name = name
+        self._events = events
+        self._clock = clock
+        self._root = root
+        self._created_unix_s = int(clock.wall()) if created_unix_s is None else created_unix_s
+
+    async def start(self) -> None:
+        """Start what rendering needs and wait until it is ready; without it the first conversation waits.
+
+        Raises:
+            CheckpointError: the chat template does not compile.
+        """
+        if self._template is not None:
+            await self._template.wait_ready()
+
+    async def close(self) -> None:
+        """End the rendering processes; the engine is not ours to close."""
+        if self._template is not None:
+            await asyncio.to_thread(self._template.close)
+
+    @property
+    def card(self) -> ModelCard:
+        """Name and limits."""
+        return ModelCard(
+            name=self._name,
+            created_unix_s=self._created_unix_s,
+            max_model_len=self._engine.info.max_model_len,
+            root=self._root,
+        )
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """The engine's."""
+        return self._engine.not_ready_reason
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta]:
+        """Answer `request`; returns once the engine has accepted it.
+
+        Raises:
+            InvalidParameterError: a field is wrong; the message names field, value and limit.
+            CapacityError: the engine has no room now.
+            EngineError: the fault is ours.
+        """
+        meter = RequestMeter(request, model=self._name, events=self._events, clock=self._clock)
+        try:
+            return await _behind_barrier(self._accept(request, meter=meter))
+        except BaseException as error:
+            is_ours = isinstance(error, PenstockError)
+            meter.done(
+                FinishReason.ERROR if is_ours else FinishReason.CANCELLED,
+                usage=Usage(prompt_tokens=0, completion_tokens=0),
+                error_code=error.code if isinstance(error, PenstockError) else None,
+            )
+            raise
+
+    async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of the prompt or of the rendered conversation.
+
+        Raises:
+            InvalidParameterError: the request has not exactly one of prompt and messages, or that is wrong.
+        """
+        return await _behind_barrier(self._token_ids(request, add_special_tokens=add_special_tokens))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included.
+
+        Raises:
+            InvalidParameterError: an id is not in the vocabulary.
+        """
+        self._check_token_ids(token_ids, param="tokens")
+        return self._tokenizer.decode(list(token_ids))
+
+    async def _accept(self, request: GenerateRequest, *, meter: RequestMeter) -> TextStream:
+        _check_request(request, vocab_size=self._engine.info.vocab_size)
+        # As in the Hugging Face stack: a chat template writes BOS itself.
+        token_ids = await self._token_ids(request, add_special_tokens=request.messages is None)
+        params = self._resolve_params(request, num_prompt_tokens=len(token_ids))
+        tokens = (
+            _no_tokens(request)
+            if params.max_tokens == 0
+            else await self._engine.generate(self._engine_request(request, token_ids, params=params))
+        )
+        return self._make_stream(request, token_ids=token_ids, tokens=tokens, meter=meter)
+
+    async def _token_ids(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
+        prompt = request.prompt
+        if (prompt is None) == (request.messages is None):
+            raise InvalidParameterError("exactly one of prompt and messages must be set", param="prompt")
+        if prompt is None:
+            text = await self._render(request)
+            return await self._encode(text, add_special_tokens=add_special_tokens, param="messages")
+        if not prompt:
+            raise InvalidParameterError("prompt is empty, it must hold at least one token", param="prompt")
+        if isinstance(prompt, str):
+            return await self._encode(prompt, add_special_tokens=add_special_tokens, param="prompt")
+        self._check_length(len(prompt), param="prompt", is_exact=True)
+        self._check_token_ids(prompt, param="prompt")
+        return list(prompt)
+
+    async def _render(self, request: GenerateRequest) -> str:
+        if self._template is None:
+            raise InvalidParameterError(
+                f"messages cannot be used with the model {self._name!r}, it has no chat template",
+                code="no_chat_template",
+                param="messages",
+            )
+        return await self._template.render(request)
+
+    async def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        if len(text) <= LONG_TEXT_CHARS:
+            token_ids = self._encode_now(text, add_special_tokens=add_special_tokens, param=param)
+        else:
+            token_ids = await asyncio.to_thread(
+                self._encode_now, text, add_special_tokens=add_special_tokens, param=param
+            )
+        if not token_ids:
+            raise InvalidParameterError(f"{param} is empty, it must hold at least one token", param=param)
+        self._check_token_ids(token_ids, param=param)
+        return token_ids
+
+    def _encode_now(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        if len(text) > self._engine.info.max_model_len:
+            # A bound from below, so that no list of a million ids is made to be refused.
+            self._check_length(self._tokenizer.num_tokens_min(text), param=param, is_exact=False)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, param=param)
+
+    def _check_length(self, num_tokens: int, *, param: str, is_exact: bool) -> None:
+        limit = self._engine.info.max_model_len
+        if num_tokens > limit:
+            words = "" if is_exact else "at least "
+            raise InvalidParameterError(
+                f"{param} has {words}{num_tokens} tokens, the model's context holds {limit}",
+                code="context_length_exceeded",
+                param=param,
+            )
+
+    def _check_token_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+        limit = self._engine.info.vocab_size
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= limit):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < limit)
+            raise InvalidParameterError(
+                f"{param} holds the token id {wrong}, it must be from 0 to {limit - 1}", param=param
+            )
+
+    def _resolve_params(self, request: GenerateRequest, *, num_prompt_tokens: int) -> SamplingParams:
+        """Replace an open `max_tokens` by what the context holds, and check that prompt and answer fit."""
+        param = "prompt" if request.messages is None else "messages"
+        self._check_length(num_prompt_tokens, param=param, is_exact=True)
+        limit = self._engine.info.max_model_len
+        room = limit - num_prompt_tokens
+        wanted = request.params.max_tokens
+        least = 1 if wanted is None else wanted
+        if least > room:
+            raise InvalidParameterError(
+                f"{param} has {num_prompt_tokens} tokens and max_tokens is {least}, together "
+                f"{num_prompt_tokens + least}; the model's context holds {limit}",
+                code="context_length_exceeded",
+                param=param,
+            )
+        return (
+            request.params if wanted is not None else msgspec.structs.replace(request.params, max_tokens=room)
+        )
+
+    def _engine_request(
+        self, request: GenerateRequest, token_ids: list[int], *, params: SamplingParams
+    ) -> EngineRequest:
+        vocab_size = self._engine.info.vocab_size
+        return EngineRequest(
+            request_id=request.request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            eos_token_ids=tuple(i for i in self._tokenizer.eos_token_ids if i < vocab_size),
+            priority=request.priority,
+            tenant_id=request.tenant_id,
+            cache_salt=request.cache_salt,
+        )
+
+    def _make_stream(
+        self,
+        request: GenerateRequest,
+        *,
+        token_ids: list[int],
+        tokens: AsyncGenerator[TokenDelta],
+        meter: RequestMeter,
+    ) -> TextStream:
+        params = request.params
+        automaton = StopAutomaton(params.stop) if params.stop else None
+        is_special = self._tokenizer.is_special
+        at_start = params.skip_special_tokens and all(map(is_special, reversed(token_ids)))
+        answers = [
+            Answer(
+                self._tokenizer,
+                request_id=request.request_id,
+                index=index,
+                params=params,
+                automaton=automaton,
+                at_start=at_start,
+            )
+            for index in range(params.n)
+        ]
+        return TextStream(
+            tokens,
+            answers=answers,
+            num_prompt_tokens=len(token_ids),
+            meter=meter,
+            first=self._echo(request, token_ids) if request.echo else (),
+        )
+
+    def _echo(self, request: GenerateRequest, token_ids: list[int]) -> tuple[TextDelta, ...]:
+        prompt = request.prompt
+        skip = request.params.skip_special_tokens
+        text = (
+            prompt if isinstance(prompt, str) else self._tokenizer.decode(token_ids, skip_special_tokens=skip)
+        )
+        return tuple(
+            TextDelta(request_id=request.request_id, index=index, text=text)
+            for index in range(request.params.n)
+        )
+
+
+def _check_request(request: GenerateRequest, *, vocab_size: int) -> None:
+    """What can be refused before any text is touched."""
+    validate_sampling(request.params, vocab_size=vocab_size, allow_zero_max_tokens=request.echo)
+    if not request.echo:
+        return
+    if request.messages is not None:
+        raise InvalidParameterError("echo is True, it must be False with messages", param="echo")
+    if request.params.logprobs is not None:
+        raise InvalidParameterError(
+            "logprobs is set, it cannot be used with echo: the prompt's logprobs are not computed",
+            param="logprobs",
+        )
+
+
+async def _behind_barrier(stage: Awaitable[Result]) -> Result:
+    """Await a stage of one request; an unforeseen exception becomes that request's `GenerateError`."""
+    try:
+        return await stage
+    except PenstockError:
+        raise
+    except Exception:
+        logger.exception("the text stage of a request failed")
+        raise GenerateError("this request failed before it reached the model") from None
+
+
+async def _no_tokens(request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+    """The engine's part of a request that asks for no new token (`echo` with `max_tokens=0`)."""
+    for index in range(request.params.n):
+        yield TokenDelta(request.request_id, index, finish_reason=FinishReason.LENGTH)

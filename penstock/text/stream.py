@@ -1,0 +1,232 @@
+"""The stream of one request: reads the engine's tokens, yields text, and ends exactly once.
+
+`TextStream` is an async generator written as a class, for two reasons: closing a native generator that was
+never advanced runs none of its code, and a client may leave before the first token; and one layer less is
+paid per token. Made by `service` after the engine has accepted the request.
+"""
+
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Final
+
+from penstock.core import errors
+from penstock.core.errors import GenerateError, PenstockError
+from penstock.core.ids import ModelName
+from penstock.core.ports import Clock, EngineEvents, RequestRecord
+from penstock.core.text import FinishReason, GenerateRequest, TextDelta, Usage
+from penstock.core.tokens import ErrorInfo, RequestStats, TokenDelta
+from penstock.text.answer import Answer
+
+logger: Final = logging.getLogger(__name__)
+
+_NO_STATS: Final = RequestStats(0, 0, 0, 0.0, 0, 0.0, 0)
+
+
+def error_from_info(info: ErrorInfo) -> PenstockError:
+    """The exception that an engine's `ErrorInfo` describes; an unknown kind is a `GenerateError`."""
+    kind = getattr(errors, info.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, PenstockError)):
+        kind = GenerateError
+    return kind(info.message, code=info.code, param=info.param, retry_after_s=info.retry_after_s)
+
+
+class RequestMeter:
+    """Times and counts of one request; emits its telemetry record once."""
+
+    __slots__ = ("_clock", "_events", "_gap_start_s", "_is_done", "_model", "_request", "_start_s", "ttft_s")
+
+    def __init__(
+        self, request: GenerateRequest, *, model: ModelName, events: EngineEvents, clock: Clock
+    ) -> None:
+        self._request = request
+        self._model = model
+        self._events = events
+        self._clock = clock
+        self._start_s = request.arrival_s or clock.monotonic()
+        self._gap_start_s: dict[int, float] = {}
+        self._is_done = False
+        self.ttft_s: float | None = None
+
+    def on_tokens(self, index: int) -> None:
+        """Tokens of answer `index` arrived."""
+        now_s = self._clock.monotonic()
+        last_s = self._gap_start_s.get(index)
+        self._gap_start_s[index] = now_s
+        if last_s is not None:
+            self._events.on_token_gap(self._model, now_s - last_s)
+        elif self.ttft_s is None:
+            self.ttft_s = now_s - self._start_s
+
+    def done(
+        self,
+        reason: FinishReason,
+        *,
+        usage: Usage,
+        stats: RequestStats | None = None,
+        error_code: str | None = None,
+    ) -> None:
+        """Emit the record, unless that has happened."""
+        if self._is_done:
+            return
+        self._is_done = True
+        e2e_s = max(self._clock.monotonic() - self._start_s, 0.0)
+        known = stats or _NO_STATS
+        self._events.on_request(
+            RequestRecord(
+                request_id=self._request.request_id,
+                model=self._model,
+                tenant_id=self._request.tenant_id,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                completion_tokens=usage.completion_tokens,
+                finish_reason=reason,
+                error_code=error_code,
+                ttft_s=self.ttft_s,
+                e2e_s=e2e_s,
+                tokens_per_s=usage.completion_tokens / e2e_s if e2e_s else 0.0,
+                queue_wait_s=known.queue_wait_s,
+                batch_size=known.batch_size,
+                kv_usage=known.kv_usage,
+                num_preemptions=known.num_preemptions,
+            )
+        )
+
+
+class TextStream(AsyncGenerator[TextDelta, None]):
+    """Async generator of one request's `TextDelta`s; see `core.ports.ModelClient`.
+
+    ```
+    running --last answer ended--> ended (finished)
+    running --engine or text stage raised--> ended (failed, the error is raised once)
+    running --aclose, cancellation--> ended (cancelled)
+    ```
+    Every way into `ended` closes the engine's stream and emits one record.
+    """
+
+    def __init__(
+        self,
+        tokens: AsyncGenerator[TokenDelta],
+        *,
+        answers: list[Answer],
+        num_prompt_tokens: int,
+        meter: RequestMeter,
+        first: tuple[TextDelta, ...] = (),
+    ) -> None:
+        """Take over `tokens`; `first` goes out before anything else (the echo of the prompt)."""
+        self._tokens = tokens
+        self._answers = answers
+        self._num_open = len(answers)
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_cached_tokens = 0
+        self._meter = meter
+        self._ready = deque(first)
+        self._ended = False
+
+    async def __anext__(self) -> TextDelta:
+        """The next delta.
+
+        Raises:
+            StopAsyncIteration: after the last one.
+            EngineError: the request failed; it has ended.
+        """
+        while not self._ready:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                await self._advance()
+            except PenstockError as error:
+                await self._end(FinishReason.ERROR, error_code=error.code)
+                raise
+            except Exception:
+                await self._end(FinishReason.ERROR, error_code=GenerateError.default_code)
+                logger.exception("the text stage of a request failed")
+                raise GenerateError("this request failed while its text was made") from None
+            except BaseException:
+                await self._end(FinishReason.CANCELLED)
+                raise
+        return self._ready.popleft()
+
+    async def asend(self, value: None) -> TextDelta:  # noqa: ARG002  # the protocol's parameter
+        """Same as `__anext__`; nothing can be sent in."""
+        return await self.__anext__()
+
+    async def athrow(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> TextDelta:
+        """Close, then raise the given exception."""
+        await self.aclose()
+        if isinstance(typ, BaseException):
+            raise typ
+        error = val if isinstance(val, BaseException) else typ()
+        raise error.with_traceback(tb)
+
+    async def aclose(self) -> None:
+        """End the request; its engine work is cancelled. Safe at any time, any number of times."""
+        self._ready.clear()
+        await self._end(FinishReason.CANCELLED)
+
+    async def _advance(self) -> None:
+        """Take one `TokenDelta` from the engine."""
+        try:
+            delta = await self._tokens.__anext__()
+        except StopAsyncIteration:
+            raise GenerateError("the engine's answer ended early") from None
+        if delta.error is not None:
+            raise error_from_info(delta.error)
+        answer = self._answers[delta.index]
+        if answer.finish_reason is not None:
+            return
+        self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+        if delta.token_ids:
+            self._meter.on_tokens(delta.index)
+        text = answer.push(delta)
+        if text is None:
+            return
+        if text.finish_reason is not None:
+            text = await self._close_answer(text, stats=delta.stats)
+        self._ready.append(text)
+
+    async def _close_answer(self, delta: TextDelta, *, stats: RequestStats | None) -> TextDelta:
+        """Count an ended answer; the last one carries the usage and ends the stream."""
+        self._num_open -= 1
+        if self._num_open:
+            return delta
+        assert delta.finish_reason is not None
+        if stats is not None:
+            self._num_cached_tokens = max(self._num_cached_tokens, stats.num_cached_tokens)
+        usage = self._usage()
+        await self._end(delta.finish_reason, stats=stats)
+        return TextDelta(
+            request_id=delta.request_id,
+            index=delta.index,
+            text=delta.text,
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            usage=usage,
+        )
+
+    def _usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=sum(answer.num_tokens for answer in self._answers),
+            cached_tokens=self._num_cached_tokens,
+        )
+
+    async def _end(
+        self, reason: FinishReason, *, stats: RequestStats | None = None, error_code: str | None = None
+    ) -> None:
+        """Record the end and close the engine's stream; the second time nothing happens."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self._meter.done(reason, usage=self._usage(), stats=stats, error_code=error_code)
+        finally:
+            await self._tokens.aclose()

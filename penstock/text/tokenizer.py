@@ -1,0 +1,210 @@
+"""Text to token ids: a model folder's `tokenizer.json` with its special and end-of-sequence tokens.
+
+Ids are those of the Hugging Face stack for the same folder: the post-processor in `tokenizer.json` alone
+decides about BOS. Not the way back to text while streaming (`detokenizer`). Used by `service`; thread-safe.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import tokenizers
+
+from penstock.core.errors import CheckpointError, InvalidParameterError
+from penstock.text.model_files import read_bytes, read_object
+from penstock.text.token_table import LeadingSpace, TokenTable, make_token_table
+
+NAMED_SPECIAL_TOKENS: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """Encodes text and knows the bytes of every token."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """Wrap `backend`; its truncation and padding are switched off.
+
+        Args:
+            backend: a loaded tokenizer of the `tokenizers` library; this object owns it from now on.
+            special_tokens: `bos_token` and the like to their text, as chat templates see them.
+            eos_token_ids: tokens that end an answer, without repetition.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.eos_token_ids = eos_token_ids
+        self.table: TokenTable = make_token_table(backend)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> "Tokenizer":
+        """Load `tokenizer.json` and what belongs to it; runs no code of the folder.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or the tokenizer is of an unknown kind.
+        """
+        folder = Path(path)
+        backend = _load_backend(folder)
+        settings = read_object(folder / "tokenizer_config.json")
+        special_tokens = _named_special_tokens(folder, settings)
+        _add_missing_tokens(backend, settings=settings, special_tokens=special_tokens)
+        eos_token_ids = _eos_token_ids(folder, backend=backend, special_tokens=special_tokens)
+        return cls(backend, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the greatest token id, added tokens included."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def max_token_chars(self) -> int:
+        """Most characters that one token can take from a text; bounds the number of tokens from below."""
+        return max((len(token) for token in self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    def num_tokens_min(self, text: str) -> int:
+        """A lower bound on the tokens of `text`, without encoding it."""
+        return -(-len(text) // self.max_token_chars)
+
+    def is_special(self, token_id: int) -> bool:
+        """True for tokens that `skip_special_tokens` leaves out."""
+        return token_id in self.table.special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes that the token stands for; empty for an unknown id."""
+        return self.table.token_bytes(token_id)
+
+    def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+        """Token ids of `text`; releases the interpreter lock while it works.
+
+        Args:
+            text: any text; special tokens written in it become those tokens.
+            add_special_tokens: let the post-processor add BOS and the like.
+            param: the request field that an error names.
+
+        Raises:
+            InvalidParameterError: `text` holds a lone surrogate, which is not a character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(
+                f"{param} holds a lone surrogate at character {error.start}, it must be valid Unicode",
+                param=param,
+            ) from None
+        # Of the library's entries only the batch ones release the interpreter lock.
+        encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encodings[0].ids
+        return ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of a whole sequence: its bytes, broken ones as U+FFFD, then the leading-space rule."""
+        table = self.table
+        kept = [i for i in token_ids if not (skip_special_tokens and i in table.special_ids)]
+        pieces = [table.token_bytes(token_id) for token_id in kept]
+        if kept and table.leading_space is LeadingSpace.STRIP_FIRST_TOKEN:
+            pieces[0] = table.first_token_bytes(kept[0])
+        text = b"".join(pieces).decode("utf-8", "replace")
+        if table.leading_space is LeadingSpace.STRIP_ONE:
+            return text.removeprefix(" ")
+        return text
+
+
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"the model folder {folder.name!r} has no tokenizer.json, "
+            "other tokenizer formats are not supported"
+        )
+    raw = read_bytes(path)
+    try:
+        return tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # noqa: BLE001  # the library raises bare Exception
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(f"tokenizer.json is broken: {reason}") from None
+
+
+def _token_text(value: object) -> str | None:
+    """A special token is written as text or as an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _named_special_tokens(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
+    legacy = {} if "added_tokens_decoder" in settings else read_object(folder / "special_tokens_map.json")
+    named: dict[str, str] = {}
+    for key in NAMED_SPECIAL_TOKENS:
+        text = _token_text(legacy.get(key)) or _token_text(settings.get(key))
+        if text is not None:
+            named[key] = text
+    return named
+
+
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer,
+    *,
+    settings: Mapping[str, object],
+    special_tokens: Mapping[str, str],
+) -> None:
+    """Add what `tokenizer_config.json` names and `tokenizer.json` lacks, in the order of ids."""
+    decoder = settings.get("added_tokens_decoder")
+    entries = decoder if isinstance(decoder, dict) else {}
+    try:
+        ordered = sorted(entries.items(), key=lambda item: int(item[0]))
+        tokens = [tokenizers.AddedToken(**entry) for _, entry in ordered]
+    except (TypeError, ValueError):
+        raise CheckpointError("tokenizer_config.json: added_tokens_decoder is malformed") from None
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for token in tokens if token.content not in known])
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    listed = list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    names = [*special_tokens.values(), *(text for entry in listed if (text := _token_text(entry)))]
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    backend.add_special_tokens(
+        [
+            tokenizers.AddedToken(text, special=True, normalized=False)
+            for text in dict.fromkeys(names)
+            if text not in special
+        ]
+    )
+
+
+def _eos_token_ids(
+    folder: Path, *, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]
+) -> tuple[int, ...]:
+    """`generation_config.json` decides, else `config.json`; the tokenizer's own eos_token is always one."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_object(folder / name).get("eos_token_id")
+        if value is not None:
+            found = _checked_ids(value, name=name)
+            break
+    else:
+        found = []
+    named = special_tokens.get("eos_token")
+    own = None if named is None else backend.token_to_id(named)
+    return tuple(dict.fromkeys(found if own is None else [*found, own]))
+
+
+def _checked_ids(value: object, *, name: str) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise CheckpointError(
+                f"{name}: eos_token_id is {value!r}, it must be a token id or a list of them"
+            )
+    return list(ids)
