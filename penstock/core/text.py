@@ -91,6 +91,9 @@ class TextLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token_bytes: bytes
     logprob: float
     top: tuple["TextLogprob", ...] = ()
+    token_id: int = -1
+    rank: int = 0
+    """1 for the likeliest token."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
