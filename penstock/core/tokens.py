@@ -129,6 +129,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     num_cache_groups: int
+    cache_group_windows: tuple[int | None, ...] = ()
+    """Window of each cache group, None for full attention; empty means all full."""
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -1,0 +1,128 @@
+"""May this request enter at all? One pure function, the same on both sides of the process boundary.
+
+It refuses what can never fit, with the numbers; whether there is room now is the scheduler's affair. Called
+by `scheduler` in the engine process and by `engine/client` in the API process, which has only `EngineInfo`.
+"""
+
+import msgspec
+
+from penstock.core.errors import InvalidParameterError, QueueFullError
+from penstock.core.tokens import EngineInfo, EngineRequest
+from penstock.engine.kv.kv_manager import num_blocks_needed
+
+
+class AdmissionLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What bounds one request."""
+
+    max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+    windows: tuple[int | None, ...]
+    """Window of each cache group, None for full attention."""
+    vocab_size: int | None = None
+    """When known, prompt token ids are checked against it."""
+
+
+class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """The queue at this moment, and its limits."""
+
+    num_requests: int
+    num_tokens: int
+    max_num_requests: int
+    max_num_tokens: int
+
+
+def limits_from_info(info: EngineInfo) -> AdmissionLimits:
+    """The limits as the API side knows them."""
+    return AdmissionLimits(
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        windows=info.cache_group_windows or (None,) * info.num_cache_groups,
+        vocab_size=info.vocab_size,
+    )
+
+
+def num_blocks_max(request: EngineRequest, *, limits: AdmissionLimits) -> int:
+    """Most blocks that the request can hold at once; its last token is never computed."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    return num_blocks_needed(
+        num_prompt_tokens + max(0, request.max_tokens - 1),
+        num_shared_tokens=num_prompt_tokens,
+        n=request.params.n,
+        windows=limits.windows,
+        block_size=limits.block_size,
+    )
+
+
+def check_admissible(request: EngineRequest, *, limits: AdmissionLimits) -> None:
+    """Refuse a request that can never be served here.
+
+    Raises:
+        InvalidParameterError: names the field, its value and the limit.
+    """
+    _check_prompt(request, limits=limits)
+    _check_length(request, limits=limits)
+    if request.params.n > limits.max_num_seqs:
+        raise InvalidParameterError(
+            f"n is {request.params.n}, it must be at most max_num_seqs, which is {limits.max_num_seqs}",
+            param="n",
+        )
+    needed = num_blocks_max(request, limits=limits)
+    if needed > limits.num_blocks:
+        raise InvalidParameterError(
+            f"the request may need {needed} KV blocks (prompt of {len(request.prompt_token_ids)} tokens, "
+            f"max_tokens {request.max_tokens}, n {request.params.n}), the pool has {limits.num_blocks}; "
+            "ask for fewer tokens",
+            code="context_length_exceeded",
+            param="max_tokens",
+        )
+
+
+def _check_prompt(request: EngineRequest, *, limits: AdmissionLimits) -> None:
+    token_ids = request.prompt_token_ids
+    if not token_ids:
+        raise InvalidParameterError("the prompt has 0 tokens, it must have at least 1", param="prompt")
+    top = limits.vocab_size
+    least, most = min(token_ids), max(token_ids)
+    if least < 0 or (top is not None and most >= top):
+        bad = least if least < 0 else most
+        limit = "at least 0" if top is None else f"from 0 to {top - 1}"
+        raise InvalidParameterError(f"the prompt holds token id {bad}, ids must be {limit}", param="prompt")
+
+
+def _check_length(request: EngineRequest, *, limits: AdmissionLimits) -> None:
+    num_prompt_tokens = len(request.prompt_token_ids)
+    if request.params.max_tokens is None:
+        raise InvalidParameterError("max_tokens is None, the engine needs a number", param="max_tokens")
+    total = num_prompt_tokens + request.max_tokens
+    if total <= limits.max_model_len:
+        return
+    raise InvalidParameterError(
+        f"the prompt has {num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, together {total}; "
+        f"the limit is max_model_len, which is {limits.max_model_len}",
+        code="context_length_exceeded",
+        param="prompt" if num_prompt_tokens >= limits.max_model_len else "max_tokens",
+    )
+
+
+def check_queue(load: QueueLoad, *, num_prompt_tokens: int, retry_after_s: float) -> None:
+    """Refuse a request for which the queue has no place; an empty queue takes any prompt.
+
+    Raises:
+        QueueFullError: with `retry_after_s`.
+    """
+    if load.num_requests >= load.max_num_requests:
+        raise QueueFullError(
+            f"{load.num_requests} requests wait, the limit max_num_queued_reqs is {load.max_num_requests}",
+            retry_after_s=retry_after_s,
+        )
+    total = load.num_tokens + num_prompt_tokens
+    if load.num_requests and total > load.max_num_tokens:
+        raise QueueFullError(
+            f"{load.num_tokens} prompt tokens wait and {num_prompt_tokens} came, the limit "
+            f"max_num_queued_tokens is {load.max_num_tokens}",
+            retry_after_s=retry_after_s,
+        )

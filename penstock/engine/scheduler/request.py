@@ -1,0 +1,186 @@
+"""A request in the engine: a group of sequences that is admitted, preempted and ended as a whole.
+
+State only; the scheduler decides. The group's state:
+
+```
+              admit                         all answers ended
+  waiting ------------------> running -----------------------> finished
+   |  ^  |                     ^   |                              ^
+   |  |  |    preempt          |   |                              |
+   |  +--|---------------------|---+                              |
+   |     | admit with a load   | load ended                       |
+   |     +-----> waiting_kv ---+                                  |
+   |                 |                                            |
+   +-----------------+--------- abort, failure -------------------+
+```
+
+A sequence has no phases, only a gap to close (law 2):
+
+```
+ token_ids  [0 ........ num_computed) [num_computed .. + num_inflight) [ ........ num_tokens)
+             KV in the pool            in a step under way              still to schedule
+```
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from penstock.core.ids import SequenceId
+from penstock.core.text import FinishReason
+from penstock.core.tokens import EngineRequest, RequestStats
+from penstock.engine.kv.block_table import SequenceBlocks
+
+MASK_64: Final = (1 << 64) - 1
+
+
+class GroupState(enum.StrEnum):
+    """Where a request is; see the module for the transitions."""
+
+    WAITING = "waiting"
+    WAITING_KV = "waiting_kv"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+TRANSITIONS: Final = {
+    GroupState.WAITING: {GroupState.RUNNING, GroupState.WAITING_KV, GroupState.FINISHED},
+    GroupState.WAITING_KV: {GroupState.RUNNING, GroupState.FINISHED},
+    GroupState.RUNNING: {GroupState.WAITING, GroupState.FINISHED},
+    GroupState.FINISHED: set[GroupState](),
+}
+
+
+def derive_seed(seed: int, *, answer_idx: int) -> int:
+    """An independent 64-bit seed for one answer of a request.
+
+    **Source:** Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014 (splitmix64).
+    """
+    z = (seed + answer_idx + 0x9E3779B97F4A7C15) & MASK_64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return z ^ (z >> 31)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One answer of a request; see the module."""
+
+    seq_id: SequenceId
+    group: "SequenceGroup"
+    index: int
+    """Which answer, 0 to n - 1."""
+    seed: int
+    """64-bit seed of this answer's draws."""
+    token_ids: list[int]
+    """Prompt and answer; the request's own list until the sequence first runs."""
+    blocks: SequenceBlocks
+    num_computed_tokens: int = 0
+    num_inflight_tokens: int = 0
+    is_known_to_runner: bool = False
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known, prompt and answer."""
+        return len(self.token_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens of the answer."""
+        return len(self.token_ids) - self.group.num_prompt_tokens
+
+    @property
+    def next_position(self) -> int:
+        """First position that is neither computed nor under way."""
+        return self.num_computed_tokens + self.num_inflight_tokens
+
+    def own_tokens(self) -> None:
+        """Stop sharing the prompt's list, before the first token is appended."""
+        if self.token_ids is self.group.request.prompt_token_ids:
+            self.token_ids = list(self.token_ids)
+
+    def restart(self) -> None:
+        """Everything is to be computed again; the blocks have been freed."""
+        assert self.num_inflight_tokens == 0, "a sequence in flight cannot restart"
+        self.num_computed_tokens = 0
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SequenceGroup:
+    """One request: its answers, its place in the queue and what is told at its end."""
+
+    request: EngineRequest
+    arrival_idx: int
+    """Order of arrival in this engine; kept through preemptions."""
+    arrival_s: float
+    tier: int
+    """Priority as the policy sees it; lower is served first."""
+    num_blocks_max: int
+    """Most blocks it can ever hold at once."""
+    state: GroupState = GroupState.WAITING
+    sequences: list[Sequence] = field(default_factory=list)
+    live: list[Sequence] = field(default_factory=list)
+    """Answers that have not ended."""
+    is_forked: bool = False
+    """The prompt is computed and the live answers have tables of their own."""
+    is_closing: bool = False
+    """It has ended, but a step under way still uses its blocks."""
+    is_tainted: bool = False
+    """Its KV may hold NaN."""
+    num_preemptions: int = 0
+    num_deferrals: int = 0
+    """Steps in a row in which it waited for a prefix that another request was computing."""
+    num_deferred_blocks: int = 0
+    """Length of its prefix hit, in blocks, when it was last held back."""
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    first_scheduled_s: float | None = None
+    batch_size: int = 0
+    kv_usage: float = 0.0
+    reserved_blocks: int = 0
+    """Blocks set aside for it while it runs protected."""
+    transfer_id: int | None = None
+    """Load under way in `waiting_kv`."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def is_inflight(self) -> bool:
+        """True if a step under way computes one of its sequences."""
+        return any(seq.num_inflight_tokens for seq in self.sequences)
+
+    @property
+    def needs_fork(self) -> bool:
+        """True if one sequence computes the prompt for several."""
+        return not self.is_forked and len(self.live) > 1
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Answers that may be scheduled: all, or the one that computes the prompt for them."""
+        return self.live[:1] if self.needs_fork else self.live
+
+    def target(self, seq: Sequence) -> int:
+        """Number of tokens to compute before something else must happen to `seq`."""
+        return self.num_prompt_tokens if self.needs_fork else len(seq.token_ids)
+
+    def move_to(self, state: GroupState) -> None:
+        """Change state; anything but a drawn arrow is our bug."""
+        assert state in TRANSITIONS[self.state], f"{self.state} to {state} is not a legal transition"
+        self.state = state
+
+    def stats(self, *, now_s: float) -> RequestStats:
+        """What is told with the last delta."""
+        started_s = now_s if self.first_scheduled_s is None else self.first_scheduled_s
+        return RequestStats(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            queue_wait_s=started_s - self.arrival_s,
+            batch_size=self.batch_size,
+            kv_usage=self.kv_usage,
+            num_preemptions=self.num_preemptions,
+        )

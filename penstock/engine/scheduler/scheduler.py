@@ -1,0 +1,652 @@
+"""The scheduler: which sequences compute how many tokens in the next step, and what came of the last.
+
+It owns the life of every request in the engine: queue, running set, preemption, forks, endings. It does no
+I/O, runs no model and knows no text. Called by `engine/core`:
+
+    plan = scheduler.schedule()
+    result = runner.collect(runner.launch(plan))
+    output = scheduler.apply(plan, result)
+
+`schedule` may be called again before `apply`: what is in flight is neither scheduled twice nor freed.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from penstock.core.errors import InvalidParameterError
+from penstock.core.ids import RequestId, SequenceId
+from penstock.core.ports import Clock, Rng
+from penstock.core.text import FinishReason
+from penstock.core.tokens import EngineRequest, RequestReport, StepStats, TokenDelta
+from penstock.engine.config import SchedulerConfig
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.kv.prefix_tree import PrefixMatch
+from penstock.engine.scheduler.admission import (
+    AdmissionLimits,
+    QueueLoad,
+    check_admissible,
+    check_queue,
+    num_blocks_max,
+)
+from penstock.engine.scheduler.answer import (
+    Ending,
+    closing_delta,
+    failure_delta,
+    judge_token,
+    token_delta,
+)
+from penstock.engine.scheduler.cost import CostModel, StepLoad
+from penstock.engine.scheduler.plan import (
+    BlockCopy,
+    NewSequence,
+    SampledToken,
+    SampleSpec,
+    SequenceFailure,
+    StepPlan,
+    StepResult,
+)
+from penstock.engine.scheduler.policy import make_policy
+from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup, derive_seed
+from penstock.engine.scheduler.step_draft import PrefixPlace, StepDraft, new_sequence
+
+MAX_DEFERRALS: Final = 16
+"""A request waits for a prefix under computation at most so many steps in a row without gaining from it."""
+MAX_REPORTS: Final = 10_000
+MAX_RETRY_AFTER_S: Final = 60.0
+MIN_STEPS_WAITED: Final = 1.0
+
+
+NUMERICAL_ERROR: Final = "numerical_error"
+"""`SequenceFailure.code` of NaN logits: the only one after which the KV itself is bad."""
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """Counters of one step, gathered by `schedule` and `apply`."""
+
+    num_tokens: int = 0
+    num_kv_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_preemptions: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step gave to the world."""
+
+    deltas: list[TokenDelta]
+    stats: StepStats
+
+
+class Scheduler:
+    """See the module. Not thread-safe: one step loop owns it."""
+
+    def __init__(self, config: SchedulerConfig, *, kv: KvManager, clock: Clock, rng: Rng) -> None:
+        self._config = config
+        self._kv = kv
+        self._clock = clock
+        self._rng = rng
+        self._policy = make_policy(config.policy)
+        self.cost = CostModel()
+        self._limits = AdmissionLimits(
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            num_blocks=kv.pool.num_blocks,
+            block_size=kv.block_size,
+            windows=kv.windows,
+        )
+        self._groups: dict[RequestId, SequenceGroup] = {}
+        self._running: dict[RequestId, SequenceGroup] = {}
+        self._closing: list[SequenceGroup] = []
+        self._sequences: dict[SequenceId, Sequence] = {}
+        self._deltas: list[TokenDelta] = []
+        self._finished_seq_ids: list[SequenceId] = []
+        self._num_arrivals = 0
+        self._last_seq_id = 0
+        self._last_step_id = 0
+        self._num_running_seqs = 0
+        self._num_reserved_blocks = 0
+        self._num_waiting_tokens = 0
+        self._counts = StepCounts()
+
+    # -- requests in and out -------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """True while any accepted request has not ended, or a delta has not been taken."""
+        return bool(self._groups or self._closing or self._deltas)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not running."""
+        return len(self._groups) - len(self._running)
+
+    def add(self, request: EngineRequest) -> None:
+        """Accept a request; from here on it ends in exactly one terminal delta.
+
+        Raises:
+            InvalidParameterError: it can never be served; the message says why, with the numbers.
+            QueueFullError: the queue is at its limit; `retry_after_s` is the predicted wait.
+        """
+        if request.request_id in self._groups:
+            raise InvalidParameterError(f"request_id {request.request_id!r} is in use", param="request_id")
+        check_admissible(request, limits=self._limits)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        check_queue(
+            self._queue_load(),
+            num_prompt_tokens=num_prompt_tokens,
+            retry_after_s=self.predicted_wait_s(num_prompt_tokens),
+        )
+        group = self._make_group(request)
+        self._groups[request.request_id] = group
+        self._num_waiting_tokens += num_prompt_tokens
+        self._policy.add(group)
+        if request.max_tokens == 0:
+            self._close_answers(group, FinishReason.LENGTH)
+            self._end(group)
+
+    def _queue_load(self) -> QueueLoad:
+        # Requests that find a free seat leave the queue with the next step: they do not count.
+        num_seats = self._config.max_num_seqs - self._num_running_seqs
+        return QueueLoad(
+            num_requests=max(0, self.num_waiting - max(0, num_seats)),
+            num_tokens=self._num_waiting_tokens,
+            max_num_requests=self._config.max_num_queued_reqs,
+            max_num_tokens=self._config.max_num_queued_tokens,
+        )
+
+    def predicted_wait_s(self, num_prompt_tokens: int) -> float:
+        """Seconds until a request that came now would be scheduled, 1 to 60, by the cost model."""
+        num_tokens = self._num_waiting_tokens + num_prompt_tokens
+        num_steps = max(MIN_STEPS_WAITED, num_tokens / self._config.max_num_batched_tokens)
+        load = StepLoad(self._config.max_num_batched_tokens, max(1, self._num_running_seqs), num_tokens)
+        return min(MAX_RETRY_AFTER_S, max(1.0, num_steps * self.cost.predict(load)))
+
+    def _make_group(self, request: EngineRequest) -> SequenceGroup:
+        group = SequenceGroup(
+            request=request,
+            arrival_idx=self._num_arrivals,
+            arrival_s=self._clock.monotonic(),
+            tier=self._policy.tier_of(int(request.priority)),
+            num_blocks_max=num_blocks_max(request, limits=self._limits),
+        )
+        self._num_arrivals += 1
+        seed = self._rng.getrandbits(64) if request.params.seed is None else request.params.seed
+        group.sequences = [self._make_sequence(group, index, seed) for index in range(request.params.n)]
+        group.live = list(group.sequences)
+        return group
+
+    def _make_sequence(self, group: SequenceGroup, index: int, seed: int) -> Sequence:
+        request = group.request
+        self._last_seq_id += 1
+        blocks = self._kv.new_sequence(
+            adapter_revision=request.adapter_revision,
+            tenant_id=request.tenant_id,
+            cache_salt=request.cache_salt,
+        )
+        seq = Sequence(
+            seq_id=SequenceId(self._last_seq_id),
+            group=group,
+            index=index,
+            seed=derive_seed(seed, answer_idx=index),
+            token_ids=request.prompt_token_ids,
+            blocks=blocks,
+        )
+        self._sequences[seq.seq_id] = seq
+        return seq
+
+    def abort(self, request_id: RequestId) -> None:
+        """End a request now; its answers get `FinishReason.CANCELLED` deltas (`take_deltas`, or the next
+        `apply`). Blocks are freed at once, or by `apply` if a step under way uses them. Unknown ids and
+        requests that have ended are ignored.
+        """
+        group = self._groups.get(request_id)
+        if group is not None:
+            self._close_answers(group, FinishReason.CANCELLED)
+            self._end(group)
+
+    def take_deltas(self) -> list[TokenDelta]:
+        """Deltas made outside a step (cancelled, asked for no token); clears the list."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _close_answers(self, group: SequenceGroup, reason: FinishReason) -> None:
+        live = list(group.live)
+        for seq in live:
+            stats = group.stats(now_s=self._clock.monotonic()) if seq is live[-1] else None
+            self._deltas.append(closing_delta(seq, reason, stats=stats))
+            seq.finish_reason = reason
+
+    # -- planning a step -----------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step: running decodes, then running prefills, then waiting requests.
+
+        Returns:
+            The plan; without sequences if nothing can be computed now. Block tables are the live lists.
+        """
+        draft = StepDraft(num_tokens_left=self._config.max_num_batched_tokens)
+        self._counts = StepCounts()
+        prefills = self._schedule_decodes(draft)
+        self._limit_chunks(draft)
+        self._schedule_prefills(draft, prefills)
+        self._admit(draft)
+        return self._finish_plan(draft)
+
+    def _schedule_decodes(self, draft: StepDraft) -> list[Sequence]:
+        """Give each decode its token; returns the sequences that have more than that to compute."""
+        prefills = []
+        for group in list(self._running.values()):
+            for seq in group.active:
+                gap = group.target(seq) - seq.next_position
+                if gap > 1 or (gap == 1 and seq.num_outputs == 0):
+                    prefills.append(seq)
+                elif gap == 1 and group.state is GroupState.RUNNING:
+                    draft.num_decodes += self._place(draft, seq, num_tokens=1)
+        return prefills
+
+    def _limit_chunks(self, draft: StepDraft) -> None:
+        """With decodes in the step, cut the budget to what ends within the target; one block at least."""
+        if not draft.num_decodes:
+            return
+        budget = self.cost.token_budget(
+            target_s=self._config.step_time_target_ms / 1000,
+            num_seqs=draft.num_decodes + 1,
+            num_kv_tokens=draft.num_kv_tokens,
+        )
+        num_tokens = max(self._kv.block_size, min(draft.num_tokens_left, budget - draft.num_decodes))
+        draft.num_tokens_left = min(draft.num_tokens_left, int(num_tokens))
+
+    def _schedule_prefills(self, draft: StepDraft, prefills: list[Sequence]) -> None:
+        prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
+        for seq in prefills:
+            if draft.num_tokens_left <= 0:
+                return
+            if seq.group.state is GroupState.RUNNING:
+                gap = seq.group.target(seq) - seq.next_position
+                self._place(draft, seq, num_tokens=min(gap, draft.num_tokens_left))
+
+    def _place(self, draft: StepDraft, seq: Sequence, *, num_tokens: int) -> int:
+        """Put up to `num_tokens` of `seq` into the step, preempting if there is no block at all."""
+        start = seq.next_position
+        self._kv.free_behind_window(seq.blocks, num_computed_tokens=seq.num_computed_tokens)
+        num_fit = self._kv.num_tokens_allocatable(seq.blocks, start=start, num_tokens=num_tokens)
+        while num_fit <= 0:
+            if not self._make_room(draft, seq.group):
+                return 0
+            num_fit = self._kv.num_tokens_allocatable(seq.blocks, start=start, num_tokens=num_tokens)
+        self._kv.allocate(seq.blocks, start=start, end=start + num_fit)
+        draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
+        place = self._next_place(seq) if num_tokens > 1 else None
+        if place is not None:
+            draft.being_computed.add(place)
+        return num_fit
+
+    def _samples(self, seq: Sequence, *, end: int) -> tuple[SampleSpec, ...]:
+        group = seq.group
+        if end < group.target(seq):
+            return ()
+        if not group.needs_fork:
+            return (SampleSpec(seq.seq_id, seq.num_outputs),)
+        # After a preemption the prompt is computed once more for all, but each has a next token already.
+        return tuple(SampleSpec(each.seq_id, 0) for each in group.live if each.num_outputs == 0)
+
+    def _next_place(self, seq: Sequence) -> PrefixPlace | None:
+        """Where the block that `seq` fills next will be in the tree; None if it is not all known."""
+        blocks = seq.blocks
+        num_blocks = blocks.num_tree_blocks + 1
+        if not blocks.can_cache or num_blocks * self._kv.block_size > seq.num_tokens:
+            return None
+        blocks.extend_keys(seq.token_ids, num_blocks=num_blocks, block_size=self._kv.block_size)
+        return (blocks.node or blocks.namespace, blocks.keys[num_blocks - 1])
+
+    # -- preemption ----------------------------------------------------------------------------------------
+
+    def _is_protected(self, group: SequenceGroup) -> bool:
+        return group.num_preemptions >= self._config.max_preemptions
+
+    def _worst_running(self) -> SequenceGroup | None:
+        """Lowest tier, then newest, of those that may be preempted: not protected, not in flight."""
+        worst: SequenceGroup | None = None
+        for group in self._running.values():
+            if group.state is not GroupState.RUNNING or self._is_protected(group) or group.is_inflight:
+                continue
+            if worst is None or (group.tier, group.arrival_idx) > (worst.tier, worst.arrival_idx):
+                worst = group
+        return worst
+
+    def _make_room(self, draft: StepDraft, group: SequenceGroup) -> bool:
+        """Preempt somebody for `group`; False if `group` itself had to go or has to wait.
+
+        A protected group never waits for long: what protected groups may need together fits the pool.
+        """
+        victim = self._worst_running()
+        if victim is None:
+            return False
+        self._preempt(draft, victim)
+        return victim is not group
+
+    def _preempt(self, draft: StepDraft, group: SequenceGroup) -> None:
+        """Free all that a running group holds and let it wait at its old place; it is recomputed later."""
+        for seq in group.live:
+            if draft.remove(seq):
+                self._kv.drop_copies_to(seq.blocks)
+            self._kv.free(seq.blocks)
+            seq.restart()
+        group.is_forked = False
+        group.num_preemptions += 1
+        self._counts.num_preemptions += 1
+        self._leave_running(group)
+        group.move_to(GroupState.WAITING)
+        self._num_waiting_tokens += group.num_prompt_tokens
+        self._policy.push(group)
+
+    def _leave_running(self, group: SequenceGroup) -> None:
+        del self._running[group.request.request_id]
+        self._num_running_seqs -= len(group.live)
+        self._num_reserved_blocks -= group.reserved_blocks
+        group.reserved_blocks = 0
+
+    # -- admission to the running set ----------------------------------------------------------------------
+
+    def _admit(self, draft: StepDraft) -> None:
+        """Start waiting groups in the policy's order until tokens, seats or blocks run out.
+
+        A group whose next block a running one computes in this very step is held back: one step later it
+        finds that block in the tree. It keeps its place; only such groups are passed over.
+        """
+        held_back: list[SequenceGroup] = []
+        while draft.num_tokens_left > 0 and len(held_back) < self._config.max_num_seqs:
+            group = self._policy.pop()
+            if group is None:
+                break
+            match = self._kv.match(group.live[0].blocks, group.live[0].token_ids)
+            if self._is_held_back(draft, group, match):
+                held_back.append(group)
+            elif self._find_room(draft, group, match):
+                self._start(draft, group, match)
+            else:
+                held_back.append(group)
+                break
+        for group in held_back:
+            self._policy.push(group)
+
+    def _is_held_back(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
+        blocks = group.live[0].blocks
+        if match.num_blocks >= (group.live[0].num_tokens - 1) // self._kv.block_size:
+            return False
+        parent = match.path[-1] if match.path else blocks.namespace
+        if not blocks.keys or (parent, blocks.keys[match.num_blocks]) not in draft.being_computed:
+            return False
+        if match.num_blocks > group.num_deferred_blocks:
+            group.num_deferred_blocks, group.num_deferrals = match.num_blocks, 0
+        group.num_deferrals += 1
+        return group.num_deferrals <= MAX_DEFERRALS
+
+    def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
+        """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""
+        while not self._has_room(group, match):
+            victim = self._worst_running()
+            if victim is None or victim.tier <= group.tier:
+                return False
+            self._preempt(draft, victim)
+        return True
+
+    def _has_room(self, group: SequenceGroup, match: PrefixMatch) -> bool:
+        if self._num_running_seqs + len(group.live) > self._config.max_num_seqs:
+            return False
+        num_blocks = self._kv.pool.num_blocks
+        if self._is_protected(group) and self._num_reserved_blocks + group.num_blocks_max > num_blocks:
+            return False
+        num_known = max(seq.num_tokens for seq in group.live)
+        needed = self._kv.num_blocks_needed(
+            num_known, num_shared_tokens=group.num_prompt_tokens, n=len(group.live)
+        )
+        return self._kv.num_missing(match, num_needed=needed) <= self._kv.num_available - self._num_promised()
+
+    def _num_promised(self) -> int:
+        """Blocks that running groups will take for tokens already known, and one more for each sequence."""
+        return sum(
+            self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + 1)
+            for group in self._running.values()
+            for seq in group.active
+        )
+
+    def _start(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> None:
+        leader = group.live[0]
+        num_hit = self._kv.acquire(leader.blocks, match)
+        leader.num_computed_tokens = num_hit
+        for seq in group.live:
+            seq.own_tokens()
+        self._count_start(draft, group, num_hit=num_hit)
+        group.move_to(GroupState.RUNNING)
+        self._running[group.request.request_id] = group
+        self._num_running_seqs += len(group.live)
+        self._num_waiting_tokens -= group.num_prompt_tokens
+        if self._is_protected(group):
+            group.reserved_blocks = group.num_blocks_max
+            self._num_reserved_blocks += group.reserved_blocks
+        gap = group.target(leader) - leader.next_position
+        self._place(draft, leader, num_tokens=min(gap, draft.num_tokens_left))
+
+    def _count_start(self, draft: StepDraft, group: SequenceGroup, *, num_hit: int) -> None:
+        self._counts.num_prefix_query_tokens += group.live[0].num_tokens
+        self._counts.num_prefix_hit_tokens += num_hit
+        if group.first_scheduled_s is not None:
+            return
+        group.first_scheduled_s = self._clock.monotonic()
+        group.num_cached_tokens = num_hit
+        draft.started.append(group)
+        self._policy.charge(group, num_prompt_tokens=group.num_prompt_tokens - num_hit)
+
+    def _finish_plan(self, draft: StepDraft) -> StepPlan:
+        self._last_step_id += 1
+        if not draft.scheduled:
+            return StepPlan(step_id=self._last_step_id, sequences=[])
+        kv = self._kv.stats()
+        for group in draft.started:
+            group.batch_size = len(draft.scheduled)
+            group.kv_usage = kv.num_owned / kv.num_blocks
+        finished, self._finished_seq_ids = self._finished_seq_ids, []
+        return StepPlan(
+            step_id=self._last_step_id,
+            sequences=list(draft.scheduled.values()),
+            new_sequences=self._mark_inflight(draft),
+            finished_seq_ids=finished,
+            block_copies=[BlockCopy(copy.src, copy.dst) for copy in self._kv.take_copies()],
+            blocks_to_zero=self._kv.take_blocks_to_zero(),
+        )
+
+    def _mark_inflight(self, draft: StepDraft) -> list[NewSequence]:
+        """The step is under way from here on; returns the sequences that the runner has not met."""
+        unknown = []
+        for seq_id, entry in draft.scheduled.items():
+            seq = self._sequences[seq_id]
+            seq.num_inflight_tokens += len(entry.token_ids)
+            met = [seq, *(self._sequences[spec.seq_id] for spec in entry.samples if spec.seq_id != seq_id)]
+            for each in met:
+                if not each.is_known_to_runner:
+                    each.is_known_to_runner = True
+                    unknown.append(new_sequence(each))
+        return unknown
+
+    # -- the outcome of a step -----------------------------------------------------------------------------
+
+    def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
+        """Take in what a step produced: tokens, endings, failures, full blocks.
+
+        Returns:
+            The deltas of the step (and those made since the last one), and its figures.
+        """
+        failures = {failure.seq_id: failure for failure in result.failures}
+        counts = self._advance(plan, failures)
+        self._end_failed(failures)
+        for entry in plan.sequences:
+            self._settle_blocks(self._sequences.get(entry.seq_id))
+        for sampled in result.tokens:
+            counts.num_generated_tokens += self._take_token(sampled)
+        self._free_closed()
+        self.cost.observe(
+            StepLoad(counts.num_tokens, len(plan.sequences), counts.num_kv_tokens),
+            step_time_s=result.step_time_s,
+        )
+        return StepOutput(deltas=self.take_deltas(), stats=self._stats(plan, result, counts))
+
+    def _advance(self, plan: StepPlan, failures: dict[SequenceId, SequenceFailure]) -> "StepCounts":
+        """Move what the step computed from in flight to computed."""
+        counts = self._counts
+        for entry in plan.sequences:
+            seq = self._sequences[entry.seq_id]
+            num_tokens = len(entry.token_ids)
+            counts.num_tokens += num_tokens
+            counts.num_kv_tokens += entry.start + num_tokens
+            if num_tokens > 1 or seq.num_outputs == 0:
+                counts.num_prompt_tokens += num_tokens
+            seq.num_inflight_tokens -= num_tokens
+            if entry.seq_id not in failures:
+                seq.num_computed_tokens += num_tokens
+        return counts
+
+    def _end_failed(self, failures: dict[SequenceId, SequenceFailure]) -> None:
+        for failure in failures.values():
+            seq = self._sequences.get(failure.seq_id)
+            if seq is None or seq.finish_reason is not None:
+                continue
+            group = seq.group
+            self._deltas.append(failure_delta(group, failure, index=seq.index))
+            for each in group.live:
+                each.finish_reason = FinishReason.ERROR
+            group.is_tainted = failure.code == NUMERICAL_ERROR
+            self._end(group)
+
+    def _settle_blocks(self, seq: Sequence | None) -> None:
+        """Enter full blocks into the tree, and fork once the prompt is computed."""
+        if seq is None or seq.finish_reason is not None:
+            return
+        group = seq.group
+        self._kv.cache_full_blocks(seq.blocks, seq.token_ids, num_computed_tokens=seq.num_computed_tokens)
+        if group.needs_fork and seq.num_computed_tokens == group.num_prompt_tokens:
+            self._fork(group)
+
+    def _fork(self, group: SequenceGroup) -> None:
+        leader = group.live[0]
+        for seq in group.live[1:]:
+            seq.blocks = self._kv.fork(leader.blocks)
+            seq.num_computed_tokens = group.num_prompt_tokens
+        group.is_forked = True
+
+    def _take_token(self, sampled: SampledToken) -> int:
+        """Append a token to its answer, or end the answer; returns how many tokens the answer gained."""
+        seq = self._sequences.get(sampled.seq_id)
+        if seq is None or seq.finish_reason is not None:
+            return 0
+        group = seq.group
+        ending = judge_token(seq, sampled.token_id, max_model_len=self._config.max_model_len)
+        if ending.keeps_token:
+            seq.token_ids.append(sampled.token_id)
+            group.num_generated_tokens += 1
+            self._policy.charge(group, num_output_tokens=1)
+        is_last = ending.finish_reason is not None and len(group.live) == 1
+        stats = group.stats(now_s=self._clock.monotonic()) if is_last else None
+        self._deltas.append(token_delta(seq, sampled, ending, stats=stats))
+        if ending.finish_reason is not None:
+            self._end_answer(seq, ending)
+        return int(ending.keeps_token)
+
+    def _end_answer(self, seq: Sequence, ending: Ending) -> None:
+        """One answer is over; the request with it if it was the last."""
+        group = seq.group
+        seq.finish_reason = ending.finish_reason
+        if len(group.live) == 1:
+            self._end(group)
+            return
+        group.live.remove(seq)
+        self._num_running_seqs -= 1
+        self._forget(seq)
+
+    def _end(self, group: SequenceGroup) -> None:
+        """The request is over: free all now, or once the step under way is done."""
+        if group.state is GroupState.RUNNING:
+            self._leave_running(group)
+        else:
+            self._policy.remove(group)
+            self._num_waiting_tokens -= group.num_prompt_tokens
+        group.move_to(GroupState.FINISHED)
+        del self._groups[group.request.request_id]
+        self._policy.end(group)
+        self._closing.append(group)
+        self._free_closed()
+
+    def _free_closed(self) -> None:
+        if not self._closing:
+            return
+        still_used = [group for group in self._closing if group.is_inflight]
+        for group in self._closing:
+            if not group.is_inflight:
+                for seq in group.live:
+                    self._forget(seq)
+                group.live.clear()
+        self._closing = still_used
+
+    def _forget(self, seq: Sequence) -> None:
+        self._kv.free(seq.blocks, taint=seq.group.is_tainted)
+        del self._sequences[seq.seq_id]
+        if seq.is_known_to_runner:
+            self._finished_seq_ids.append(seq.seq_id)
+
+    # -- figures -------------------------------------------------------------------------------------------
+
+    def _stats(self, plan: StepPlan, result: StepResult, counts: "StepCounts") -> StepStats:
+        kv = self._kv.stats()
+        num_slots_owned = kv.num_owned * self._kv.block_size
+        return StepStats(
+            step_time_s=result.step_time_s,
+            num_seqs=len(plan.sequences),
+            num_batched_tokens=counts.num_tokens,
+            num_prompt_tokens=counts.num_prompt_tokens,
+            num_generated_tokens=counts.num_generated_tokens,
+            num_prefix_query_tokens=counts.num_prefix_query_tokens,
+            num_prefix_hit_tokens=counts.num_prefix_hit_tokens,
+            num_preemptions=counts.num_preemptions,
+            num_running=self._num_running_seqs,
+            num_waiting=self.num_waiting,
+            num_waiting_tokens=self._num_waiting_tokens,
+            num_blocks=kv.num_blocks,
+            num_blocks_free=kv.num_free,
+            num_blocks_cached=kv.num_cached,
+            num_blocks_owned=kv.num_owned,
+            num_slots_owned=num_slots_owned,
+            num_slots_used=num_slots_owned - self._num_unused_slots(),
+        )
+
+    def _num_unused_slots(self) -> int:
+        """Slots in owned blocks without a token yet; a partial block shared by forks counts once."""
+        unused: dict[int, int] = {}
+        for group in self._running.values():
+            for seq in group.active:
+                self._kv.add_unused_slots(unused, seq.blocks, num_computed_tokens=seq.num_computed_tokens)
+        return sum(unused.values())
+
+    def reports(self) -> list[RequestReport]:
+        """Every request in the engine, oldest first, at most 10,000; never its text."""
+        now_s = self._clock.monotonic()
+        groups = list(self._groups.values())[:MAX_REPORTS]
+        return [self._report(group, now_s=now_s) for group in groups]
+
+    def _report(self, group: SequenceGroup, *, now_s: float) -> RequestReport:
+        return RequestReport(
+            request_id=group.request.request_id,
+            tenant_id=group.request.tenant_id,
+            priority=int(group.request.priority),
+            state=group.state.value,
+            num_prompt_tokens=group.num_prompt_tokens,
+            num_computed_tokens=sum(seq.num_computed_tokens for seq in group.live),
+            num_generated_tokens=group.num_generated_tokens,
+            num_blocks=sum(seq.blocks.num_held_blocks for seq in group.live),
+            num_preemptions=group.num_preemptions,
+            age_s=now_s - group.arrival_s,
+        )
