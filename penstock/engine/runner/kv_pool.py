@@ -1,0 +1,96 @@
+"""The KV memory: one allocation, cut into blocks; a block holds `num_slabs` layers of keys and values.
+
+It moves and clears bytes; who owns a block is `engine/kv`'s to know. The runner calls it.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from penstock.engine.kv.cache_groups import CacheLayout
+from penstock.engine.scheduler.plan import BlockCopy
+from penstock.kernels.batch import KvSlab
+
+KEYS_AND_VALUES: Final = 2
+
+
+def bytes_per_block(
+    layout: CacheLayout, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one block: keys and values of `num_slabs` layers for `block_size` tokens."""
+    per_layer = KEYS_AND_VALUES * block_size * num_kv_heads * head_dim * dtype.itemsize
+    return layout.num_slabs * per_layer
+
+
+def _lazy_zeros(shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the kernel hands out at first touch (`torch.zeros` would write every byte now)."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(*shape)
+
+
+class KvPool:
+    """Keys and values of every block.
+
+    The storage is `[num_slabs, 2, num_blocks + 1, block_size, num_kv_heads, head_dim]`, so that a block is
+    copied or cleared in all layers by one operation, while a slab's keys (or values) lie in one piece. The
+    last block belongs to no sequence: it is the runner's scratch.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Reserve the memory; its pages are touched when blocks are written.
+
+        Args:
+            layout: how layers share blocks.
+            num_blocks: blocks that the scheduler may hand out, ids 0 to `num_blocks - 1`.
+            block_size: token slots in a block.
+            num_kv_heads: heads of keys and values in one layer.
+            head_dim: numbers in one head.
+            dtype: the model's.
+        """
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.scratch_block = num_blocks
+        shape = (layout.num_slabs, KEYS_AND_VALUES, num_blocks + 1, block_size, num_kv_heads, head_dim)
+        self._storage = _lazy_zeros(shape, dtype=dtype)
+        self.bytes_per_block = self._storage.nbytes // (num_blocks + 1)
+        self.slabs = tuple(KvSlab(keys=slab[0], values=slab[1]) for slab in self._storage)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks that the scheduler may hand out."""
+        return self.num_blocks * self.bytes_per_block
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""
+        if copies:
+            src = torch.tensor([copy.src for copy in copies])
+            dst = torch.tensor([copy.dst for copy in copies])
+            self._storage[:, :, dst] = self._storage[:, :, src]
+
+    def zero_blocks(self, block_ids: Sequence[int]) -> None:
+        """Clear blocks in all layers: NaN times a weight of zero would still be NaN."""
+        if block_ids:
+            self._storage[:, :, torch.tensor(block_ids)] = 0
+
+
+def layer_slabs(layout: CacheLayout, *, slabs: Sequence[KvSlab]) -> tuple[KvSlab, ...]:
+    """For each model layer its keys and values: layer j of a group uses slab j."""
+    by_layer = {layer: slabs[j] for group in layout.groups for j, layer in enumerate(group.layers)}
+    return tuple(by_layer[layer] for layer in sorted(by_layer))
+
+
+def layer_groups(layout: CacheLayout) -> tuple[int, ...]:
+    """For each model layer the index of its cache group."""
+    by_layer = {layer: idx for idx, group in enumerate(layout.groups) for layer in group.layers}
+    return tuple(by_layer[layer] for layer in sorted(by_layer))

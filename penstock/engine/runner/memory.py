@@ -1,0 +1,70 @@
+"""What this machine and this process have of memory, read from the kernel's own files.
+
+Nothing is allocated or limited here. `kv_budget` asks how much is free, `engine/core` how much is used.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+PROC: Final = Path("/proc")
+CGROUP: Final = Path("/sys/fs/cgroup")
+KIB: Final = 1024
+
+
+def process_rss_bytes(*, proc: Path = PROC) -> int:
+    """Bytes of physical memory that this process holds; 0 where the kernel does not tell."""
+    try:
+        resident_pages = int((proc / "self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory_bytes(*, proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
+    """Bytes that could be allocated now without swapping, or None where the kernel does not tell.
+
+    The smaller of the machine's `MemAvailable` and what the control group of a container leaves (cgroup v2,
+    or v1's memory controller).
+    """
+    found = [_mem_available(proc / "meminfo"), *_cgroup_room(cgroup, proc=proc)]
+    return min((value for value in found if value is not None), default=None)
+
+
+def _mem_available(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * KIB
+    return None
+
+
+def _cgroup_room(cgroup: Path, *, proc: Path) -> list[int | None]:
+    """Limit minus use for this process's group and every group above it: each of them binds."""
+    own = _cgroup_path(proc / "self/cgroup")
+    folders = [cgroup / own, *(cgroup / parent for parent in own.parents)]
+    rooms = [_room(folder / "memory.max", folder / "memory.current") for folder in folders]
+    old = cgroup / "memory"
+    rooms.append(_room(old / "memory.limit_in_bytes", old / "memory.usage_in_bytes"))
+    return rooms
+
+
+def _cgroup_path(listing: Path) -> Path:
+    try:
+        lines = listing.read_text().splitlines()
+    except OSError:
+        return Path()
+    for line in lines:
+        if line.startswith("0::/"):
+            return Path(line.removeprefix("0::/"))
+    return Path()
+
+
+def _room(limit: Path, used: Path) -> int | None:
+    try:
+        return max(0, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no such group, or the limit is the word `max`
+        return None

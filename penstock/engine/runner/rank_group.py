@@ -1,0 +1,79 @@
+"""The ranks that compute together: the plan is broadcast to all, rank 0 answers.
+
+The seam for tensor parallelism: `engine/core` knows a `RankGroup` and never how many processes it is.
+`LocalRank` is the group of one, in this process.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.engine.runner.runner import Runner, StepHandle
+from penstock.engine.scheduler.plan import StepPlan, StepResult
+
+
+class RankGroup(Protocol):
+    """What the step loop asks of the half that computes."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV blocks that the scheduler may hand out, all ranks together."""
+        ...
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of everything else that stays allocated between steps, weights not counted."""
+        ...
+
+    def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Run the largest steps once; called once, before the first plan."""
+        ...
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step on every rank; does not need the previous step's result to be applied."""
+        ...
+
+    def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
+        """Finish the step and answer; called once per handle, in the order of the launches."""
+        ...
+
+    def close(self) -> None:
+        """End the ranks and give back what they hold."""
+        ...
+
+
+class LocalRank:
+    """One rank, in this process."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    @property
+    def kv_bytes(self) -> int:
+        """See `RankGroup`."""
+        return self._runner.kv_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """See `RankGroup`."""
+        return self._runner.buffer_bytes
+
+    def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """See `RankGroup`."""
+        self._runner.warm_up(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """See `RankGroup`."""
+        return self._runner.launch(plan)
+
+    def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
+        """See `RankGroup`."""
+        return self._runner.collect(handle, masks=masks)
+
+    def close(self) -> None:
+        """See `RankGroup`; the process's end frees the memory."""

@@ -1,0 +1,329 @@
+"""One rank's execution of a plan: inputs, model, logits, tokens.
+
+`launch` computes, `collect` samples and answers; nothing else crosses. The runner decides nothing and keeps
+nothing of a sequence but what sampling needs. `rank_group` calls it.
+
+A fault stays with the sequence that causes it. An exception in the model or in the sampler is traced by
+repeating the work on halves of the batch. Repeating is safe: a pass reads the plan and the KV of earlier
+tokens and writes the KV of the plan's own tokens to the same slots with the same values, whoever else is in
+the pass; blocks are zeroed and copied once, before the first pass; sampling changes nothing until `commit`.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from penstock.core.errors import EngineDeadError
+from penstock.core.ids import SequenceId
+from penstock.engine.kv.cache_groups import CacheLayout
+from penstock.engine.runner.bisection import Culprit, isolate
+from penstock.engine.runner.faults import FaultPoints
+from penstock.engine.runner.input_batch import InputBatchBuilder
+from penstock.engine.runner.kv_pool import KvPool
+from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, touched_blocks
+from penstock.engine.sampling.sampler import Outcome, Sampler
+from penstock.engine.sampling.vocabulary import Floats
+from penstock.engine.scheduler.plan import (
+    SampledToken,
+    SampleSpec,
+    ScheduledSequence,
+    SequenceFailure,
+    StepPlan,
+    StepResult,
+)
+from penstock.models.interface import LoadedModel
+
+CANARY: Final = SequenceId(-1)
+"""Our own one-token sequence on the scratch block: if it fails too, the fault is no request's."""
+MAX_BARREN_STEPS: Final = 8
+"""Steps in a row in which every sequence raised; after so many the fault is no request's either."""
+
+Mask = npt.NDArray[np.int32]
+"""[ceil(vocab / 32)]"""
+
+log = logging.getLogger("penstock.engine.runner")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """What one pass of the model left for the sampler."""
+
+    sequences: Sequence[ScheduledSequence]
+    is_sound: torch.Tensor
+    """[len(sequences)] bool: False if a hidden state of the sequence is NaN or infinite."""
+    logits: torch.Tensor
+    """[sequences with samples, vocab] float32"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHandle:
+    """A step under way, from `launch` to `collect`."""
+
+    step_id: int
+    passes: Sequence[ForwardPass]
+    """One, unless some sequence raised; in plan order."""
+    failures: Sequence[SequenceFailure]
+    sample_order: Sequence[SequenceId]
+    """Who draws, in plan order; also the order of `masks`."""
+    launch_time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draw:
+    """One sample to take: `spec` from row `row` of its pass's logits."""
+
+    spec: SampleSpec
+    row: int
+
+
+class Runner:
+    """Runs plans for one loaded model on one KV pool."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        layout: CacheLayout,
+        num_blocks: int,
+        block_size: int,
+        faults: FaultPoints | None = None,
+    ) -> None:
+        """Reserve the KV memory.
+
+        Args:
+            loaded: the model and its dtype.
+            layout: how its layers share blocks.
+            num_blocks: blocks that the scheduler may hand out.
+            block_size: token slots in a block.
+            faults: where tests make it fail; None in production.
+        """
+        self._model = loaded.model
+        self._layout = layout
+        self._faults = faults
+        self._pool = KvPool(
+            layout,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=loaded.model.num_kv_heads,
+            head_dim=loaded.model.head_dim,
+            dtype=loaded.dtype,
+        )
+        self._inputs = InputBatchBuilder(layout, pool=self._pool)
+        self._sampler = Sampler()
+        self._num_barren_steps = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV blocks that the scheduler may hand out; pages are touched as blocks are used."""
+        return self._pool.num_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes kept between steps beside KV and weights: scratch block, block tables, sampling states."""
+        return self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Prepare blocks and run the model; needs no result of an earlier step.
+
+        Args:
+            plan: what to compute. Its block tables are read during this call only.
+
+        Returns:
+            The handle for `collect`.
+
+        Raises:
+            EngineDeadError: the model fails for every sequence, and so does the canary, or it has done so for
+                `MAX_BARREN_STEPS` steps.
+        """
+        began_s = time.perf_counter()
+        self._sampler.forget(plan.finished_seq_ids)
+        self._sampler.add(plan.new_sequences)
+        self._pool.zero_blocks(plan.blocks_to_zero)
+        self._pool.copy_blocks(plan.block_copies)
+        passes, failures = self._compute(plan.sequences) if plan.sequences else ([], [])
+        return StepHandle(
+            step_id=plan.step_id,
+            passes=passes,
+            failures=failures,
+            sample_order=[spec.seq_id for seq in plan.sequences for spec in seq.samples],
+            launch_time_s=time.perf_counter() - began_s,
+        )
+
+    @torch.inference_mode()
+    def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
+        """Sample and answer; called once per handle, in the order of the launches.
+
+        Args:
+            handle: from `launch`.
+            masks: [samples of the plan in order, ceil(vocab / 32)] int32, a bit for each token that may come;
+                None allows all.
+
+        Returns:
+            A token or a failure for every `SampleSpec` of the plan, and a failure for every sequence without
+            samples that could not be computed. Tokens are in plan order.
+        """
+        began_s = time.perf_counter()
+        mask_of = {} if masks is None else dict(zip(handle.sample_order, masks, strict=True))
+        outcomes: list[Outcome] = list(handle.failures)
+        for done in handle.passes:
+            outcomes.extend(self._sample(done, mask_of=mask_of))
+        tokens = [outcome for outcome in outcomes if isinstance(outcome, SampledToken)]
+        self._sampler.commit(tokens)
+        return StepResult(
+            step_id=handle.step_id,
+            tokens=tokens,
+            failures=[outcome for outcome in outcomes if isinstance(outcome, SequenceFailure)],
+            step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
+        )
+
+    def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """Run the largest chunk and the largest decode batch, so that no request meets a first time.
+
+        Uses the pool's blocks while no sequence has any, clears them and forgets the sequences.
+
+        Args:
+            max_num_seqs: decodes in the largest batch.
+            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold.
+            max_model_len: tokens in the longest context.
+
+        Raises:
+            Exception: whatever the model raises; such a model cannot serve.
+        """
+        limits = WarmUpLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=min(max_num_batched_tokens, max_model_len),
+            num_groups=len(self._layout.groups),
+            num_blocks=self._pool.num_blocks,
+            block_size=self._pool.block_size,
+        )
+        for plan in largest_steps(limits):
+            self._sampler.add(plan.new_sequences)
+            with torch.inference_mode():
+                self._sample(self._forward(plan.sequences), mask_of={})
+            self._sampler.forget(plan.finished_seq_ids)
+            self._pool.zero_blocks(touched_blocks(plan))
+
+    def _compute(
+        self, sequences: Sequence[ScheduledSequence]
+    ) -> tuple[Sequence[ForwardPass], list[SequenceFailure]]:
+        done = isolate(sequences, attempt=self._forward)
+        self._refuse_engine_fault(done.culprits, num_sequences=len(sequences))
+        failures = [
+            _step_error(seq_id, error=culprit.error, place="model")
+            for culprit in done.culprits
+            for seq_id in _owners(culprit.member)
+        ]
+        return done.parts, failures
+
+    def _forward(self, sequences: Sequence[ScheduledSequence]) -> ForwardPass:
+        """One pass of the model; repeatable (see the module)."""
+        if self._faults:
+            self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
+        batch = self._inputs.build(sequences)
+        hidden = self._model.forward(batch)
+        ends = batch.groups[0].query_start_loc[1:].long()
+        sampled = torch.tensor([bool(seq.samples) for seq in sequences])
+        logits = self._model.logits(hidden[ends[sampled] - 1]) if sampled.any() else hidden.new_empty(0, 0)
+        if self._faults:
+            self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
+        return ForwardPass(sequences=sequences, is_sound=_are_finite(hidden, ends=ends), logits=logits)
+
+    def _refuse_engine_fault(
+        self, culprits: Sequence[Culprit[ScheduledSequence]], *, num_sequences: int
+    ) -> None:
+        """Let single culprits pass; raise if nothing works any more."""
+        if len(culprits) < num_sequences:
+            self._num_barren_steps = 0
+            return
+        self._num_barren_steps += 1
+        if self._num_barren_steps >= MAX_BARREN_STEPS or not self._canary_lives():
+            raise EngineDeadError(
+                f"all {num_sequences} sequences failed in {self._num_barren_steps} steps in a row"
+            ) from culprits[0].error
+
+    def _canary_lives(self) -> bool:
+        table = [self._pool.scratch_block]
+        canary = ScheduledSequence(CANARY, [0], 0, (table,) * len(self._layout.groups))
+        return not isolate([canary], attempt=self._forward).culprits
+
+    def _sample(self, done: ForwardPass, *, mask_of: Mapping[SequenceId, Mask]) -> list[Outcome]:
+        """Every sequence of one pass: tokens, or failures."""
+        outcomes: list[Outcome] = []
+        draws: list[_Draw] = []
+        row = 0
+        for seq, is_sound in zip(done.sequences, done.is_sound.tolist(), strict=True):
+            if is_sound:
+                draws.extend(_Draw(spec=spec, row=row) for spec in seq.samples)
+            else:
+                outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
+            row += bool(seq.samples)
+        return outcomes + self._draw_all(done.logits, draws=draws, mask_of=mask_of)
+
+    def _draw_all(
+        self, logits: torch.Tensor, *, draws: Sequence[_Draw], mask_of: Mapping[SequenceId, Mask]
+    ) -> list[Outcome]:
+        if not draws:
+            return []
+        rows = logits.float().contiguous().numpy()
+
+        def attempt(part: Sequence[_Draw]) -> list[Outcome]:
+            return self._draw(rows, draws=part, mask_of=mask_of)
+
+        taken = isolate(draws, attempt=attempt)
+        errors: list[Outcome] = [
+            _step_error(culprit.member.spec.seq_id, error=culprit.error, place="sampler")
+            for culprit in taken.culprits
+        ]
+        return errors + list(chain.from_iterable(taken.parts))
+
+    def _draw(
+        self, logits: Floats, *, draws: Sequence[_Draw], mask_of: Mapping[SequenceId, Mask]
+    ) -> list[Outcome]:
+        specs = [draw.spec for draw in draws]
+        if self._faults:
+            self._faults.before_sample([spec.seq_id for spec in specs])
+        rows = [draw.row for draw in draws]
+        # The usual case, one draw per row, must not copy the batch's logits.
+        part = logits if rows == list(range(len(logits))) else logits[rows]
+        masks = np.stack([mask_of[spec.seq_id] for spec in specs]) if mask_of else None
+        return self._sampler.sample(part, specs=specs, masks=masks)
+
+
+def _are_finite(hidden: torch.Tensor, *, ends: torch.Tensor) -> torch.Tensor:
+    """[num_seqs] bool: True where no number of the sequence's rows is NaN or infinite.
+
+    Every row counts, not only the sampled ones: a prefill chunk's blocks must not reach the prefix tree.
+
+    Args:
+        hidden: [num_tokens, hidden_size]; a row's sum is finite if and only if all its numbers are.
+        ends: [num_seqs] int64, one past each sequence's last row.
+    """
+    num_bad = torch.zeros(len(hidden) + 1, dtype=torch.int64)
+    torch.cumsum(~hidden.sum(dim=-1).isfinite(), dim=0, out=num_bad[1:])
+    until = num_bad[ends]
+    return until == torch.cat([until.new_zeros(1), until[:-1]])
+
+
+def _owners(seq: ScheduledSequence) -> Sequence[SequenceId]:
+    """Who is answered if `seq` fails: all that draw from it, or itself."""
+    return [spec.seq_id for spec in seq.samples] or [seq.seq_id]
+
+
+def _numerical_error(seq_id: SequenceId) -> SequenceFailure:
+    return SequenceFailure(seq_id, "numerical_error", "the model's activations are not finite numbers")
+
+
+def _step_error(seq_id: SequenceId, *, error: Exception, place: str) -> SequenceFailure:
+    """The client reads the kind of the error; its text, which may tell more, goes to the log."""
+    log.error("the %s failed for sequence %d", place, seq_id, exc_info=error)
+    return SequenceFailure(
+        seq_id, "step_error", f"the {place} failed for this sequence: {type(error).__name__}"
+    )

@@ -1,0 +1,81 @@
+"""The largest steps that the limits allow, as plans, to be run once before the engine is ready.
+
+What happens only once (allocations, kernels chosen per shape) then happens to nobody's request. The runner
+calls it.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from penstock.core.ids import SequenceId
+from penstock.core.params import SamplingParams
+from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence, StepPlan
+
+FIRST_SEQ_ID: Final = -2
+"""Ids run down from here; the scheduler's are not negative."""
+KINDS: Final = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(),
+    SamplingParams(top_k=50, top_p=0.95),
+    SamplingParams(presence_penalty=0.1, logprobs=0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUpLimits:
+    """How large a step can be."""
+
+    max_num_seqs: int
+    max_num_tokens: int
+    """Of one chunk."""
+    num_groups: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def num_tables(self) -> int:
+        """Blocks per cache group."""
+        return self.num_blocks // self.num_groups
+
+
+def largest_steps(limits: WarmUpLimits) -> list[StepPlan]:
+    """The longest chunk, then the largest decode batch; both fit the pool."""
+    num_tokens = min(limits.max_num_tokens, limits.num_tables * limits.block_size)
+    num_blocks = -(-num_tokens // limits.block_size)
+    chunk = _sequence(0, num_tokens=num_tokens, start=0, limits=limits, first_block=0, num_blocks=num_blocks)
+    decodes = [
+        _sequence(
+            idx, num_tokens=1, start=limits.block_size - 1, limits=limits, first_block=idx, num_blocks=1
+        )
+        for idx in range(min(limits.max_num_seqs, limits.num_tables))
+    ]
+    return [_plan([chunk]), _plan(decodes)]
+
+
+def touched_blocks(plan: StepPlan) -> list[int]:
+    """Blocks that the plan's sequences write to."""
+    return sorted({block for seq in plan.sequences for table in seq.block_tables for block in table})
+
+
+def _sequence(
+    idx: int, *, num_tokens: int, start: int, limits: WarmUpLimits, first_block: int, num_blocks: int
+) -> ScheduledSequence:
+    tables = tuple(
+        list(
+            range(
+                group * limits.num_tables + first_block, group * limits.num_tables + first_block + num_blocks
+            )
+        )
+        for group in range(limits.num_groups)
+    )
+    seq_id = SequenceId(FIRST_SEQ_ID - idx)
+    return ScheduledSequence(seq_id, [0] * num_tokens, start, tables, (SampleSpec(seq_id, 0),))
+
+
+def _plan(sequences: list[ScheduledSequence]) -> StepPlan:
+    seq_ids = [seq.seq_id for seq in sequences]
+    new = [
+        NewSequence(seq_id=seq_id, params=KINDS[idx % len(KINDS)], seed=idx, prompt_token_ids=[0])
+        for idx, seq_id in enumerate(seq_ids)
+    ]
+    return StepPlan(step_id=-1, sequences=sequences, new_sequences=new, finished_seq_ids=seq_ids)

@@ -1,0 +1,165 @@
+"""One draw per row by inverse CDF: filters decide what stays, one uniform number decides what comes.
+
+Rows are drawn by the cheapest way that gives the exact answer. Rows without top-k and top-p need no order:
+one pass of weights. The others look at a bounded number of candidates first, and at more only where those
+do not hold the mass that the row keeps. Which way a row takes depends on that row alone, and sums run one
+token after the other, so the neighbours never matter. `sampler` calls it.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from penstock.engine.sampling.filters import EVERYTHING, min_p_lengths, top_k_lengths, top_p_lengths
+from penstock.engine.sampling.vocabulary import (
+    LANES,
+    Candidates,
+    Doubles,
+    Floats,
+    Ints,
+    softmax_weights,
+    top_candidates,
+)
+
+CANDIDATE_STAGES: Final = (128, 2048)
+"""Candidates looked at first and then; after that the whole row is sorted. 128 holds the usual top-k and the
+nucleus of a confident model; 2048 is where partitioning stops being much cheaper than sorting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawParams:
+    """The numbers of each row, all [rows]."""
+
+    temperatures: Doubles
+    """Greater than 0."""
+    top_k: Ints
+    top_p: Doubles
+    min_p: Doubles
+    uniforms: Doubles
+    """In [0, 1)."""
+
+    def take(self, rows: Ints) -> "DrawParams":
+        """The numbers of some rows."""
+        return DrawParams(
+            temperatures=self.temperatures[rows],
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows],
+            uniforms=self.uniforms[rows],
+        )
+
+
+def draw(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Draw one token per row.
+
+    A row without top-k and top-p runs its CDF over ids in a fixed order; any other from the likeliest token
+    down (equal logits: lowest id first).
+
+    Args:
+        logits: [rows, vocab] float32, no NaN; not changed.
+        highest: [rows], each row's maximum, finite.
+        params: the rows' numbers.
+
+    Returns:
+        [rows] token ids; a token of weight 0 is never drawn.
+    """
+    vocab_size = logits.shape[1]
+    ordered = (params.top_p < 1.0) | (top_k_lengths(params.top_k, vocab_size=vocab_size) < EVERYTHING)
+    tokens = np.empty(len(logits), np.int64)
+    for rows, way in ((np.flatnonzero(~ordered), _draw_unordered), (np.flatnonzero(ordered), _draw_ordered)):
+        if len(rows) == len(logits):
+            return way(logits, highest=highest, params=params)
+        if len(rows):
+            tokens[rows] = way(logits[rows], highest=highest[rows], params=params.take(rows))
+    return tokens
+
+
+def _targets(uniforms: Doubles, *, totals: Doubles) -> Doubles:
+    """Points on the CDF, below its end even where the product is rounded up to it."""
+    return np.minimum(uniforms * totals, np.nextafter(totals, 0.0))
+
+
+def _first_above(running: Doubles, *, targets: Doubles) -> Ints:
+    """[rows]: index of the first running sum greater than the target."""
+    indices: Ints = (running <= targets[:, None]).sum(axis=1)
+    return indices
+
+
+def _draw_unordered(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Draw from whole rows: first the column that holds the target, then the token in the column."""
+    least = params.min_p if params.min_p.any() else None
+    weights = softmax_weights(logits, highest=highest, temperatures=params.temperatures, least=least)
+    running = np.cumsum(weights.columns, axis=1)
+    targets = _targets(params.uniforms, totals=running[:, -1])
+    columns = _first_above(running, targets=targets)
+    rows = np.arange(len(logits))
+    before = running[rows, columns] - weights.columns[rows, columns]
+    lanes = weights.values.reshape(len(logits), LANES, -1)[rows, :, columns]
+    inside = np.cumsum(lanes, axis=1, dtype=np.float64)
+    rest = np.clip(targets - before, 0.0, np.nextafter(inside[:, -1], 0.0))
+    tokens: Ints = _first_above(inside, targets=rest) * weights.columns.shape[1] + columns
+    return tokens
+
+
+def _draw_ordered(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Draw from the likeliest tokens down, looking at more candidates while some rows need more."""
+    vocab_size = logits.shape[1]
+    totals = _totals(logits, highest=highest, params=params)
+    tokens = np.empty(len(logits), np.int64)
+    rows = np.arange(len(logits))
+    for num_candidates in (*CANDIDATE_STAGES, vocab_size):
+        candidates = top_candidates(logits[rows], k=num_candidates)
+        kept = _keep(candidates, totals=totals[rows], params=params.take(rows), vocab_size=vocab_size)
+        known = kept.lengths <= candidates.num
+        tokens[rows[known]] = _pick(candidates, kept=kept, uniforms=params.uniforms[rows])[known]
+        rows = rows[~known]
+        if not len(rows):
+            break
+    return tokens
+
+
+def _totals(logits: Floats, *, highest: Floats, params: DrawParams) -> Doubles:
+    """[rows]: the mass of the whole row where top-p needs it, else 0."""
+    totals = np.zeros(len(logits), np.float64)
+    rows = np.flatnonzero(top_k_lengths(params.top_k, vocab_size=logits.shape[1]) == EVERYTHING)
+    if len(rows):
+        whole = logits if len(rows) == len(logits) else logits[rows]
+        weights = softmax_weights(whole, highest=highest[rows], temperatures=params.temperatures[rows])
+        totals[rows] = weights.totals
+    return totals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What the filters keep of each row."""
+
+    lengths: Ints
+    """[rows]; more than there are candidates where they do not tell."""
+    mass: Doubles
+    """[rows, candidates]: running sums of the weights."""
+
+
+def _keep(candidates: Candidates, *, totals: Doubles, params: DrawParams, vocab_size: int) -> _Kept:
+    """Apply top-k, top-p, min-p to the candidates, which may or may not be enough to tell."""
+    spread = (candidates.values - candidates.values[:, :1]).astype(np.float64)
+    weights = np.exp(spread / params.temperatures[:, None])
+    mass = np.cumsum(weights, axis=1)
+    k_lengths = top_k_lengths(params.top_k, vocab_size=vocab_size)
+    last = np.minimum(k_lengths, candidates.num) - 1
+    totals = np.where(k_lengths < EVERYTHING, mass[np.arange(len(mass)), last], totals)
+    p_lengths = top_p_lengths(mass, totals=totals, top_p=params.top_p)
+    lengths = np.minimum(np.minimum(k_lengths, p_lengths), min_p_lengths(weights, min_p=params.min_p))
+    if candidates.num == vocab_size:
+        return _Kept(lengths=np.minimum(lengths, vocab_size), mass=mass)
+    # The share of top-p is of the k likeliest, and not all of these are among the candidates.
+    untold = (candidates.num < k_lengths) & (k_lengths < EVERYTHING) & (params.top_p < 1.0)
+    return _Kept(lengths=np.where(untold, EVERYTHING, lengths), mass=mass)
+
+
+def _pick(candidates: Candidates, *, kept: _Kept, uniforms: Doubles) -> Ints:
+    """[rows]: token ids; meaningless where the length is not known."""
+    rows = np.arange(len(uniforms))
+    totals = kept.mass[rows, np.minimum(kept.lengths, candidates.num) - 1]
+    picks = _first_above(kept.mass, targets=_targets(uniforms, totals=totals))
+    return candidates.ids[rows, picks]

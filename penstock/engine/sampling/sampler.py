@@ -1,0 +1,186 @@
+"""From a step's logits to its tokens; the one place where all that shapes a choice is put in order.
+
+```
+raw logits [rows, vocab] float32
+  1  a row with NaN, or without a finite maximum, ends here
+  2  bitmask                     tokens that the grammar forbids
+  3  min_tokens                  end-of-sequence and stop ids, too early
+  4  logit_bias                  added
+  5  repetition, then frequency and presence penalties
+  6  temperature 0: the highest logit, lowest id among equals; no softmax
+     otherwise: temperature, top-k, top-p, min-p, then one draw (see `draw`)
+  7  logprobs                    of the raw logits
+```
+
+A row's token depends on its own logits, parameters, seed and history, on no neighbour. `Sampler.sample`
+changes nothing, neither logits nor states, so that it can be repeated; `commit` is what counts tokens.
+The runner calls both.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.ids import SequenceId
+from penstock.core.text import TokenLogprobs
+from penstock.engine.sampling.constraints import add_bias, apply_bitmask, ban_tokens
+from penstock.engine.sampling.draw import DrawParams, draw
+from penstock.engine.sampling.logprobs import token_logprobs
+from penstock.engine.sampling.penalties import penalise_presence_and_frequency, penalise_repetition
+from penstock.engine.sampling.sequence_state import SequenceState, SequenceStates
+from penstock.engine.sampling.uniform import uniforms
+from penstock.engine.sampling.vocabulary import Floats, Ints
+from penstock.engine.scheduler.plan import NewSequence, SampledToken, SampleSpec, SequenceFailure
+
+CHUNK_ELEMENTS: Final = 1 << 19
+"""Logits worked on at a time (2 MiB): a copy and its weights stay in a core's cache, and no temporary is
+ever as large as the batch's logits."""
+
+Outcome = SampledToken | SequenceFailure
+
+
+class Sampler:
+    """Chooses tokens for the sequences it has been told of."""
+
+    def __init__(self) -> None:
+        self._states = SequenceStates()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that stay allocated between steps, about."""
+        return self._states.num_bytes
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences remembered."""
+        return len(self._states)
+
+    def add(self, new_sequences: Iterable[NewSequence]) -> None:
+        """Meet sequences (also forks) before their first sample."""
+        self._states.add(new_sequences)
+
+    def forget(self, seq_ids: Iterable[SequenceId]) -> None:
+        """Drop what is remembered of finished sequences."""
+        self._states.forget(seq_ids)
+
+    def sample(
+        self, logits: Floats, *, specs: Sequence[SampleSpec], masks: npt.NDArray[np.int32] | None = None
+    ) -> list[Outcome]:
+        """Choose one token per spec; changes nothing.
+
+        Args:
+            logits: [len(specs), vocab] float32, C-contiguous, on the host.
+            specs: who draws from each row.
+            masks: [len(specs), ceil(vocab / 32)] int32, a bit for each token that may come; None allows all.
+
+        Returns:
+            For each spec its token, or a failure for a row that has no answer.
+        """
+        states = [self._states[spec.seq_id] for spec in specs]
+        chunk = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
+        outcomes: list[Outcome] = []
+        for start in range(0, len(specs), chunk):
+            part = slice(start, start + chunk)
+            rows = _Rows(logits[part], specs=specs[part], states=states[part])
+            outcomes.extend(rows.sample(None if masks is None else masks[part]))
+        return outcomes
+
+    def commit(self, tokens: Iterable[SampledToken]) -> None:
+        """Count tokens that are now part of their answers."""
+        for token in tokens:
+            self._states[token.seq_id].commit(token.token_id)
+
+
+class _Rows:
+    """A few rows on their way through the order above."""
+
+    def __init__(self, raw: Floats, *, specs: Sequence[SampleSpec], states: Sequence[SequenceState]) -> None:
+        self._raw = raw
+        self._logits = raw
+        self._specs = specs
+        self._states = states
+        self._best: Ints = raw.argmax(axis=1)
+        self._highest: Floats = raw[np.arange(len(raw)), self._best]
+        self._is_sound = np.isfinite(self._highest)
+
+    def sample(self, masks: npt.NDArray[np.int32] | None) -> list[Outcome]:
+        """Steps 1 to 7 for these rows."""
+        self._alter(masks)
+        tokens = self._choose()
+        return [self._outcome(row, token_id=token_id) for row, token_id in enumerate(tokens.tolist())]
+
+    def _alter(self, masks: npt.NDArray[np.int32] | None) -> None:
+        """Steps 2 to 5, on a copy of the rows that need them."""
+        pairs = zip(self._states, self._specs, strict=True)
+        altered = [
+            masks is not None or state.alters_logits(output_idx=spec.output_idx) for state, spec in pairs
+        ]
+        rows = np.flatnonzero(np.array(altered) & self._is_sound)
+        if not len(rows):
+            return
+        self._logits = self._raw.copy()
+        if masks is not None:
+            apply_bitmask(self._logits, masks=masks)
+        for row in rows.tolist():
+            alter_row(self._logits[row], state=self._states[row], output_idx=self._specs[row].output_idx)
+        self._best[rows] = self._logits[rows].argmax(axis=1)
+        self._highest[rows] = self._logits[rows, self._best[rows]]
+
+    def _choose(self) -> Ints:
+        """Step 6. Rows without an answer get any token."""
+        tokens = self._best.copy()
+        is_random = np.array([not state.params.is_greedy for state in self._states])
+        rows = np.flatnonzero(is_random & np.isfinite(self._highest))
+        if len(rows):
+            logits = self._logits if len(rows) == len(self._logits) else self._logits[rows]
+            tokens[rows] = draw(logits, highest=self._highest[rows], params=self._draw_params(rows))
+        return tokens
+
+    def _draw_params(self, rows: Ints) -> DrawParams:
+        states = [self._states[row] for row in rows.tolist()]
+        params = [state.params for state in states]
+        output_idxs = [self._specs[row].output_idx for row in rows.tolist()]
+        return DrawParams(
+            temperatures=np.array([one.temperature for one in params], np.float64),
+            top_k=np.array([one.top_k for one in params], np.int64),
+            top_p=np.array([one.top_p for one in params], np.float64),
+            min_p=np.array([one.min_p for one in params], np.float64),
+            uniforms=uniforms([state.seed for state in states], output_idxs=output_idxs),
+        )
+
+    def _outcome(self, row: int, *, token_id: int) -> Outcome:
+        """Steps 1 and 7: a failure, or the token with what was asked about it."""
+        seq_id = self._specs[row].seq_id
+        if not self._is_sound[row]:
+            return SequenceFailure(seq_id, "numerical_error", "the model's logits are not finite numbers")
+        if not np.isfinite(self._highest[row]):
+            return SequenceFailure(seq_id, "no_token_allowed", "masks and min_tokens together allow no token")
+        return SampledToken(seq_id, token_id, self._logprobs(row, token_id=token_id))
+
+    def _logprobs(self, row: int, *, token_id: int) -> TokenLogprobs | None:
+        num_top = self._states[row].params.logprobs
+        if num_top is None:
+            return None
+        return token_logprobs(self._raw[row], token_id=token_id, num_top=num_top)
+
+
+def alter_row(row: Floats, *, state: SequenceState, output_idx: int) -> None:
+    """Steps 3 to 5 for one row, changed in place."""
+    params = state.params
+    if state.banned and output_idx < params.min_tokens:
+        ban_tokens(row, token_ids=state.banned)
+    if params.logit_bias:
+        add_bias(row, logit_bias=params.logit_bias)
+    if params.repetition_penalty != 1.0:
+        seen = np.concatenate([state.prompt_ids, state.output.ids])
+        penalise_repetition(row, token_ids=seen, penalty=params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        penalise_presence_and_frequency(
+            row,
+            token_ids=state.output.ids,
+            counts=state.output.counts,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+        )

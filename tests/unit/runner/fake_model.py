@@ -1,0 +1,69 @@
+"""A tiny model whose logits are a readable function of the KV it wrote: what runner tests run on.
+
+Token t at position p writes keys t + 1 and values p + 1. The hidden state of a token is [token, position,
+sum of the keys of all tokens up to it (read back from the pool), 1]. Its logits favour token
+`(sum of keys) % vocab`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from penstock.engine.kv.cache_groups import make_cache_layout
+from penstock.engine.runner.runner import Runner
+
+VOCAB = 16
+
+
+class FakeModel:
+    """Follows `models/interface.CausalLM`; `num_kv_heads` 1, `head_dim` 2."""
+
+    num_kv_heads = 1
+    head_dim = 2
+    vocab_size = VOCAB
+
+    def __init__(self, layer_windows=(None,)):
+        self.layer_windows = tuple(layer_windows)
+        self.batches = []
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        for layer in range(len(self.layer_windows)):
+            attention, slab = batch.attention(layer)
+            keys, values = slab.keys.view(-1, 1, 2), slab.values.view(-1, 1, 2)
+            keys[attention.slot_mapping] = (batch.token_ids + 1).float()[:, None, None].expand(-1, 1, 2)
+            values[attention.slot_mapping] = (batch.positions + 1).float()[:, None, None].expand(-1, 1, 2)
+        rows = []
+        attention, slab = batch.attention(0)
+        for i, num_tokens in enumerate(attention.query_lens_host):
+            length = attention.seq_lens_host[i]
+            blocks = attention.block_tables[i].long()
+            sums = slab.keys[blocks][:, :, 0, 0].reshape(-1)[:length].cumsum(0)
+            rows.append(sums[length - num_tokens :])
+        ones = torch.ones(len(batch.token_ids))
+        return torch.stack([batch.token_ids.float(), batch.positions.float(), torch.cat(rows), ones], dim=1)
+
+    def logits(self, hidden):
+        favourite = hidden[:, 2].long() % VOCAB
+        ids = torch.arange(VOCAB)
+        return 4.0 * (ids == favourite[:, None]).float() - 0.01 * ids
+
+
+@dataclass
+class FakeLoaded:
+    """As much of `models/interface.LoadedModel` as the runner reads."""
+
+    model: FakeModel
+    dtype: torch.dtype = torch.float32
+
+
+def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=None):
+    model = FakeModel(layer_windows)
+    runner = Runner(
+        FakeLoaded(model),
+        layout=make_cache_layout(layer_windows),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        faults=faults,
+    )
+    return runner, model
