@@ -1,0 +1,157 @@
+"""The administrators' listener: its own port on the loopback address, its own key, its own table.
+
+It is not opened without a key. Requests whose Host header is not one of ours are refused, so that a web page
+cannot reach it by rebinding its own name to this machine.
+"""
+
+from typing import Final
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from penstock.core.errors import InvalidParameterError, PenstockError
+from penstock.core.ports import EngineAdmin
+from penstock.observe.memory import resident_bytes
+from penstock.server import document
+from penstock.server.app import build
+from penstock.server.endpoint import send_reply
+from penstock.server.errors import error_reply
+from penstock.server.replies import Reply, json_reply
+from penstock.server.routes import Access, Document, Route
+from penstock.server.services import Call, Services
+
+TITLE: Final = "Penstock administration"
+LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
+
+
+class ModelMemory(BaseModel):
+    """Who holds which bytes in one model's engine process."""
+
+    model: str
+    weights_bytes: int
+    kv_bytes_total: int
+    kv_bytes_free: int
+    kv_bytes_cached: int
+    kv_bytes_owned: int
+    prefix_tree_nodes: int
+    prefix_tree_bytes: int
+    buffer_bytes: int
+    process_rss_bytes: int
+
+
+class MemoryAnswer(BaseModel):
+    """Answer of `/admin/memory`."""
+
+    process_rss_bytes: int
+    request_body_bytes: int
+    models: list[ModelMemory]
+
+
+class RequestEntry(BaseModel):
+    """One request in an engine; never its text."""
+
+    model: str
+    request_id: str
+    tenant_id: str
+    priority: int
+    state: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_generated_tokens: int
+    num_blocks: int
+    num_preemptions: int
+    age_s: float
+
+
+class RequestsAnswer(BaseModel):
+    """Answer of `/admin/requests`."""
+
+    requests: list[RequestEntry]
+
+
+async def _model_memory(model: str, admin: EngineAdmin) -> ModelMemory:
+    report = await admin.memory()
+    fields = {name: getattr(report, name) for name in report.__struct_fields__}
+    return ModelMemory(model=model, **fields)
+
+
+async def memory(call: Call) -> Reply:
+    """Who holds which bytes."""
+    services = call.services
+    models = [await _model_memory(name, admin) for name, admin in services.admins.items()]
+    return json_reply(
+        MemoryAnswer(
+            process_rss_bytes=resident_bytes(), request_body_bytes=services.budget.held_bytes, models=models
+        )
+    )
+
+
+async def requests(call: Call) -> Reply:
+    """Every request in every engine."""
+    found = []
+    for model, admin in call.services.admins.items():
+        for report in await admin.requests():
+            fields = {name: getattr(report, name) for name in report.__struct_fields__}
+            found.append(RequestEntry(model=model, **fields))
+    return json_reply(RequestsAnswer(requests=found))
+
+
+_SERVING: Final[tuple[Route, ...]] = (
+    Route(
+        path="/admin/memory",
+        methods=("GET",),
+        access=Access.ADMIN,
+        serve=memory,
+        document=Document(summary="Who holds which bytes", answer=MemoryAnswer),
+    ),
+    Route(
+        path="/admin/requests",
+        methods=("GET",),
+        access=Access.ADMIN,
+        serve=requests,
+        document=Document(summary="Requests in the engines", answer=RequestsAnswer),
+    ),
+)
+ADMIN_ROUTES: Final[tuple[Route, ...]] = (
+    *_SERVING,
+    *document.routes_for(_SERVING, title=TITLE, access=Access.ADMIN),
+)
+"""Every route of the administrators' listener."""
+
+
+class HostGuard:
+    """Refuses requests whose Host header is not in a list."""
+
+    def __init__(self, app: ASGIApp, *, hosts: tuple[str, ...]) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] == "http" and not self._is_ours(scope):
+            error: PenstockError = InvalidParameterError(
+                "the Host header is not one of this listener's", code="wrong_host", param="host"
+            )
+            await send_reply(error_reply(error, request_id="none"), send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_ours(self, scope: Scope) -> bool:
+        values = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        if len(values) != 1:
+            return False
+        host, colon, port = values[0].rpartition(":")
+        return (host if colon and port.isdigit() else values[0]) in self._hosts
+
+
+def make_admin_app(services: Services, *, hosts: tuple[str, ...] = LOCAL_HOSTS) -> FastAPI:
+    """The administrators' app; every route asks for the admin key.
+
+    Args:
+        services: the same as the public app's; `admin_keys` must not be empty for anything to be let in.
+        hosts: names and addresses, without port, that a Host header may hold.
+    """
+    app = build(ADMIN_ROUTES, services=services, title=TITLE)
+    app.add_middleware(HostGuard, hosts=hosts)
+    return app

@@ -1,0 +1,134 @@
+"""Reads answers to their end, one or several at a time; closing what it gave closes all of them."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Final
+
+from penstock.core.errors import GenerateError
+from penstock.core.ports import ModelClient
+from penstock.core.text import FinishReason, GenerateRequest, TextDelta, TextLogprob, Usage
+
+_MERGE_QUEUE: Final = 64
+_Item = tuple[int, TextDelta] | Exception | None
+"""A delta with its stream's index, a stream's failure, or a stream's end."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """One complete answer (one `index`)."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TextLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.pieces)
+
+
+@dataclass(slots=True, kw_only=True)
+class Collected:
+    """All answers of one request."""
+
+    answers: list[Answer]
+    usages: list[Usage]
+
+
+async def submit(client: ModelClient, requests: list[GenerateRequest]) -> list[AsyncGenerator[TextDelta]]:
+    """Submit several requests at once; if one is refused, none is left running.
+
+    Raises:
+        PenstockError: the first refusal.
+    """
+    if len(requests) == 1:
+        return [await client.generate(requests[0])]
+    tasks = [asyncio.create_task(client.generate(request)) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        await _undo(tasks)
+        raise
+
+
+async def _undo(tasks: list["asyncio.Task[AsyncGenerator[TextDelta]]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    for accepted in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(accepted, AsyncGenerator):
+            await accepted.aclose()
+
+
+async def merge(streams: list[AsyncGenerator[TextDelta]]) -> AsyncGenerator[tuple[int, TextDelta]]:
+    """Deltas of several streams as they come, each with its stream's index; closes all at the end.
+
+    Raises:
+        PenstockError: one stream failed; the others have been closed.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for delta in only:
+                yield 0, delta
+        return
+    queue: asyncio.Queue[_Item] = asyncio.Queue(_MERGE_QUEUE)
+    tasks = [asyncio.create_task(_feed(queue, which, each)) for which, each in enumerate(streams)]
+    open_streams = len(tasks)
+    try:
+        while open_streams:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_streams -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _feed(queue: "asyncio.Queue[_Item]", which: int, stream: AsyncGenerator[TextDelta]) -> None:
+    async with aclosing(stream):
+        try:
+            async for delta in stream:
+                await queue.put((which, delta))
+        except Exception as error:  # noqa: BLE001  carried to the reader, which raises it
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+
+async def collect(streams: list[AsyncGenerator[TextDelta]], *, n: int) -> Collected:
+    """Read all streams to their end.
+
+    Args:
+        streams: one per prompt, each with `n` answers.
+        n: answers per prompt; the answer `index` of stream `which` is `answers[which * n + index]`.
+
+    Raises:
+        PenstockError: a stream failed, or broke the port's contract.
+    """
+    answers = [Answer() for _ in range(n * len(streams))]
+    usages: list[Usage] = []
+    async with aclosing(merge(streams)) as deltas:
+        async for which, delta in deltas:
+            _add(answers[which * n + delta.index], delta)
+            if delta.usage is not None:
+                usages.append(delta.usage)
+    if any(answer.finish_reason is None for answer in answers):
+        raise GenerateError("a stream ended without a finish reason")
+    return Collected(answers=answers, usages=usages)
+
+
+def _add(answer: Answer, delta: TextDelta) -> None:
+    if delta.text:
+        answer.pieces.append(delta.text)
+    if delta.logprobs:
+        answer.logprobs.extend(delta.logprobs)
+    if delta.finish_reason is not None:
+        answer.finish_reason = delta.finish_reason
+        answer.stop_reason = delta.stop_reason

@@ -1,0 +1,122 @@
+"""The answers' wire models, and the pieces that both endpoints build them from."""
+
+from typing import Final, Literal
+
+from pydantic import BaseModel
+
+from penstock.core.errors import GenerateError
+from penstock.core.text import FinishReason, TextLogprob, Usage
+
+_LOGPROB_MIN: Final = -9999.0
+"""JSON has no minus infinity."""
+
+Finish = Literal["stop", "length", "content_filter"]
+
+
+class PromptTokensDetails(BaseModel):
+    """Of the prompt's tokens, those that did not have to be computed."""
+
+    cached_tokens: int
+
+
+class UsageAnswer(BaseModel):
+    """Tokens consumed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    """A token that could have come."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token that came."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities, chat style."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities, completions style: four lists of equal length."""
+
+    text_offset: list[int]
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+
+
+def finish_word(reason: FinishReason) -> Finish:
+    """OpenAI's word for a finish reason.
+
+    Raises:
+        GenerateError: the answer did not end by itself, so it has no such word.
+    """
+    if reason is FinishReason.STOP:
+        return "stop"
+    if reason is FinishReason.LENGTH:
+        return "length"
+    if reason is FinishReason.CONTENT_FILTER:
+        return "content_filter"
+    raise GenerateError(f"the answer ended with {reason}", code=str(reason))
+
+
+def usage_answer(usages: list[Usage]) -> UsageAnswer:
+    """Sum over the prompts of a request."""
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return UsageAnswer(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in usages)),
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOGPROB_MIN)
+
+
+def _top(item: TextLogprob) -> TopLogprob:
+    return TopLogprob(token=item.token, logprob=_finite(item.logprob), bytes=list(item.token_bytes))
+
+
+def chat_logprobs(items: tuple[TextLogprob, ...]) -> ChatLogprobs:
+    """Chat style."""
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                token=item.token,
+                logprob=_finite(item.logprob),
+                bytes=list(item.token_bytes),
+                top_logprobs=[_top(each) for each in item.top],
+            )
+            for item in items
+        ]
+    )
+
+
+def completion_logprobs(items: tuple[TextLogprob, ...], *, offset: int) -> CompletionLogprobs:
+    """Completions style; `offset` is the index in the answer's text of the first token's first character."""
+    offsets = []
+    for item in items:
+        offsets.append(offset)
+        offset += len(item.token)
+    return CompletionLogprobs(
+        text_offset=offsets,
+        tokens=[item.token for item in items],
+        token_logprobs=[_finite(item.logprob) for item in items],
+        top_logprobs=[{each.token: _finite(each.logprob) for each in item.top} for item in items],
+    )

@@ -1,0 +1,329 @@
+"""`POST /v1/chat/completions`: wire to `GenerateRequest`, `TextDelta`s to an answer or a stream."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Final, Literal
+
+from msgspec.structs import replace
+from pydantic import BaseModel, Field
+
+from penstock.core.errors import InvalidParameterError
+from penstock.core.params import INT64_MAX
+from penstock.core.text import GenerateRequest, Message, TextDelta, Usage
+from penstock.server.body import parse_json
+from penstock.server.collect import Answer, collect, submit
+from penstock.server.dialects.openai.answers import (
+    ChatLogprobs,
+    Finish,
+    UsageAnswer,
+    chat_logprobs,
+    finish_word,
+    usage_answer,
+)
+from penstock.server.dialects.openai.fields import (
+    SamplingFields,
+    TopLogprobs,
+    base_request,
+    sampling_params,
+)
+from penstock.server.replies import Reply, StreamReply, json_reply
+from penstock.server.services import Call
+from penstock.server.sse import DONE, encode
+from penstock.server.validation import Flag, Integer, Text, WireModel
+
+MAX_MESSAGES: Final = 1024
+MAX_PARTS: Final = 256
+MAX_TOOL_CALLS: Final = 128
+MAX_NAME_CHARS: Final = 256
+
+
+class TextPart(WireModel):
+    """A piece of a message; the pieces of one message are joined."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class CalledFunction(WireModel):
+    """What an earlier answer called."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+    arguments: Text = Field(description="A JSON object, as text.")
+
+
+class ToolCall(WireModel):
+    """One call of an earlier answer."""
+
+    id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(WireModel):
+    """One turn; `developer` is the newer word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    name: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_call_id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[None], Field(max_length=0)] | None = None
+
+
+class ChatRequest(SamplingFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[Integer, Field(ge=1, le=INT64_MAX)] | None = Field(
+        default=None, description="Older name of max_completion_tokens."
+    )
+    max_completion_tokens: Annotated[Integer, Field(ge=1, le=INT64_MAX)] | None = Field(
+        default=None, description="Absent: as many as the context holds."
+    )
+    logprobs: Flag | None = None
+    top_logprobs: TopLogprobs | None = Field(default=None, description="Needs logprobs.")
+    add_generation_prompt: Flag | None = Field(default=None, description="Default true.")
+    continue_final_message: Flag | None = Field(
+        default=None, description="Go on with the last message; needs add_generation_prompt false."
+    )
+    echo: Literal[False] | None = None
+    parallel_tool_calls: Flag | None = Field(default=None, description="Means nothing without tools.")
+
+
+class ChatAnswerMessage(BaseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of n answers."""
+
+    index: int
+    message: ChatAnswerMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish
+    stop_reason: int | str | None = None
+
+
+class ChatAnswer(BaseModel):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageAnswer
+    system_fingerprint: None = None
+
+
+def _joined(content: str | list[TextPart] | None) -> str | None:
+    return "".join(part.text for part in content) if isinstance(content, list) else content
+
+
+def _tool_call(call: ToolCall, *, path: str) -> dict[str, object]:
+    arguments: object = None
+    try:
+        arguments = parse_json(call.function.arguments.encode())
+    except (InvalidParameterError, UnicodeEncodeError):
+        pass
+    if not isinstance(arguments, dict):
+        raise InvalidParameterError(f"{path} must be a JSON object, as text", param=path)
+    function: dict[str, object] = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _message(message: ChatMessage, *, index: int) -> Message:
+    path = f"messages.{index}"
+    calls = message.tool_calls or []
+    if message.content is None and not (message.role == "assistant" and calls):
+        raise InvalidParameterError(
+            f"{path}.content is missing, only an assistant's message with tool_calls may be without",
+            code="missing",
+            param=f"{path}.content",
+        )
+    if calls and message.role != "assistant":
+        raise InvalidParameterError(
+            f"{path}.tool_calls is given for role {message.role}, it belongs to assistant",
+            param=f"{path}.tool_calls",
+        )
+    if message.tool_call_id is not None and message.role != "tool":
+        raise InvalidParameterError(
+            f"{path}.tool_call_id is given for role {message.role}, it belongs to tool",
+            param=f"{path}.tool_call_id",
+        )
+    return Message(
+        role="system" if message.role == "developer" else message.role,
+        content=_joined(message.content),
+        name=message.name,
+        tool_calls=tuple(
+            _tool_call(each, path=f"{path}.tool_calls.{i}.function.arguments") for i, each in enumerate(calls)
+        ),
+        tool_call_id=message.tool_call_id,
+    )
+
+
+def to_messages(messages: list[ChatMessage]) -> tuple[Message, ...]:
+    """A conversation in domain types.
+
+    Raises:
+        InvalidParameterError: a message whose fields do not fit its role.
+    """
+    return tuple(_message(message, index=index) for index, message in enumerate(messages))
+
+
+def _max_tokens(body: ChatRequest) -> int | None:
+    if body.max_tokens is not None and body.max_completion_tokens not in {None, body.max_tokens}:
+        raise InvalidParameterError(
+            f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}, "
+            "they must agree",
+            param="max_tokens",
+        )
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def _logprobs(body: ChatRequest) -> int | None:
+    if body.logprobs is not True:
+        if body.top_logprobs:
+            raise InvalidParameterError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return None
+    return body.top_logprobs or 0
+
+
+def _turns(body: ChatRequest) -> tuple[bool, bool]:
+    go_on = body.continue_final_message is True
+    add = body.add_generation_prompt is not False
+    if go_on and body.add_generation_prompt is True:
+        raise InvalidParameterError(
+            "continue_final_message and add_generation_prompt cannot both be true",
+            param="continue_final_message",
+        )
+    return add and not go_on, go_on
+
+
+def to_request(body: ChatRequest, *, call: Call) -> GenerateRequest:
+    """Wire to domain.
+
+    Raises:
+        InvalidParameterError: fields that contradict each other.
+        NotFoundError: no such model.
+    """
+    params = sampling_params(body, max_tokens=_max_tokens(body), logprobs=_logprobs(body))
+    add_generation_prompt, continue_final_message = _turns(body)
+    base = base_request(body, call=call, params=params)
+    return replace(
+        base,
+        messages=to_messages(body.messages),
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+
+
+def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> ChatChoice:
+    assert answer.finish_reason is not None
+    return ChatChoice(
+        index=index,
+        message=ChatAnswerMessage(content=answer.text),
+        logprobs=chat_logprobs(tuple(answer.logprobs)) if with_logprobs else None,
+        finish_reason=finish_word(answer.finish_reason),
+        stop_reason=answer.stop_reason,
+    )
+
+
+async def chat_completions(call: Call) -> Reply | StreamReply:
+    """Serve one request; the head of a stream is sent only when the engine has accepted it."""
+    body = call.body
+    assert isinstance(body, ChatRequest)
+    request = to_request(body, call=call)
+    streams = await submit(call.services.catalog.resolve(request.model), [request])
+    answer_id = f"chatcmpl-{call.request_id}"
+    created = int(call.services.clock.wall())
+    if body.stream:
+        chunks = ChatChunks(answer_id, created=created, model=request.model, include_usage=body.include_usage)
+        return StreamReply(frames=chunks.frames(streams[0], with_logprobs=bool(body.logprobs)))
+    collected = await collect(streams, n=request.params.n)
+    choices = [
+        _choice(answer, index=index, with_logprobs=bool(body.logprobs))
+        for index, answer in enumerate(collected.answers)
+    ]
+    return json_reply(
+        ChatAnswer(
+            id=answer_id,
+            created=created,
+            model=request.model,
+            choices=choices,
+            usage=usage_answer(collected.usages),
+        )
+    )
+
+
+class ChatChunks:
+    """Bytes of a chat stream: everything that does not change is encoded once per answer."""
+
+    def __init__(self, answer_id: str, *, created: int, model: str, include_usage: bool) -> None:
+        head = encode(
+            {"id": answer_id, "object": "chat.completion.chunk", "created": created, "model": model}
+        )
+        self._head = b"data: " + head[:-1] + b',"choices":['
+        self._usage_null = b',"usage":null' if include_usage else b""
+        self._include_usage = include_usage
+        self._tail = b'},"logprobs":null,"finish_reason":null}]' + self._usage_null + b"}\n\n"
+        self._texts: dict[int, bytes] = {}
+
+    def role(self, index: int) -> bytes:
+        """First chunk of one answer."""
+        return self._head + b'{"index":%d,"delta":{"role":"assistant","content":""' % index + self._tail
+
+    def text(self, index: int, text: str) -> bytes:
+        """A piece of one answer: the fast path, four byte strings glued together."""
+        prefix = self._texts.get(index)
+        if prefix is None:
+            prefix = self._texts[index] = self._head + b'{"index":%d,"delta":{"content":' % index
+        return prefix + encode(text) + self._tail
+
+    def full(self, delta: TextDelta, *, with_logprobs: bool) -> bytes:
+        """A chunk with log-probabilities or the end of an answer."""
+        logprobs = b"null"
+        if with_logprobs and delta.logprobs:
+            logprobs = chat_logprobs(delta.logprobs).model_dump_json().encode()
+        content = b'"content":' + encode(delta.text) if delta.text or delta.logprobs else b""
+        end = b"null"
+        if delta.finish_reason is not None:
+            end = encode(finish_word(delta.finish_reason)) + b',"stop_reason":' + encode(delta.stop_reason)
+        return (
+            self._head
+            + b'{"index":%d,"delta":{%b},"logprobs":%b,"finish_reason":%b}]'
+            % (delta.index, content, logprobs, end)
+            + self._usage_null
+            + b"}\n\n"
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        """Last chunk, without choices."""
+        answer: UsageAnswer = usage_answer([usage])
+        return self._head + b'],"usage":' + answer.model_dump_json().encode() + b"}\n\n"
+
+    async def frames(
+        self, deltas: AsyncGenerator[TextDelta], *, with_logprobs: bool
+    ) -> AsyncGenerator[bytes]:
+        """All frames of the stream, up to `[DONE]`."""
+        started: set[int] = set()
+        async with aclosing(deltas):
+            async for delta in deltas:
+                if delta.index not in started:
+                    started.add(delta.index)
+                    yield self.role(delta.index)
+                if delta.finish_reason is None and not delta.logprobs:
+                    if delta.text:
+                        yield self.text(delta.index, delta.text)
+                else:
+                    yield self.full(delta, with_logprobs=with_logprobs)
+                if delta.usage is not None and self._include_usage:
+                    yield self.usage(delta.usage)
+        yield DONE

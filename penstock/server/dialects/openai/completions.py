@@ -1,0 +1,217 @@
+"""`POST /v1/completions`: raw prompts, one or several, as text or token ids."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Final, Literal, cast
+
+from msgspec.structs import replace
+from pydantic import BaseModel, Field
+
+from penstock.core.errors import InvalidParameterError
+from penstock.core.ids import RequestId
+from penstock.core.params import INT64_MAX, MAX_TOP_LOGPROBS
+from penstock.core.text import GenerateRequest, TextDelta, Usage
+from penstock.server.collect import Answer, collect, merge, submit
+from penstock.server.dialects.openai.answers import (
+    CompletionLogprobs,
+    Finish,
+    UsageAnswer,
+    completion_logprobs,
+    finish_word,
+    usage_answer,
+)
+from penstock.server.dialects.openai.fields import (
+    SamplingFields,
+    TokenId,
+    TopLogprobs,
+    base_request,
+    sampling_params,
+)
+from penstock.server.replies import Reply, StreamReply, json_reply
+from penstock.server.services import Call
+from penstock.server.sse import DONE, encode
+from penstock.server.validation import Flag, Integer, Text
+
+MAX_PROMPTS: Final = 32
+_DEFAULT_MAX_TOKENS: Final = 16
+_MAX_IDS: Final = 4_194_304
+
+PromptText = Annotated[Text, Field(min_length=1)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_IDS)]
+Prompts = (
+    PromptText
+    | PromptIds
+    | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompts = Field(description="A text, a list of texts, token ids, or a list of lists of them.")
+    max_tokens: Annotated[Integer, Field(ge=0, le=INT64_MAX)] | None = Field(
+        default=None, description="Default 16; 0 only with echo."
+    )
+    logprobs: TopLogprobs | None = Field(
+        default=None, description=f"How many likelier tokens to tell, up to {MAX_TOP_LOGPROBS}."
+    )
+    echo: Flag | None = Field(
+        default=None, description="Begin the answer with the prompt; not with logprobs."
+    )
+
+
+class CompletionChoice(BaseModel):
+    """One of n answers to one of the prompts."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Finish
+    stop_reason: int | str | None = None
+
+
+class CompletionAnswer(BaseModel):
+    """Answer of `POST /v1/completions`; `index` is prompt times n plus answer."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageAnswer
+    system_fingerprint: None = None
+
+
+def _prompts(body: CompletionRequest) -> list[str | tuple[int, ...]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [tuple(cast("list[int]", prompt))]
+    return [item if isinstance(item, str) else tuple(item) for item in cast("list[str | list[int]]", prompt)]
+
+
+def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]:
+    """Wire to domain, one request per prompt.
+
+    Raises:
+        InvalidParameterError: fields that contradict each other.
+        NotFoundError: no such model.
+    """
+    echo = body.echo is True
+    if echo and body.logprobs is not None:
+        raise InvalidParameterError(
+            "echo and logprobs cannot be used together: log-probabilities of a prompt are not computed",
+            code="unsupported_parameter",
+            param="echo",
+        )
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    params = sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs, allow_zero_max_tokens=echo)
+    base = replace(base_request(body, call=call, params=params), echo=echo)
+    prompts = _prompts(body)
+    if len(prompts) == 1:
+        return [replace(base, prompt=prompts[0])]
+    return [
+        replace(base, prompt=prompt, request_id=RequestId(f"{call.request_id}-{index}"))
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> CompletionChoice:
+    assert answer.finish_reason is not None
+    return CompletionChoice(
+        index=index,
+        text=answer.text,
+        logprobs=completion_logprobs(tuple(answer.logprobs), offset=0) if with_logprobs else None,
+        finish_reason=finish_word(answer.finish_reason),
+        stop_reason=answer.stop_reason,
+    )
+
+
+async def completions(call: Call) -> Reply | StreamReply:
+    """Serve one request; several prompts run side by side."""
+    body = call.body
+    assert isinstance(body, CompletionRequest)
+    requests = to_requests(body, call=call)
+    model, n = requests[0].model, requests[0].params.n
+    streams = await submit(call.services.catalog.resolve(model), requests)
+    answer_id = f"cmpl-{call.request_id}"
+    created = int(call.services.clock.wall())
+    if body.stream:
+        chunks = CompletionChunks(
+            answer_id, created=created, model=model, n=n, include_usage=body.include_usage
+        )
+        return StreamReply(frames=chunks.frames(streams))
+    collected = await collect(streams, n=n)
+    with_logprobs = body.logprobs is not None
+    choices = [
+        _choice(answer, index=index, with_logprobs=with_logprobs)
+        for index, answer in enumerate(collected.answers)
+    ]
+    return json_reply(
+        CompletionAnswer(
+            id=answer_id, created=created, model=model, choices=choices, usage=usage_answer(collected.usages)
+        )
+    )
+
+
+class CompletionChunks:
+    """Bytes of a completions stream: everything that does not change is encoded once per answer."""
+
+    def __init__(self, answer_id: str, *, created: int, model: str, n: int, include_usage: bool) -> None:
+        head = encode({"id": answer_id, "object": "text_completion", "created": created, "model": model})
+        self._head = b"data: " + head[:-1] + b',"choices":['
+        self._usage_null = b',"usage":null' if include_usage else b""
+        self._tail = b',"logprobs":null,"finish_reason":null}]' + self._usage_null + b"}\n\n"
+        self._include_usage = include_usage
+        self._n = n
+        self._texts: dict[int, bytes] = {}
+        self._offsets: dict[int, int] = {}
+
+    def text(self, index: int, text: str) -> bytes:
+        """A piece of one answer: the fast path."""
+        prefix = self._texts.get(index)
+        if prefix is None:
+            prefix = self._texts[index] = self._head + b'{"index":%d,"text":' % index
+        return prefix + encode(text) + self._tail
+
+    def full(self, index: int, delta: TextDelta) -> bytes:
+        """A chunk with log-probabilities or the end of an answer."""
+        logprobs = b"null"
+        if delta.logprobs:
+            offset = self._offsets.get(index, 0)
+            logprobs = completion_logprobs(delta.logprobs, offset=offset).model_dump_json().encode()
+            self._offsets[index] = offset + sum(len(item.token) for item in delta.logprobs)
+        end = b"null"
+        if delta.finish_reason is not None:
+            end = encode(finish_word(delta.finish_reason)) + b',"stop_reason":' + encode(delta.stop_reason)
+        return (
+            self._head
+            + b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}]'
+            % (index, encode(delta.text), logprobs, end)
+            + self._usage_null
+            + b"}\n\n"
+        )
+
+    def usage(self, usages: list[Usage]) -> bytes:
+        """Last chunk, without choices."""
+        answer: UsageAnswer = usage_answer(usages)
+        return self._head + b'],"usage":' + answer.model_dump_json().encode() + b"}\n\n"
+
+    async def frames(self, streams: list[AsyncGenerator[TextDelta]]) -> AsyncGenerator[bytes]:
+        """All frames of the stream, up to `[DONE]`; the prompts' answers come interleaved."""
+        usages: list[Usage] = []
+        async with aclosing(merge(streams)) as deltas:
+            async for which, delta in deltas:
+                index = which * self._n + delta.index
+                if delta.finish_reason is None and not delta.logprobs:
+                    if delta.text:
+                        yield self.text(index, delta.text)
+                else:
+                    yield self.full(index, delta)
+                if delta.usage is not None:
+                    usages.append(delta.usage)
+        if self._include_usage:
+            yield self.usage(usages)
+        yield DONE

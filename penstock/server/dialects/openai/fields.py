@@ -1,0 +1,268 @@
+"""The request fields that chat completions and completions share, and their way into `SamplingParams`.
+
+Two tables here decide about everything else that clients are known to send: `REFUSED` names what is not
+there yet, with the values that ask for nothing and may therefore pass.
+"""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from penstock.core.errors import InvalidParameterError
+from penstock.core.ids import ModelName
+from penstock.core.params import (
+    INT64_MAX,
+    INT64_MIN,
+    MAX_LOGIT_BIAS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+    validate_sampling,
+)
+from penstock.core.text import GenerateRequest, Priority
+from penstock.server.services import Call
+from penstock.server.validation import Flag, Integer, Number, Text, WireModel
+
+MAX_MODEL_CHARS: Final = 128
+MAX_LABEL_CHARS: Final = 512
+MAX_METADATA: Final = 16
+MAX_SALT_CHARS: Final = 256
+_NOTHING: Final = (None,)
+
+REFUSED: Final[dict[str, tuple[object, ...]]] = {
+    "allowed_token_ids": (None, []),
+    "audio": _NOTHING,
+    "bad_words": (None, []),
+    "chat_template": _NOTHING,
+    "chat_template_kwargs": (None, {}),
+    "documents": (None, []),
+    "early_stopping": (None, False),
+    "extra_args": (None, {}),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+    "guided_json": _NOTHING,
+    "guided_regex": _NOTHING,
+    "kv_transfer_params": _NOTHING,
+    "length_penalty": (None, 1.0),
+    "logits_processors": (None, []),
+    "mm_processor_kwargs": _NOTHING,
+    "modalities": (None, ["text"]),
+    "moderation": _NOTHING,
+    "prediction": _NOTHING,
+    "prompt_cache_options": _NOTHING,
+    "prompt_cache_retention": _NOTHING,
+    "prompt_embeds": _NOTHING,
+    "prompt_logprobs": _NOTHING,
+    "reasoning_effort": _NOTHING,
+    "response_format": (None, {"type": "text"}),
+    "spaces_between_special_tokens": (None, True),
+    "store": (None, False),
+    "structured_outputs": _NOTHING,
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "truncate_prompt_tokens": _NOTHING,
+    "use_beam_search": (None, False),
+    "verbosity": _NOTHING,
+    "vllm_xargs": (None, {}),
+    "web_search_options": _NOTHING,
+}
+"""Fields that clients send and that are not served yet, with the values that ask for nothing."""
+
+
+def is_neutral(value: object, *, allowed: tuple[object, ...]) -> bool:
+    """True if the value asks for nothing; `1` is not `True` here."""
+    return any(type(value) is type(each) and value == each for each in allowed)
+
+
+def refuse_by_name(data: object) -> object:
+    """Drop fields of `REFUSED` that ask for nothing.
+
+    Raises:
+        InvalidParameterError: a field asks for something that is not there yet.
+    """
+    if not isinstance(data, dict):
+        return data
+    kept: dict[object, object] = {}
+    for name, value in data.items():
+        if name not in REFUSED:
+            kept[name] = value
+        elif not is_neutral(value, allowed=REFUSED[name]):
+            raise InvalidParameterError(
+                f"{name} is not supported by this version; leave it out",
+                code="unsupported_parameter",
+                param=name,
+            )
+    return kept
+
+
+class StreamOptions(WireModel):
+    """How to stream."""
+
+    include_usage: Flag | None = Field(
+        default=None, description="Send one more chunk before [DONE], without choices, that holds the usage."
+    )
+    include_obfuscation: Literal[False] | None = Field(
+        default=None, description="Only false: chunks are never padded."
+    )
+
+
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+
+
+class SamplingFields(WireModel):
+    """Fields with the same meaning on both endpoints; null is the same as absent everywhere."""
+
+    model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = Field(
+        default=None, description="A name from GET /v1/models; absent: the server's default model."
+    )
+    n: Annotated[Integer, Field(ge=1, le=MAX_N)] | None = Field(default=None, description="Answers.")
+    best_of: Annotated[Integer, Field(ge=1, le=MAX_N)] | None = Field(
+        default=None, description="Only as many as n: all answers are returned."
+    )
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=INT64_MAX)] | None = Field(
+        default=None, description="0 and -1 keep all tokens."
+    )
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,10}$")],
+                Annotated[Number, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = Field(default=None, description="Token id, as a string of digits, to a bias.")
+    seed: Annotated[Integer, Field(ge=INT64_MIN, le=INT64_MAX)] | None = Field(
+        default=None, description="The same seed gives the same answer, whatever else the server does."
+    )
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    include_stop_str_in_output: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    min_tokens: Annotated[Integer, Field(ge=0, le=INT64_MAX)] | None = None
+    ignore_eos: Flag | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    priority: Literal["realtime", "interactive", "batch"] | None = Field(
+        default=None, description="Tier; a lower one is served only when no higher one waits."
+    )
+    cache_salt: Annotated[Text, Field(max_length=MAX_SALT_CHARS)] | None = Field(
+        default=None, description="Requests with different salts never share cached prompt blocks."
+    )
+    service_tier: Literal["auto", "default"] | None = Field(
+        default=None, description="There is one tier; both words mean it."
+    )
+    user: Annotated[Text, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
+        default=None, description="A label for the client's own use: neither stored nor logged."
+    )
+    safety_identifier: Annotated[Text, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
+        default=None, description="A label for the client's own use: neither stored nor logged."
+    )
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[str, Field(max_length=64)],
+                Annotated[Text, Field(max_length=MAX_LABEL_CHARS)],
+            ],
+            Field(max_length=MAX_METADATA),
+        ]
+        | None
+    ) = Field(default=None, description="Labels for the client's own use: neither stored nor logged.")
+    prompt_cache_key: Annotated[Text, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
+        default=None, description="Not needed: shared prompts are found by their content."
+    )
+
+    @property
+    def include_usage(self) -> bool:
+        """True if the stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+
+_SAME_NAME: Final = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "min_tokens",
+    "ignore_eos",
+)
+
+
+def _check_combinations(fields: SamplingFields) -> None:
+    if fields.stream_options is not None and fields.stream is not True:
+        raise InvalidParameterError("stream_options needs stream to be true", param="stream_options")
+    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+        raise InvalidParameterError(
+            f"best_of is {fields.best_of}, it must equal n, which is {fields.n or 1}", param="best_of"
+        )
+
+
+def sampling_params(
+    fields: SamplingFields,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    allow_zero_max_tokens: bool = False,
+) -> SamplingParams:
+    """Sampling parameters of a request, checked by the same function as at every other door.
+
+    Raises:
+        InvalidParameterError: fields that contradict each other or are out of range.
+    """
+    _check_combinations(fields)
+    known = {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
+    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
+    params = SamplingParams(
+        **known,
+        stop=stop,
+        stop_token_ids=tuple(fields.stop_token_ids or ()),
+        logit_bias={int(token_id): bias for token_id, bias in (fields.logit_bias or {}).items()},
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+    )
+    validate_sampling(params, allow_zero_max_tokens=allow_zero_max_tokens)
+    return params
+
+
+def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) -> GenerateRequest:
+    """The request without its prompt; the answer bears the name that the client asked by.
+
+    Raises:
+        NotFoundError: no such model.
+    """
+    catalog = call.services.catalog
+    wanted = None if fields.model is None else ModelName(fields.model)
+    client = catalog.resolve(wanted)
+    return GenerateRequest(
+        request_id=call.request_id,
+        model=client.card.name if wanted is None else wanted,
+        params=params,
+        priority=Priority[(fields.priority or "interactive").upper()],
+        tenant_id=call.tenant_id,
+        cache_salt=fields.cache_salt or "",
+        arrival_s=call.arrival_s,
+    )
+
+
+TopLogprobs = Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+"""How many likelier tokens to tell beside the one that came."""

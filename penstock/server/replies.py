@@ -1,0 +1,39 @@
+"""What a route's function returns: a whole answer, or a stream of server-sent events."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+from pydantic import BaseModel
+
+JSON_TYPE: Final = b"application/json"
+HTML_TYPE: Final = b"text/html; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A complete HTTP answer."""
+
+    body: bytes
+    status: int = 200
+    content_type: bytes = JSON_TYPE
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    error_code: str | None = None
+    """Code of the error that this answer tells of, for the counters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamReply:
+    """A stream of server-sent events; `frames` are complete SSE frames, made on demand.
+
+    Whoever holds it must run `frames` to its end or close it: closing cancels the work behind it.
+    """
+
+    frames: AsyncGenerator[bytes]
+
+
+def json_reply(value: object, *, status: int = 200) -> Reply:
+    """Answer with a pydantic model or plain data as JSON."""
+    body = value.model_dump_json().encode() if isinstance(value, BaseModel) else msgspec.json.encode(value)
+    return Reply(body=body, status=status)

@@ -1,0 +1,133 @@
+"""Server-sent events: frames, and the loop that writes them without ever holding more than one.
+
+A frame is made by gluing bytes around the encoded delta; no model is built per token. The loop sends a
+comment line when the stream is silent, waits when the reader is slow, and cuts the connection when it
+stays so.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Final
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from penstock.core.errors import PenstockError
+from penstock.server.errors import error_json, internal_error
+from penstock.server.exchange import ClientGoneError, Exchange, SlowReaderError
+from penstock.server.limits import Limits
+
+DONE: Final = b"data: [DONE]\n\n"
+KEEPALIVE: Final = b": keepalive\n\n"
+HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+ABORT_EXTENSION: Final = "penstock.abort"
+"""ASGI extension of our own protocol: cut the connection without waiting for its buffer to empty."""
+
+encode: Final = msgspec.json.Encoder().encode
+
+
+def frame(data: bytes, *, event: str | None = None) -> bytes:
+    """One event; `data` is JSON and hence has no line breaks."""
+    if event is None:
+        return b"data: %b\n\n" % data
+    return b"event: %b\ndata: %b\n\n" % (event.encode(), data)
+
+
+def error_frame(error: PenstockError, *, request_id: str) -> bytes:
+    """The last event of a stream that failed, in OpenAI's shape."""
+    return frame(error_json(error, request_id=request_id), event="error")
+
+
+class EventStream:
+    """Writes the frames of one answer to one client; made per request, used once."""
+
+    def __init__(self, frames: AsyncGenerator[bytes], *, limits: Limits, request_id: str) -> None:
+        self._frames = frames
+        self._limits = limits
+        self._request_id = request_id
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
+        self._sending_since: float | None = None
+        self._pending_keepalive: asyncio.Task[None] | None = None
+
+    async def run(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        exchange: Exchange,
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        """Send head, frames and end; on failure an error event, then the end.
+
+        Args:
+            scope: of the request, for the protocol's abort.
+            receive: watched for the client's leaving.
+            send: where the bytes go.
+            exchange: ends the stream from outside.
+            on_error: told why the stream did not end by itself.
+        """
+        await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        timer = self._arm(self._limits.keepalive_interval_s, send=send, exchange=exchange)
+        try:
+            await exchange.run(self._pump(send), receive=receive)
+        except (ClientGoneError, SlowReaderError) as error:
+            on_error(error)
+            scope.get("extensions", {}).get(ABORT_EXTENSION, _nothing)()
+            return
+        except Exception as error:  # noqa: BLE001  the edge of a request: counted, logged and told to the client
+            on_error(error)
+            shown = error if isinstance(error, PenstockError) else internal_error()
+            await self._write(send, error_frame(shown, request_id=self._request_id))
+        finally:
+            timer()
+            await self._frames.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pump(self, send: Send) -> None:
+        async for data in self._frames:
+            await self._write(send, data)
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        self._sending_since = self._loop.time()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sending_since = None
+        self._sent_at = self._loop.time()
+
+    def _arm(self, delay_s: float, *, send: Send, exchange: Exchange) -> Callable[[], None]:
+        """Look at the stream now and then, by one timer that is re-armed; returns what ends it."""
+        handle: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal handle
+            handle = self._loop.call_later(self._look(send, exchange), look)
+
+        def end() -> None:
+            handle.cancel()
+
+        handle = self._loop.call_later(delay_s, look)
+        return end
+
+    def _look(self, send: Send, exchange: Exchange) -> float:
+        """Keep alive or cut if it is time; returns the seconds until the next look."""
+        now = self._loop.time()
+        if self._sending_since is not None:
+            left = self._sending_since + self._limits.slow_reader_timeout_s - now
+            if left <= 0:
+                exchange.stop(SlowReaderError())
+            return max(left, 0.01)
+        left = self._sent_at + self._limits.keepalive_interval_s - now
+        if left <= 0:
+            self._sent_at = now
+            self._pending_keepalive = asyncio.create_task(self._write(send, KEEPALIVE))
+            return self._limits.keepalive_interval_s
+        return left
+
+
+def _nothing() -> None:
+    """Other servers than ours have no abort; they close the connection themselves."""

@@ -1,0 +1,133 @@
+"""Plain data to a pydantic model; pydantic's complaints become our own words.
+
+A message names the field, what was sent and the limit. The library's text never leaves the server.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Final, NoReturn, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from penstock.core.errors import InvalidParameterError
+
+M = TypeVar("M", bound=BaseModel)
+_MAX_PATH_CHARS: Final = 200
+
+
+def _integral(value: object) -> object:
+    """JSON knows one kind of number: 2.0 is an integer."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_integral), Field(strict=True)]
+"""A whole number; neither a string nor true and false."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class WireModel(BaseModel):
+    """A request's body: fields that it does not know are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_WANTED: Final[dict[str, str]] = {
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "list_type": "an array",
+    "tuple_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "none_required": "null",
+}
+_BOUNDED: Final[dict[str, tuple[str, str]]] = {
+    "greater_than": ("gt", "greater than {}"),
+    "greater_than_equal": ("ge", "at least {}"),
+    "less_than": ("lt", "less than {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "string_too_short": ("min_length", "a string of at least {} characters"),
+    "string_too_long": ("max_length", "a string of at most {} characters"),
+    "too_short": ("min_length", "of at least {} entries"),
+    "too_long": ("max_length", "of at most {} entries"),
+    "literal_error": ("expected", "one of {}"),
+    "enum": ("expected", "one of {}"),
+}
+
+
+def describe(value: object) -> str:
+    """What was sent, short and harmless: numbers as they are, the rest by kind and size."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        text = repr(value)
+        return text if len(text) <= 32 else "a number of many digits"
+    if isinstance(value, str):
+        return f"a string of {len(value)} characters"
+    if isinstance(value, (list, tuple)):
+        return f"an array of {len(value)} entries"
+    return "an object"
+
+
+def _limit(error: ErrorDetails) -> str:
+    kind = error["type"]
+    if kind in _BOUNDED:
+        key, words = _BOUNDED[kind]
+        return words.format(error.get("ctx", {}).get(key))
+    return _WANTED.get(kind, "of another form; GET /openapi.json describes it")
+
+
+def _path(error: ErrorDetails) -> str:
+    # Names with a bracket or a hyphen are branches of a union, which the client did not write.
+    parts = [str(part) for part in error["loc"] if not (isinstance(part, str) and not _is_field(part))]
+    return ".".join(parts)[:_MAX_PATH_CHARS]
+
+
+def _is_field(part: str) -> bool:
+    return (
+        part.isidentifier()
+        and part not in {"str", "int", "float", "bool", "list", "dict"}
+        and part[0].islower()
+    )
+
+
+def _raise(error: ErrorDetails) -> NoReturn:
+    kind, path = error["type"], _path(error)
+    if kind == "missing":
+        raise InvalidParameterError(f"{path} is missing, it is required", code="missing", param=path)
+    if kind == "extra_forbidden":
+        name = ascii(".".join(str(part) for part in error["loc"])[:_MAX_PATH_CHARS])[1:-1]
+        raise InvalidParameterError(
+            f"{name} is not a field that this endpoint knows", code="unknown_parameter", param=name
+        )
+    where = path or "the body"
+    raise InvalidParameterError(
+        f"{where} is {describe(error['input'])}, it must be {_limit(error)}", param=path or None
+    )
+
+
+def validate(data: object, *, model: type[M]) -> M:
+    """Make a wire model of plain data.
+
+    Raises:
+        InvalidParameterError: the first thing that is wrong.
+    """
+    check: Callable[[object], M] = model.model_validate
+    try:
+        return check(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True)
+    _raise(_most_telling(details))
+
+
+def _most_telling(details: list[ErrorDetails]) -> ErrorDetails:
+    """Of a union's many complaints, the one that got deepest."""
+    return max(details, key=lambda error: (len(_path(error).split(".")), error["type"] in _BOUNDED))
