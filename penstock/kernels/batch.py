@@ -16,7 +16,7 @@ slot_mapping     [8 9 10 13]         block 2 * 4 + 0..2; block 3 * 4 + 1
 ```
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -37,6 +37,9 @@ class AttentionBatch:
     """`query_start_loc` as lengths, on the host: shapes are decided without a device read."""
     seq_lens_host: tuple[int, ...]
     """`seq_lens` on the host."""
+    plans: dict[tuple[object, ...], object] = field(default_factory=dict, compare=False, repr=False)
+    """What a kernel home worked out for this batch (gather indices, masks), so that it does so once a step
+    and not once a layer; written by `kernels` alone, dies with the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,107 @@
+"""Paged attention over buckets of like sequences with torch's fused attention.
+
+It gathers the blocks of one bucket of one layer at a time, never more. Letters: S pieces, Q query rows
+each, K keys each, H query heads, N key/value heads, G = H / N, D head size.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from penstock.kernels.batch import AttentionBatch, KvSlab
+from penstock.kernels.eager.attention_plan import Bucket, make_plan
+from penstock.kernels.ops import AttentionShape
+
+
+def write_kv(keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
+    """As `ops.write_kv`."""
+    if slab.keys.is_contiguous() and slab.values.is_contiguous():
+        slab.keys.flatten(0, 1).index_copy_(0, slot_mapping, keys)
+        slab.values.flatten(0, 1).index_copy_(0, slot_mapping, values)
+        return
+    block_size = slab.keys.shape[1]
+    slots = (slot_mapping // block_size, slot_mapping % block_size)
+    slab.keys.index_put_(slots, keys)
+    slab.values.index_put_(slots, values)
+
+
+def _plan(
+    batch: AttentionBatch, block_size: int, window: int | None, dtype: torch.dtype
+) -> tuple[Bucket, ...]:
+    key = ("eager", block_size, window, dtype)
+    plan = batch.plans.get(key)
+    if plan is None:
+        plan = batch.plans[key] = make_plan(batch, block_size=block_size, window=window, dtype=dtype)
+    assert isinstance(plan, tuple)
+    return plan
+
+
+def _gather(cache: Tensor, bucket: Bucket) -> Tensor:
+    # [P, B, N, D] -> [S, N, K, D], a view of the gathered copy.
+    blocks = cache.index_select(0, bucket.block_ids)
+    return blocks.view(bucket.num_pieces, -1, *cache.shape[2:])[:, : bucket.num_keys].transpose(1, 2)
+
+
+def _fold(query: Tensor, bucket: Bucket, num_kv_heads: int) -> Tensor:
+    # [S * Q, H, D] -> [S, N, G * Q, D]: heads that share keys become rows of one product.
+    heads, head_dim = query.shape[1:]
+    query = query.view(bucket.num_pieces, bucket.query_len, num_kv_heads, heads // num_kv_heads, head_dim)
+    return query.permute(0, 2, 3, 1, 4).reshape(bucket.num_pieces, num_kv_heads, -1, head_dim)
+
+
+def _unfold(out: Tensor, bucket: Bucket) -> Tensor:
+    # [S, N, G * Q, D] -> [S * Q, H, D]
+    pieces, num_kv_heads, _, head_dim = out.shape
+    out = out.view(pieces, num_kv_heads, -1, bucket.query_len, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(pieces * bucket.query_len, -1, head_dim)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, scale: float) -> Tensor:
+    if bucket.query_len == 1:
+        folded = _fold(query, bucket, keys.shape[1])
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=bucket.bias, scale=scale)
+        return _unfold(out, bucket)
+    query = query.view(bucket.num_pieces, bucket.query_len, *query.shape[1:]).transpose(1, 2)
+    out = scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=bucket.bias,
+        is_causal=bucket.is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _capped(query: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, shape: AttentionShape) -> Tensor:
+    # Torch's fused attention knows no soft-cap.
+    assert shape.softcap is not None
+    folded = _fold(query, bucket, keys.shape[1])
+    scores = torch.matmul(folded, keys.transpose(-1, -2)).float().mul_(shape.scale / shape.softcap)
+    scores = scores.tanh_().mul_(shape.softcap)
+    grouped = scores.view(*scores.shape[:2], -1, bucket.query_len, bucket.num_keys)
+    if bucket.bias is not None:
+        grouped += bucket.bias.unsqueeze(1)
+    else:
+        grouped += torch.full(grouped.shape[-2:], float("-inf")).triu_(1)
+    weights = torch.softmax(scores, dim=-1).to(values.dtype)
+    return _unfold(torch.matmul(weights, values), bucket)
+
+
+def _attend(query: Tensor, slab: KvSlab, bucket: Bucket, shape: AttentionShape) -> Tensor:
+    keys, values = _gather(slab.keys, bucket), _gather(slab.values, bucket)
+    query = query.index_select(0, bucket.rows)
+    if shape.softcap is not None:
+        out = _capped(query, keys, values, bucket, shape)
+    else:
+        out = _fused(query, keys, values, bucket, shape.scale)
+    return out if bucket.keep is None else out.index_select(0, bucket.keep)
+
+
+def paged_attention(query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+    """As `ops.paged_attention`."""
+    out = torch.empty_like(query)
+    for bucket in _plan(batch, slab.keys.shape[1], shape.window, query.dtype):
+        out.index_copy_(0, bucket.targets, _attend(query, slab, bucket, shape))
+    return out

@@ -1,0 +1,390 @@
+"""The contract of every operation: shapes, dtypes, meaning, and the dispatch to the chosen home.
+
+A home (`kernels/reference`, `kernels/eager`) is a plain object that fits `KernelSet`; `registry` picks
+it, and the model's layers hold it. Layers call the functions here, which check what they are given and
+pass it on. Nothing here computes. Every home passes the one test in `tests/unit/kernels`.
+
+Letters: T tokens of the step, S sequences, H query heads, N key/value heads, D head size, R rotated part
+of a head, I input features, O output features, E experts, P blocks of the pool, B slots of a block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.batch import AttentionBatch, KvSlab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """The constants of one layer's attention."""
+
+    scale: float
+    """Factor on the scores, mostly `head_dim ** -0.5`."""
+    window: int | None = None
+    """A token attends to itself and the `window - 1` before it; None for all before it."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)`; None for no cap."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """One expert's gated MLP, SiLU on the gate."""
+
+    gate: Tensor
+    """[moe_intermediate_size, hidden_size]"""
+    up: Tensor
+    """[moe_intermediate_size, hidden_size]"""
+    down: Tensor
+    """[hidden_size, moe_intermediate_size]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeShape:
+    """How tokens choose experts."""
+
+    top_k: int
+    """Experts per token, 1 to the number of experts."""
+    renormalize: bool
+    """Divide the chosen probabilities by their sum."""
+
+
+class KernelSet(Protocol):
+    """What a home implements; meaning and shapes stand at the functions of the same names below."""
+
+    @property
+    def name(self) -> str:
+        """The word that `--kernels` takes."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
+        """See `rms_norm`."""
+        ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, weight_offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `add_rms_norm`."""
+        ...
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+        """See `layer_norm`."""
+        ...
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See `rope`."""
+        ...
+
+    def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """See `silu_and_mul`."""
+        ...
+
+    def gelu_and_mul(self, gate: Tensor, up: Tensor, *, tanh: bool) -> Tensor:
+        """See `gelu_and_mul`."""
+        ...
+
+    def gelu(self, x: Tensor, *, tanh: bool) -> Tensor:
+        """See `gelu`."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `linear`."""
+        ...
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """See `embedding`."""
+        ...
+
+    def write_kv(self, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
+        """See `write_kv`."""
+        ...
+
+    def paged_attention(
+        self, query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape
+    ) -> Tensor:
+        """See `paged_attention`."""
+        ...
+
+    def moe(self, x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape) -> Tensor:
+        """See `moe`."""
+        ...
+
+    def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
+        """See `copy_blocks`."""
+        ...
+
+    def zero_blocks(self, pool: Tensor, block_ids: Tensor) -> None:
+        """See `zero_blocks`."""
+        ...
+
+
+def rms_norm(
+    kernels: KernelSet, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float = 0.0
+) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * (weight + weight_offset)` over the last dimension.
+
+    Args:
+        kernels: the home that computes it.
+        x: [..., I].
+        weight: [I], of x's dtype.
+        eps: added to the mean square, above 0.
+        weight_offset: 1.0 for Gemma, whose checkpoints store the weight minus one.
+
+    Returns:
+        [..., I] of x's dtype; the sum runs in at least float32.
+
+    **Source:** Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
+    """
+    assert weight.shape == x.shape[-1:], (x.shape, weight.shape)
+    return kernels.rms_norm(x, weight, eps=eps, weight_offset=weight_offset)
+
+
+def add_rms_norm(
+    kernels: KernelSet,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The residual form: `h = x + residual`, then `rms_norm(h)`.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I], what the block before added.
+        residual: [T, I]; not changed.
+        weight: [I].
+        eps: as in `rms_norm`.
+        weight_offset: as in `rms_norm`.
+
+    Returns:
+        The norm of h and h itself, both [T, I] of x's dtype.
+    """
+    assert x.shape == residual.shape, (x.shape, residual.shape)
+    assert weight.shape == x.shape[-1:], (x.shape, weight.shape)
+    return kernels.add_rms_norm(x, residual, weight, eps=eps, weight_offset=weight_offset)
+
+
+def layer_norm(kernels: KernelSet, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I].
+        weight: [I].
+        bias: [I].
+        eps: added to the variance, above 0.
+
+    Returns:
+        [T, I] of x's dtype.
+
+    **Source:** Ba, Kiros, Hinton, Layer Normalization, 2016, equation 4.
+    """
+    assert weight.shape == bias.shape == x.shape[-1:], (x.shape, weight.shape, bias.shape)
+    return kernels.layer_norm(x, weight, bias, eps=eps)
+
+
+def rope(kernels: KernelSet, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R dimensions of every head by its token's angles; the rest passes.
+
+    Dimension i is paired with i + R / 2: `(a, b) -> (a cos - b sin, b cos + a sin)`.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, H, D] queries or keys; not changed.
+        cos: [T, R / 2] float32, with R even and at most D.
+        sin: [T, R / 2] float32.
+
+    Returns:
+        [T, H, D] of x's dtype, computed in float32.
+
+    **Source:** Su et al., RoFormer, 2021, section 3.4.2, in the half-split layout of GPT-NeoX.
+    """
+    assert cos.shape == sin.shape, (cos.shape, sin.shape)
+    assert cos.shape[0] == x.shape[0], (x.shape, cos.shape)
+    assert 2 * cos.shape[1] <= x.shape[2], (x.shape, cos.shape)
+    assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
+    return kernels.rope(x, cos, sin)
+
+
+def silu_and_mul(kernels: KernelSet, gate: Tensor, up: Tensor) -> Tensor:
+    """`gate * sigmoid(gate) * up`, element by element.
+
+    Args:
+        kernels: the home that computes it.
+        gate: [T, I].
+        up: [T, I].
+
+    Returns:
+        [T, I].
+
+    **Source:** Shazeer, GLU Variants Improve Transformer, 2020, equation 6.
+    """
+    assert gate.shape == up.shape, (gate.shape, up.shape)
+    return kernels.silu_and_mul(gate, up)
+
+
+def gelu_and_mul(kernels: KernelSet, gate: Tensor, up: Tensor, *, tanh: bool) -> Tensor:
+    """`gelu(gate) * up`, element by element.
+
+    Args:
+        kernels: the home that computes it.
+        gate: [T, I].
+        up: [T, I].
+        tanh: the tanh approximation (`gelu_pytorch_tanh`, `gelu_new`), else the exact erf form.
+
+    Returns:
+        [T, I].
+
+    **Source:** Shazeer, GLU Variants Improve Transformer, 2020, equation 6.
+    """
+    assert gate.shape == up.shape, (gate.shape, up.shape)
+    return kernels.gelu_and_mul(gate, up, tanh=tanh)
+
+
+def gelu(kernels: KernelSet, x: Tensor, *, tanh: bool) -> Tensor:
+    """`x * Phi(x)`, element by element.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I].
+        tanh: as in `gelu_and_mul`.
+
+    Returns:
+        [T, I].
+
+    **Source:** Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, section 2.
+    """
+    return kernels.gelu(x, tanh=tanh)
+
+
+def linear(kernels: KernelSet, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I].
+        weight: [O, I], of x's dtype; may be a transposed view.
+        bias: [O] or None.
+
+    Returns:
+        [T, O] of x's dtype; sums run in at least float32.
+    """
+    assert x.shape[1] == weight.shape[1], (x.shape, weight.shape)
+    assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
+    assert bias is None or bias.shape == weight.shape[:1], (weight.shape, bias)
+    return kernels.linear(x, weight, bias)
+
+
+def embedding(kernels: KernelSet, token_ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows of `weight` that `token_ids` name.
+
+    Args:
+        kernels: the home that computes it.
+        token_ids: [T] int64, each in [0, vocab_size).
+        weight: [vocab_size, I].
+
+    Returns:
+        [T, I], a new tensor.
+    """
+    assert token_ids.dtype == torch.int64, token_ids.dtype
+    assert token_ids.dim() == 1, token_ids.shape
+    return kernels.embedding(token_ids, weight)
+
+
+def write_kv(kernels: KernelSet, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
+    """Store each token's key and value in its slot. Mutates `slab`.
+
+    Example, B = 4: slot 13 is offset 1 of block 3.
+
+    Args:
+        kernels: the home that does it.
+        keys: [T, N, D].
+        values: [T, N, D].
+        slab: [P, B, N, D] each; may be strided over blocks.
+        slot_mapping: [T] int64, block_id * B + offset, no slot twice.
+    """
+    assert keys.shape == values.shape, (keys.shape, values.shape)
+    assert keys.shape[1:] == slab.keys.shape[2:], (keys.shape, slab.keys.shape)
+    assert slot_mapping.shape == keys.shape[:1], (slot_mapping.shape, keys.shape)
+    assert keys.dtype == slab.keys.dtype, (keys.dtype, slab.keys.dtype)
+    kernels.write_kv(keys, values, slab, slot_mapping)
+
+
+def paged_attention(
+    kernels: KernelSet, query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape
+) -> Tensor:
+    """Causal attention of every new token over its own sequence's blocks; prefill and decode alike.
+
+    The query in row r of a sequence with n rows and length L stands at position `L - n + r` and sees the
+    positions `max(0, p - window + 1) .. p`. Query head h reads key/value head `h // (H / N)`. Slots that
+    a token may not see never change its result, NaN in other sequences' blocks included.
+
+    Args:
+        kernels: the home that computes it.
+        query: [T, H, D], the rows in the order of `batch`.
+        slab: [P, B, N, D] each, this step's keys and values already written.
+        batch: lengths and block tables of the layer's cache group.
+        shape: scale, window, soft-cap.
+
+    Returns:
+        [T, H, D] of the query's dtype; softmax runs in at least float32.
+
+    **Source:** Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023, section 4;
+    soft-cap: Gemma Team, Gemma 2, 2024, section 2.
+    """
+    assert query.shape[2] == slab.keys.shape[3], (query.shape, slab.keys.shape)
+    assert query.shape[1] % slab.keys.shape[2] == 0, (query.shape, slab.keys.shape)
+    assert query.shape[0] == batch.slot_mapping.shape[0], (query.shape, batch.slot_mapping.shape)
+    return kernels.paged_attention(query, slab, batch, shape)
+
+
+def moe(
+    kernels: KernelSet, x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape
+) -> Tensor:
+    """Each token's `top_k` experts by router probability, their outputs summed with those weights.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I].
+        router: [E, I].
+        experts: E gated MLPs.
+        shape: how many experts, and whether their probabilities are made to sum to 1.
+
+    Returns:
+        [T, I] of x's dtype; the router's softmax (over all E) runs in at least float32.
+
+    **Source:** Jiang et al., Mixtral of Experts, 2024, section 2.1.
+    """
+    assert router.shape == (len(experts), x.shape[1]), (router.shape, len(experts), x.shape)
+    assert 1 <= shape.top_k <= len(experts), (shape.top_k, len(experts))
+    return kernels.moe(x, router, experts, shape)
+
+
+def copy_blocks(kernels: KernelSet, pool: Tensor, src: Tensor, dst: Tensor) -> None:
+    """Copy whole blocks: `pool[dst] = pool[src]`, all read before any is written. Mutates `pool`.
+
+    Args:
+        kernels: the home that does it.
+        pool: [P, ...], the block dimension first.
+        src: [n] int64 block ids.
+        dst: [n] int64 block ids, none twice.
+    """
+    assert src.shape == dst.shape, (src.shape, dst.shape)
+    kernels.copy_blocks(pool, src, dst)
+
+
+def zero_blocks(kernels: KernelSet, pool: Tensor, block_ids: Tensor) -> None:
+    """Fill whole blocks with zeros, NaN included. Mutates `pool`.
+
+    Args:
+        kernels: the home that does it.
+        pool: [P, ...], the block dimension first.
+        block_ids: [n] int64.
+    """
+    assert block_ids.dim() == 1, block_ids.shape
+    kernels.zero_blocks(pool, block_ids)

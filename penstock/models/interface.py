@@ -1,0 +1,97 @@
+"""What the engine knows of a model.
+
+`engine/runner` calls `forward` once a step and `logits` for the rows that are sampled. Each architecture
+file implements `CausalLM`; `loader` returns a `LoadedModel`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.batch import ForwardBatch
+from penstock.kernels.ops import KernelSet
+from penstock.models.config import DecoderShape
+from penstock.models.generation_config import GenerationDefaults
+
+
+class ModelConfig(Protocol):
+    """The typed config of any architecture."""
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes that every decoder has."""
+        ...
+
+
+class CausalLM(Protocol):
+    """A decoder that reads and writes the paged KV cache."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the checkpoint's `config.json` said."""
+        ...
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """For each layer its sliding window in tokens, or None for full attention."""
+        ...
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of each layer."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits."""
+        ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Run the layers over one step. Writes the step's keys and values into the batch's slabs.
+
+        Args:
+            batch: the flat inputs.
+
+        Returns:
+            [num_tokens, hidden_size] after the final norm, in the model's dtype.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Score the vocabulary.
+
+        Args:
+            hidden: [rows, hidden_size], some rows of what `forward` returned.
+
+        Returns:
+            [rows, vocab_size] float32, a new tensor.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, and what was chosen while loading it."""
+
+    model: CausalLM
+    config: ModelConfig
+    architecture: str
+    """As `config.json` names it, e.g. `LlamaForCausalLM`."""
+    kernels: KernelSet
+    dtype: torch.dtype
+    """Of weights, activations and KV cache."""
+    num_parameters: int
+    """Tied weights counted once."""
+    weights_bytes: int
+    """Of the tensors in use; they are mapped from the files where the dtype is theirs."""
+    max_model_len: int
+    """Longest context in tokens, prompt and answer together."""
+    generation: GenerationDefaults
+    """End-of-sequence ids and default sampling that the checkpoint suggests."""

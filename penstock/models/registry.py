@@ -1,0 +1,45 @@
+"""Architecture names and the files that build them.
+
+A model here is one file plus one line in `ARCHITECTURES`; a model from outside is an entry point in the
+group `penstock.models` whose name is the architecture and whose object is its `build_model`.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Final, cast
+
+from penstock.core.errors import UnsupportedModelError
+from penstock.models.config import ConfigReader
+from penstock.models.interface import CausalLM
+from penstock.models.parts import Parts
+
+BuildModel = Callable[[ConfigReader, Parts], CausalLM]
+"""`build_model(config, parts)`: reads the config, then takes every tensor from `parts`."""
+
+ENTRY_POINT_GROUP: Final = "penstock.models"
+ARCHITECTURES: Final = {
+    "LlamaForCausalLM": "penstock.models.llama",
+}
+"""By the word in `architectures` of `config.json`: the module with its `build_model`."""
+
+
+def known_architectures() -> list[str]:
+    """Every architecture that can be loaded, sorted; those from outside included."""
+    return sorted({*ARCHITECTURES, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def find_model(architecture: str) -> BuildModel:
+    """The function that builds an architecture.
+
+    Raises:
+        UnsupportedModelError: it is not known; the message lists what is.
+    """
+    if architecture in ARCHITECTURES:
+        return cast("BuildModel", import_module(ARCHITECTURES[architecture]).build_model)
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=architecture):
+        return cast("BuildModel", point.load())
+    raise UnsupportedModelError(
+        f"architecture {architecture!r} is not supported; known: {', '.join(known_architectures())}",
+        param="architectures",
+    )
