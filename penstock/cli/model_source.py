@@ -1,0 +1,130 @@
+"""Where a model's files are: the embedded one, a folder, or the hub's cache, with a revision for all of them.
+
+Files are only looked at, never run. Called at start, before any process is made, so that a wrong name
+or a half-copied folder is told at once.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from penstock.core.errors import CheckpointError
+from penstock.core.ids import ModelName
+from penstock.models.embedded_model import EMBEDDED_MODEL_NAME, embedded_path
+from penstock.models.hub import resolve_model
+
+MAX_SAFETENSORS_HEADER_BYTES: Final = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A checkpoint on disk."""
+
+    path: Path
+    """Folder with config, tokenizer and weights."""
+    name: ModelName
+    """What clients write in `model`."""
+    root: str
+    """Hub id or folder name, for the model's card; never an absolute path."""
+    revision: str
+    """Commit of the hub, or a digest of the folder; part of the prefix key."""
+
+
+def find_model(
+    model: str | None, *, revision: str | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> ModelSource:
+    """The checkpoint that `model` names.
+
+    Args:
+        model: a folder, a hub id (`owner/name`), the embedded model's name, or None for the latter.
+        revision: branch, tag or commit; hub ids only.
+        on_progress: told of bytes (done, in all) while the hub is asked.
+
+    Raises:
+        CheckpointError: its files are incomplete.
+        StartupError: there is no such model, or `revision` is given with a folder.
+    """
+    is_embedded = model is None or model == EMBEDDED_NAME
+    folder = embedded_folder() if is_embedded else Path(str(model))
+    if is_embedded or folder.is_dir():
+        if revision is not None:
+            raise StartupError(
+                f"revision is {revision!r}, it is only for models of the hub", param="revision"
+            )
+        name = EMBEDDED_NAME if is_embedded else folder.resolve().name
+        source = ModelSource(path=folder, name=ModelName(name), root=name, revision=folder_revision(folder))
+    else:
+        source = _from_hub(str(model), revision=revision)
+    check_folder(source.path, name=source.root)
+    return source
+
+
+def folder_revision(folder: Path) -> str:
+    """Digest of a folder's files: small ones by content, weights by size and time of change."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.suffix in {".json", ".jinja", ".safetensors", ".model"}:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            if path.suffix == ".safetensors":
+                digest.update(str(path.stat().st_mtime_ns).encode())
+            else:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_folder(folder: Path, *, name: str) -> None:
+    """Look at what is cheap to see, before a process is started for the folder.
+
+    Args:
+        folder: the checkpoint.
+        name: how messages call it.
+
+    Raises:
+        CheckpointError: a file is missing, is not JSON, or is shorter than its own header says.
+    """
+    for required in ("config.json", "tokenizer.json"):
+        if not (folder / required).is_file():
+            raise CheckpointError(f"model {name!r}: {required} is missing")
+    _read_json(folder / "config.json", name=name)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(f"model {name!r}: there is no *.safetensors file")
+    for path in weights:
+        _check_safetensors(path, name=name)
+
+
+def _read_json(path: Path, *, name: str) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError, OSError) as error:
+        raise CheckpointError(f"model {name!r}: {path.name} cannot be read: {error}") from error
+
+
+class _TensorEntry(msgspec.Struct):
+    data_offsets: tuple[int, int]
+
+
+def _check_safetensors(path: Path, *, name: str) -> None:
+    """Compare the file's length with what its header promises."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 0 < header_bytes <= min(size - 8, MAX_SAFETENSORS_HEADER_BYTES):
+            raise CheckpointError(f"model {name!r}: {path.name} is truncated or no safetensors file")
+        header = file.read(header_bytes)
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        ends = [
+            msgspec.json.decode(raw, type=_TensorEntry).data_offsets[1]
+            for key, raw in entries.items()
+            if key != "__metadata__"
+        ]
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise CheckpointError(f"model {name!r}: the header of {path.name} is broken: {error}") from error
+    expected = 8 + header_bytes + max(ends, default=0)
+    if size < expected:
+        raise CheckpointError(f"model {name!r}: {path.name} has {size} bytes, its header says {expected}")

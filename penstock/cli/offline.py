@@ -1,0 +1,381 @@
+"""The offline Python API: `LLM(model=...).generate(prompts, params)`, as vLLM's users write it.
+
+The engine runs in a thread of this process. What this version does not have is refused by name.
+"""
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
+from penstock.cli.model_source import find_model
+from penstock.cli.outputs import CompletionOutput, RequestOutput
+from penstock.cli.refused import REFUSED_OPTIONS, refuse
+from penstock.cli.workers import work_off
+from penstock.core.errors import EngineDeadError, EngineError, InvalidParameterError, StartupError
+from penstock.core.ids import RequestId
+from penstock.core.params import SamplingParams
+from penstock.core.text import GenerateRequest, Message
+from penstock.core.tokens import EngineInfo
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.text.service import TextService
+
+DEFAULT_PARAMS: Final = SamplingParams(max_tokens=16)
+"""When none are given, as at vLLM."""
+OFFLINE_STEP_TIME_TARGET_MS: Final = 10_000.0
+"""Nobody watches the tokens come, so a prompt is not cut to keep the others flowing."""
+IN_FLIGHT_PER_SEQ: Final = 4
+"""Requests in the engine for each of `max_num_seqs`: the queue never runs dry and never overflows."""
+
+Prompt = str | Mapping[str, object]
+"""Text, or `{"prompt": text}`, or `{"prompt_token_ids": [...]}`."""
+Turn = Mapping[str, object] | Message
+
+
+class LLM:
+    """A model to call from Python.
+
+    Args:
+        model: folder, hub id, or None for the embedded model.
+        dtype: `auto`, `float32` or `bfloat16`.
+        kernels: `auto`, `eager` or `reference`.
+        revision: branch, tag or commit of a hub model.
+        seed: answers without a seed of their own draw theirs from it; None makes them differ by run.
+        max_model_len: most tokens of prompt and answer; None takes the model's own.
+        max_num_seqs: most sequences in one step, 1 to 4096.
+        max_num_batched_tokens: most tokens in one step.
+        enable_prefix_caching: keep blocks for prompts that begin alike.
+        block_size: token slots in a KV block, a power of two.
+        num_kv_blocks: size of the pool; None derives it.
+        kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
+        num_threads: threads that compute; None takes the CPUs of this process.
+        chat_template: file with a Jinja template in place of the model's.
+        tensor_parallel_size: 1; this version computes on one rank.
+        quantization: None; quantized weights are not loaded yet.
+        unknown: every other argument is refused by name.
+
+    Raises:
+        StartupError: an argument, the checkpoint or the machine does not allow it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        kernels: Literal["auto", "eager", "reference"] = "auto",
+        revision: str | None = None,
+        seed: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
+        block_size: int = 16,
+        num_kv_blocks: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        num_threads: int | None = None,
+        chat_template: str | Path | None = None,
+        tensor_parallel_size: int = 1,
+        quantization: str | None = None,
+        **unknown: object,
+    ) -> None:
+        _refuse_arguments(unknown, tensor_parallel_size=tensor_parallel_size, quantization=quantization)
+        source = find_model(None if model is None else str(model), revision=revision)
+        config = EngineConfig(
+            model_path=str(source.path),
+            model_revision=source.revision,
+            dtype=dtype,
+            kernels=kernels,
+            num_threads=num_threads,
+            max_model_len=max_model_len,
+            scheduler=SchedulerConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                enable_prefix_caching=enable_prefix_caching,
+                step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
+            ),
+            kv=KvConfig(
+                block_size=block_size, num_blocks=num_kv_blocks, kv_cache_memory_bytes=kv_cache_memory_bytes
+            ),
+        )
+        self.totals = StepTotals()
+        """Sums over the engine's steps so far."""
+        self._rng = random.Random(seed)  # noqa: S311 - seeds of answers, no secret
+        self._ids = itertools.count()
+        self._thread = LoopThread()
+        template = None if chat_template is None else Path(chat_template)
+        self._local: LocalModel | None = None
+        try:
+            self._local = self._thread.run(
+                open_local_model(source, config, events=self.totals, chat_template=template)
+            )
+        except BaseException:
+            self._thread.close()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was chosen: dtype, kernels, blocks and limits."""
+        return self._model.info
+
+    @property
+    def _model(self) -> LocalModel:
+        if self._local is None:
+            raise StartupError("this LLM has been closed")
+        return self._local
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's thread and give the memory back; safe to call twice."""
+        if self._local is not None:
+            self._thread.run(self._local.close())
+            self._thread.close()
+            self._local = None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue each prompt.
+
+        Args:
+            prompts: one or several; text, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`.
+            sampling_params: one for all or one for each; None takes `max_tokens=16` and the defaults.
+            use_tqdm: show progress on a terminal.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            InvalidParameterError: a prompt or parameter is wrong; no prompt is then answered.
+            EngineDeadError: the engine failed as a whole.
+        """
+        several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_each(sampling_params, num_prompts=len(several))
+        requests = [self._request(each, prompt=_prompt(p)) for p, each in zip(several, params, strict=True)]
+        return self._thread.run(self._answer_all(requests, show=use_tqdm))
+
+    def chat(
+        self,
+        messages: Sequence[Turn] | Sequence[Sequence[Turn]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer each conversation by the model's chat template.
+
+        Args:
+            messages: one conversation or several, turns as `{"role": ..., "content": ...}`.
+            sampling_params: as for `generate`.
+            use_tqdm: show progress on a terminal.
+            add_generation_prompt: let the template open the assistant's turn.
+            continue_final_message: go on with the last turn instead.
+
+        Returns:
+            One output per conversation, in their order; `prompt` is the rendered text.
+
+        Raises:
+            InvalidParameterError: a turn or parameter is wrong; nothing is then answered.
+        """
+        several = _conversations(messages)
+        params = _one_each(sampling_params, num_prompts=len(several))
+        requests = [
+            self._request(
+                each,
+                messages=turns,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+            )
+            for turns, each in zip(several, params, strict=True)
+        ]
+        return self._thread.run(self._answer_all(requests, show=use_tqdm))
+
+    def _request(
+        self,
+        params: SamplingParams,
+        *,
+        prompt: str | tuple[int, ...] | None = None,
+        messages: tuple[Message, ...] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> GenerateRequest:
+        checked = _checked(params)
+        if checked.seed is None:
+            checked = msgspec.structs.replace(checked, seed=self._rng.getrandbits(63))
+        return GenerateRequest(
+            request_id=RequestId(f"offline-{next(self._ids)}"),
+            model=self._model.service.card.name,
+            prompt=prompt,
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            params=checked,
+        )
+
+    async def _answer_all(self, requests: list[GenerateRequest], *, show: bool) -> list[RequestOutput]:
+        """Keep the engine's queue filled until every request has its output."""
+        results: dict[int, RequestOutput] = {}
+        with OfflineProgress(len(requests), show=show) as progress:
+
+            async def work(item: tuple[int, GenerateRequest]) -> None:
+                index, request = item
+                results[index] = await answer_whole(self._model.service, request)
+                progress.advance(results[index])
+
+            num_workers = min(len(requests), IN_FLIGHT_PER_SEQ * self.info.max_num_seqs)
+            await work_off(enumerate(requests), work, num_workers=num_workers)
+        return [results[index] for index in range(len(requests))]
+
+
+async def answer_whole(service: TextService, request: GenerateRequest) -> RequestOutput:
+    """One request to its end.
+
+    Raises:
+        RequestError: the request is wrong.
+        EngineDeadError: the engine failed as a whole; a fault of this request alone is told in the output.
+    """
+    token_ids = await service.tokenize(request, add_special_tokens=request.messages is None)
+    prompt = await service.detokenize(token_ids) if request.messages is not None else request.prompt
+    output = RequestOutput(
+        request_id=request.request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=token_ids,
+        outputs=[CompletionOutput(index=index) for index in range(request.params.n)],
+    )
+    try:
+        await _fill(output, service, msgspec.structs.replace(request, prompt=tuple(token_ids), messages=None))
+    except EngineDeadError:
+        raise
+    except EngineError as error:
+        output.fail(error.message)
+    return output
+
+
+async def _fill(output: RequestOutput, service: TextService, request: GenerateRequest) -> None:
+    async with aclosing(await service.generate(request)) as stream:
+        async for delta in stream:
+            output.outputs[delta.index].add(delta)
+            if delta.usage is not None:
+                output.num_cached_tokens = delta.usage.cached_tokens
+
+
+class OfflineProgress:
+    """Requests done and tokens per second, on a terminal."""
+
+    def __init__(self, num_requests: int, *, show: bool) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("answering"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[speed]:.0f} tokens/s"),
+            console=console,
+            disable=not (show and console.is_terminal),
+        )
+        self._task = self._progress.add_task("requests", total=num_requests, speed=0.0)
+        self._num_tokens = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, output: RequestOutput) -> None:
+        """One request has ended."""
+        self._num_tokens += sum(len(one.token_ids) for one in output.outputs)
+        elapsed_s = self._progress.tasks[self._task].elapsed or 0.0
+        speed = self._num_tokens / elapsed_s if elapsed_s else 0.0
+        self._progress.update(self._task, advance=1, speed=speed)
+
+
+def _refuse_arguments(
+    unknown: Mapping[str, object], *, tensor_parallel_size: int, quantization: str | None
+) -> None:
+    for name in unknown:
+        if name in REFUSED_OPTIONS:
+            refuse(name, source="flags")
+        raise StartupError(f"{name} is not an argument of LLM", param=name)
+    if quantization is not None:
+        refuse("quantization", source="flags")
+    if tensor_parallel_size != 1:
+        raise StartupError(
+            f"tensor_parallel_size is {tensor_parallel_size}, it must be 1 in this version",
+            param="tensor_parallel_size",
+        )
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, *, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [DEFAULT_PARAMS if params is None else params] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidParameterError(
+            f"sampling_params has {len(params)} entries, there are {num_prompts} prompts",
+            param="sampling_params",
+        )
+    return list(params)
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    """Types as declared: one stop string or a list of them is as good as a tuple.
+
+    Raises:
+        InvalidParameterError: a field has another type.
+    """
+    fields = msgspec.structs.asdict(params)
+    if isinstance(fields["stop"], str):
+        fields["stop"] = (fields["stop"],)
+    try:
+        return msgspec.convert(fields, SamplingParams)
+    except msgspec.ValidationError as error:
+        raise InvalidParameterError(f"sampling_params: {error}", param="sampling_params") from error
+
+
+def _prompt(prompt: Prompt) -> str | tuple[int, ...]:
+    if isinstance(prompt, str):
+        return prompt
+    known = {"prompt", "prompt_token_ids"}
+    if not isinstance(prompt, Mapping) or len(prompt) != 1 or not known.issuperset(prompt):
+        raise InvalidParameterError(
+            "a prompt must be text, {'prompt': text} or {'prompt_token_ids': [...]}", param="prompts"
+        )
+    try:
+        return msgspec.convert(next(iter(prompt.values())), str | tuple[int, ...])
+    except msgspec.ValidationError as error:
+        raise InvalidParameterError(f"prompts: {error}", param="prompts") from error
+
+
+def _conversations(messages: Sequence[Turn] | Sequence[Sequence[Turn]]) -> list[tuple[Message, ...]]:
+    is_one = bool(messages) and isinstance(messages[0], Mapping | Message)
+    try:
+        return msgspec.convert(
+            [messages] if is_one else messages, list[tuple[Message, ...]], from_attributes=True
+        )
+    except msgspec.ValidationError as error:
+        raise InvalidParameterError(f"messages: {error}", param="messages") from error

@@ -1,0 +1,77 @@
+"""What `LLM.generate` returns, with the names that vLLM's users know."""
+
+from dataclasses import dataclass, field
+
+from penstock.core.text import TextDelta, TextLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """One token's log-probability."""
+
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    decoded_token: str
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One answer; filled while its deltas come, then left alone."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    """Sum over the tokens; None unless `logprobs` was asked for."""
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each token its own entry and the likeliest ones; None unless asked for."""
+    finish_reason: str | None = None
+    """`stop`, `length`, or `error`."""
+    stop_reason: int | str | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        """Append what a delta brings."""
+        self.text += delta.text
+        self.token_ids.extend(delta.token_ids)
+        for entry in delta.logprobs or ():
+            self._add_logprob(entry)
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason.value
+            self.stop_reason = delta.stop_reason
+
+    def _add_logprob(self, sampled: TextLogprob) -> None:
+        entries = {one.token_id: _logprob(one) for one in (sampled, *sampled.top)}
+        if self.logprobs is None:
+            self.logprobs = []
+        self.logprobs.append(entries)
+        self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sampled.logprob
+
+
+def _logprob(entry: TextLogprob) -> Logprob:
+    return Logprob(logprob=entry.logprob, rank=entry.rank, decoded_token=entry.token)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """All answers to one prompt."""
+
+    request_id: str
+    prompt: str | None
+    """The text, rendered for conversations; None if token ids were given."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+    error: str | None = None
+    """Why this request failed while others went on; None if it did not."""
+
+    @property
+    def finished(self) -> bool:
+        """Always true here: `generate` returns whole answers."""
+        return all(output.finish_reason is not None for output in self.outputs)
+
+    def fail(self, reason: str) -> None:
+        """End what has not ended, with `error`."""
+        self.error = reason
+        for output in self.outputs:
+            output.finish_reason = output.finish_reason or "error"

@@ -1,0 +1,85 @@
+"""What was chosen at start and why: the frozen answer to settings that were left open.
+
+Made once from the settings and what the engine reports, shown by `start_table`, logged once.
+"""
+
+from dataclasses import dataclass
+
+from penstock.cli.settings import ServeSettings
+from penstock.core.tokens import EngineInfo
+
+TYPICAL_REQUEST_TOKENS = 512
+"""Second line of the capacity row: what many chat requests need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One resolved value."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def concurrent_requests(info: EngineInfo, *, num_tokens: int) -> int:
+    """Requests of `num_tokens` that the pool holds at once: nothing shared, window groups counted whole."""
+    blocks_each = info.num_cache_groups * -(-num_tokens // info.block_size)
+    return min(info.num_blocks // blocks_each, info.max_num_seqs)
+
+
+def readable_bytes(num_bytes: int) -> str:
+    """Bytes in the largest binary unit that keeps the number at 1 or more, e.g. `1.5 GiB`."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 1 << shift:
+            return f"{num_bytes / (1 << shift):.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _capacity(info: EngineInfo) -> str:
+    lengths = sorted({min(TYPICAL_REQUEST_TOKENS, info.max_model_len), info.max_model_len})
+    parts = [f"{concurrent_requests(info, num_tokens=n)} of {n:,} tokens" for n in lengths]
+    return ", ".join(parts)
+
+
+def _pool_reason(settings: ServeSettings) -> str:
+    if settings.num_kv_blocks is not None:
+        return "num_kv_blocks"
+    if settings.kv_cache_memory_bytes is not None:
+        return "kv_cache_memory_bytes"
+    return "a share of the free memory, at most what max_num_seqs full contexts could use"
+
+
+def _asked(value: object, *, otherwise: str) -> str:
+    return otherwise if value in {None, "auto"} else "asked for"
+
+
+def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice, ...]:
+    """Every choice, in the order of the start table."""
+    rows = (
+        ("parameters", f"{info.num_parameters:,}", info.architecture),
+        ("dtype", info.dtype, _asked(settings.dtype, otherwise="the checkpoint's")),
+        (
+            "kernels",
+            info.kernels,
+            _asked(settings.kernels, otherwise=f"the fastest set here on {info.device}"),
+        ),
+        ("weights", readable_bytes(info.weights_bytes), f"loaded in {info.load_time_s:.2f} s"),
+        (
+            "context",
+            f"{info.max_model_len:,} tokens",
+            _asked(settings.max_model_len, otherwise="the model's own"),
+        ),
+        ("KV budget", readable_bytes(info.kv_bytes), _pool_reason(settings)),
+        (
+            "KV blocks",
+            f"{info.num_blocks:,} of {info.block_size} tokens",
+            f"{readable_bytes(info.bytes_per_block)} each, {info.num_cache_groups} cache group(s)",
+        ),
+        ("concurrent requests", _capacity(info), f"and at most max_num_seqs = {info.max_num_seqs}"),
+        (
+            "step",
+            f"{info.max_num_batched_tokens:,} tokens",
+            f"cut to about {settings.step_time_target_ms:g} ms while answers run",
+        ),
+    )
+    return tuple(Choice(name=name, value=value, reason=reason) for name, value, reason in rows)

@@ -1,0 +1,72 @@
+"""What a person sees at start: a bar while the weights load, one table, the address and a curl line.
+
+On a terminal with rich's colours, elsewhere as plain text; always on stderr, so that stdout stays free.
+"""
+
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from penstock.cli.resolved import Choice
+
+QUESTION: Final = "What is the capital of France?"
+
+
+class LoadingBar:
+    """Progress of the weights; silent where there is no terminal."""
+
+    def __init__(self, console: Console, *, model: str) -> None:
+        self._progress = Progress(
+            TextColumn(f"loading {model}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done_bytes: int, total_bytes: int) -> None:
+        """Show that `done_bytes` of `total_bytes` are there."""
+        if self._task is None:
+            self._task = self._progress.add_task("weights", total=total_bytes)
+        self._progress.update(self._task, completed=done_bytes)
+
+
+def print_choices(console: Console, *, model: str, choices: tuple[Choice, ...]) -> None:
+    """The one table."""
+    table = Table(title=f"Penstock serves {model}", title_justify="left", show_header=False, box=None)
+    for style in ("bold", "", "dim"):
+        table.add_column(style=style)
+    for choice in choices:
+        table.add_row(choice.name, choice.value, choice.reason)
+    console.print(table)
+
+
+def curl_line(address: str, *, model: str, has_key: bool) -> str:
+    """A command that asks the server a question."""
+    key = '-H "Authorization: Bearer $PENSTOCK_API_KEY" ' if has_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
+    return f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+
+
+def print_address(console: Console, *, address: str, model: str, has_key: bool) -> None:
+    """Where the server is and how to ask it; the last thing printed before requests are served."""
+    console.print(
+        f"\nready at {address}  (docs {address}/docs, metrics {address}/metrics)\n", highlight=False
+    )
+    line = curl_line(address, model=model, has_key=has_key)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
