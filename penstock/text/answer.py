@@ -134,5 +134,10 @@ class Answer:
     def _text_logprob(self, logprob: TokenLogprob, *, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
         spelled = self._tokenizer.token_bytes(logprob.token_id)
         return TextLogprob(
-            token=spelled.decode("utf-8", "replace"), token_bytes=spelled, logprob=logprob.logprob, top=top
+            token=spelled.decode("utf-8", "replace"),
+            token_bytes=spelled,
+            logprob=logprob.logprob,
+            top=top,
+            token_id=logprob.token_id,
+            rank=logprob.rank,
         )

@@ -39,7 +39,7 @@ class ChatTemplate:
         """
         if "default" not in templates:
             raise CheckpointError(f"chat_template has no 'default', it has {sorted(templates)}")
-        self._names = frozenset(templates)
+        self.sources = dict(templates)
         self._limits = limits or TemplateLimits()
         setup = Setup(
             templates=dict(templates),
@@ -111,7 +111,7 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         return Job(
-            template="tool_use" if request.tools and "tool_use" in self._names else "default",
+            template="tool_use" if request.tools and "tool_use" in self.sources else "default",
             messages=[message_fields(message) for message in request.messages],
             tools=list(request.tools) or None,
             add_generation_prompt=request.add_generation_prompt,

@@ -8,6 +8,7 @@ pool starts another. Imports nothing of Penstock, so that it starts in tens of m
 """
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -205,20 +206,22 @@ def _on_cpu_limit(_signal_number: int, _frame: FrameType | None) -> None:
     raise LimitExceededError("cpu")
 
 
-def _guarded(action: Callable[[], str], *, max_cpu_s: float) -> Rendered | Failure:
-    """Run `action`; whatever it does becomes a reply."""
+def _answer(action: Callable[[], str], *, max_cpu_s: float) -> bytes:
+    """Run `action`; whatever it does becomes the frame of a reply."""
     try:
         signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
         try:
-            return Rendered(action())
+            return make_frame(Rendered(action()))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except LimitExceededError as limit:
-        return Failure(str(limit), "")
+        failure = Failure(str(limit), "")
     except MemoryError:
-        return Failure("memory", "")
+        failure = Failure("memory", "")
     except Exception as error:  # noqa: BLE001  # the process edge: any failure of a template is its request's
-        return Failure("template", f"{type(error).__name__}: {error}"[:500])
+        detail = f"{type(error).__name__}: {error}"[:500]
+        failure = Failure("template", detail.encode(errors="replace").decode())
+    return make_frame(failure)
 
 
 def _limit_process(setup: Setup) -> None:
@@ -244,12 +247,15 @@ def serve(connection: socket.socket) -> None:
         return ""
 
     _limit_process(setup)
-    connection.sendall(make_frame(_guarded(compile_templates, max_cpu_s=10 * setup.max_cpu_s)))
+    connection.sendall(_answer(compile_templates, max_cpu_s=10 * setup.max_cpu_s))
     decoder = msgspec.msgpack.Decoder(Job)
     while renderers and (frame := read_frame(connection.recv)) is not None:
-        job = decoder.decode(frame)
-        reply = _guarded(lambda job=job: renderers[0].render(job), max_cpu_s=setup.max_cpu_s)  # type: ignore[misc]  # mypy cannot type the default
-        connection.sendall(make_frame(reply))
+        render = functools.partial(_render, renderers[0], decoder, frame)
+        connection.sendall(_answer(render, max_cpu_s=setup.max_cpu_s))
+
+
+def _render(renderer: Renderer, decoder: msgspec.msgpack.Decoder[Job], frame: bytes) -> str:
+    return renderer.render(decoder.decode(frame))
 
 
 if __name__ == "__main__":

@@ -147,12 +147,12 @@ def _token_text(value: object) -> str | None:
 
 def _named_special_tokens(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
     legacy = {} if "added_tokens_decoder" in settings else read_object(folder / "special_tokens_map.json")
-    named: dict[str, str] = {}
-    for key in NAMED_SPECIAL_TOKENS:
-        text = _token_text(legacy.get(key)) or _token_text(settings.get(key))
-        if text is not None:
-            named[key] = text
-    return named
+    extra = settings.get("extra_special_tokens")
+    own = {key: text for key, text in settings.items() if key.endswith("_token") and isinstance(text, str)}
+    entries = {**settings, **(extra if isinstance(extra, dict) else {}), **legacy}
+    keys = dict.fromkeys((*NAMED_SPECIAL_TOKENS, *own, *(extra if isinstance(extra, dict) else ())))
+    named = {key: _token_text(entries.get(key)) for key in keys}
+    return {key: text for key, text in named.items() if text is not None}
 
 
 def _add_missing_tokens(
@@ -172,7 +172,7 @@ def _add_missing_tokens(
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_tokens([token for token in tokens if token.content not in known])
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    listed = list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    listed = extra if isinstance(extra, list) else []
     names = [*special_tokens.values(), *(text for entry in listed if (text := _token_text(entry)))]
     special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     backend.add_special_tokens(

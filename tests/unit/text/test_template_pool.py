@@ -1,0 +1,172 @@
+"""The rendering process: its bounds hold, and a lost worker costs nobody else anything."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from penstock.core.errors import CheckpointError, GenerateError, InvalidParameterError, QueueFullError
+from penstock.text import template_pool
+from penstock.text.template_pool import TemplateLimits, TemplatePool
+from penstock.text.template_worker import Job, Setup
+
+MIB = 1 << 20
+LIMITS = TemplateLimits(max_output_chars=1000, max_cpu_s=0.1, max_wall_s=0.4, max_memory_bytes=128 * MIB)
+
+# Each runs only if the conversation says so, else the compiler would fold it into a constant.
+HOSTILE = {
+    "loop": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "template_limit",
+    ),
+    "memory": ("{{ ('a' * (messages[0].size * 10**9)) | length }}", "template_limit"),
+    "memory in pieces": (
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "template_limit",
+    ),
+    "output": ("{% for i in range(99999) %}{{ 'words ' }}{% endfor %}", "template_limit"),
+    "output in one piece": ("{{ 'a' * (messages[0].size * 5000) }}", "template_limit"),
+    "padding": ("{{ ('%' ~ messages[0].size ~ '000000000d') | format(1) }}", "template_limit"),
+    "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "template_error"),
+    "range": ("{{ range(messages[0].size * 10**8) | list }}", "template_error"),
+}
+SOURCES = {
+    "default": "{{ messages[0].content }}",
+    # Comparing two lists that share their halves takes 2**60 steps and looks at no signal.
+    "stuck": (
+        "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
+        "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}"
+    ),
+} | {name: source for name, (source, _) in HOSTILE.items()}
+
+
+def make_job(template="default", content="hello"):
+    return Job(
+        template=template,
+        messages=[{"role": "user", "content": content, "size": 1}],
+        tools=None,
+        add_generation_prompt=True,
+        continue_final_message=False,
+    )
+
+
+def make_pool(sources=SOURCES, limits=LIMITS):
+    setup = Setup(
+        templates=dict(sources),
+        special_tokens={},
+        max_output_chars=limits.max_output_chars,
+        max_cpu_s=limits.max_cpu_s,
+        max_memory_bytes=limits.max_memory_bytes,
+    )
+    return TemplatePool(setup, limits=limits)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = make_pool()
+    pool.wait_ready()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_render_is_refused_within_its_bounds_and_the_next_one_works(pool, name):
+    began_s = time.monotonic()
+    with pytest.raises(InvalidParameterError) as caught:
+        pool.render(make_job(name))
+    assert time.monotonic() - began_s < 1.0
+    assert (caught.value.code, caught.value.param) == (HOSTILE[name][1], "messages")
+    assert pool.render(make_job(content=name)) == name
+
+
+def test_a_render_stuck_in_one_native_call_is_killed_at_the_deadline(pool):
+    before = pool.num_losses
+    with pytest.raises(GenerateError):
+        pool.render(make_job("stuck"))
+    assert pool.num_losses == before + 2
+    assert pool.render(make_job()) == "hello"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_killed_or_stopped_from_outside_is_replaced_unnoticed(pool, number):
+    (worker,) = pool.workers
+    before = worker.pid
+    os.kill(before, number)
+    assert pool.render(make_job()) == "hello"
+    assert worker.pid not in (before, None)
+
+
+def test_the_memory_of_a_worker_stays_under_its_limit(pool):
+    (worker,) = pool.workers
+    for name in ("memory", "memory in pieces"):
+        with pytest.raises(InvalidParameterError):
+            pool.render(make_job(name))
+    pool.render(make_job())
+    with open(f"/proc/{worker.pid}/status", encoding="ascii") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    assert int(fields["VmPeak"].split()[0]) * 1024 <= LIMITS.max_memory_bytes
+
+
+def test_a_worker_holds_no_environment_and_no_foreign_file(pool):
+    (worker,) = pool.workers
+    pool.render(make_job())
+    links = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
+    assert all(link.startswith("socket:") or link == "/dev/null" for link in links)
+
+
+def test_a_template_that_does_not_compile_stops_the_start_with_one_line():
+    pool = make_pool({"default": "{% for %}"})
+    with pytest.raises(
+        CheckpointError, match="the chat template does not compile: TemplateSyntaxError"
+    ) as caught:
+        pool.wait_ready()
+    assert "\n" not in caught.value.message
+    pool.close()
+
+
+def test_a_worker_that_cannot_start_is_a_startup_error(monkeypatch):
+    def refuse(channel):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(template_pool, "_start_process", refuse)
+    pool = make_pool()
+    with pytest.raises(CheckpointError, match="does not start: no process"):
+        pool.start()
+    with pytest.raises(GenerateError):
+        pool.render(make_job())
+    monkeypatch.undo()
+    assert pool.render(make_job()) == "hello"
+    pool.close()
+
+
+def test_calls_beyond_the_waiting_limit_are_refused():
+    limits = TemplateLimits(max_waiting=1, max_wall_s=5.0, max_cpu_s=0.3)
+    pool = make_pool(limits=limits)
+    pool.wait_ready()
+    os.kill(pool.workers[0].pid, signal.SIGSTOP)
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(pool.render(make_job())))
+    thread.start()
+    while not pool._num_calls:
+        pass
+    with pytest.raises(QueueFullError, match="the limit is 1"):
+        pool.render(make_job())
+    os.kill(pool.workers[0].pid, signal.SIGCONT)
+    thread.join()
+    assert texts == ["hello"]
+    pool.close()
+
+
+def test_after_close_nothing_runs_and_renders_fail():
+    pool = make_pool()
+    pool.wait_ready()
+    (worker,) = pool.workers
+    pid = worker.pid
+    pool.close()
+    pool.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(GenerateError):
+        pool.render(make_job())
