@@ -16,8 +16,8 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from penstock.models.embedded_model import embedded_path
 from penstock.cli.resolved import readable_bytes
+from penstock.models.embedded_model import embedded_path
 
 BANDWIDTH_BYTES: Final = 256 << 20
 """Larger than any last-level cache in use."""

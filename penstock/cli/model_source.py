@@ -48,19 +48,17 @@ def find_model(
         CheckpointError: its files are incomplete.
         StartupError: there is no such model, or `revision` is given with a folder.
     """
-    is_embedded = model is None or model == EMBEDDED_NAME
-    folder = embedded_folder() if is_embedded else Path(str(model))
-    if is_embedded or folder.is_dir():
-        if revision is not None:
-            raise StartupError(
-                f"revision is {revision!r}, it is only for models of the hub", param="revision"
-            )
-        name = EMBEDDED_NAME if is_embedded else folder.resolve().name
-        source = ModelSource(path=folder, name=ModelName(name), root=name, revision=folder_revision(folder))
+    if model is None or model == EMBEDDED_MODEL_NAME:
+        path = resolve_model(str(embedded_path()), revision, on_progress)
+        name, commit = EMBEDDED_MODEL_NAME, folder_revision(path)
+    elif Path(model).expanduser().is_dir():
+        path = resolve_model(model, revision, on_progress)
+        name, commit = path.resolve().name, folder_revision(path)
     else:
-        source = _from_hub(str(model), revision=revision)
-    check_folder(source.path, name=source.root)
-    return source
+        path = resolve_model(model, revision, on_progress)
+        name, commit = model, path.name  # the hub's cache names a snapshot by its commit
+    check_folder(path, name=name)
+    return ModelSource(path=path, name=ModelName(name), root=name, revision=commit)
 
 
 def folder_revision(folder: Path) -> str:

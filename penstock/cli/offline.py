@@ -357,7 +357,7 @@ def _checked(params: SamplingParams) -> SamplingParams:
         raise InvalidParameterError(f"sampling_params: {error}", param="sampling_params") from error
 
 
-def _prompt(prompt: Prompt) -> str | tuple[int, ...]:
+def _prompt(prompt: object) -> str | tuple[int, ...]:
     if isinstance(prompt, str):
         return prompt
     known = {"prompt", "prompt_token_ids"}
