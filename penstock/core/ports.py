@@ -153,25 +153,52 @@ class ModelClient(Protocol):
         ...
 
 
+class KvTransfer(msgspec.Struct, frozen=True, kw_only=True):
+    """Whole KV blocks of one prefix, on their way into or out of the pool."""
+
+    transfer_id: int
+    """Names the transfer until `poll` has reported it; never reused."""
+    namespace: tuple[str, ...]
+    """All of the prefix key that is not tokens: model revision, KV dtype, adapter, tenant, salt."""
+    token_ids: list[int]
+    """The prefix from its first token to the end of the last block moved."""
+    first_block: int
+    """Index of the first block moved; those before it stay where they are."""
+    block_ids: tuple[list[int], ...]
+    """Per cache group the blocks from `first_block` on; -1 where the group's window has none."""
+
+
+class KvTransferEnd(msgspec.Struct, frozen=True, array_like=True):
+    """A transfer is over; its blocks are no longer read or written."""
+
+    transfer_id: int
+    ok: bool = True
+    """False if a load failed: the tokens are computed instead."""
+
+
 class KvConnector(Protocol):
     """Moves KV blocks to and from outside the pool: swap, offload tiers, disaggregation.
 
-    Called by the scheduler only. A sequence whose blocks are being loaded is in state `waiting_kv` and
-    is not scheduled until `poll` names it. Implementations own the copies; they never allocate blocks.
+    Called by the scheduler only, which holds the blocks of a transfer until `poll` has reported its end. A
+    request whose blocks are being loaded is in state `waiting_kv` and is not scheduled. Implementations own
+    the copies outside; they never allocate blocks. What is stored under one namespace is never offered to
+    another.
     """
 
-    def num_loadable_tokens(self, token_ids: Sequence[int], *, num_computed_tokens: int) -> int:
+    def num_loadable_tokens(
+        self, namespace: Sequence[str], token_ids: Sequence[int], *, num_computed_tokens: int
+    ) -> int:
         """How many tokens beyond `num_computed_tokens` it holds, a multiple of the block size."""
         ...
 
-    def begin_load(self, seq_id: int, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
-        """Start to fill `block_ids` with the KV of the whole blocks of `token_ids`."""
+    def begin_load(self, transfer: KvTransfer) -> None:
+        """Start to fill the blocks; returns at once."""
         ...
 
-    def begin_save(self, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
-        """Start to copy full blocks out; they stay valid until `poll` has reported the save."""
+    def begin_save(self, transfer: KvTransfer) -> None:
+        """Start to copy the (full) blocks out; returns at once."""
         ...
 
-    def poll(self) -> Sequence[int]:
-        """Ids of the sequences whose load ended since the last call; never blocks."""
+    def poll(self) -> Sequence[KvTransferEnd]:
+        """Transfers that ended since the last call; never blocks."""
         ...

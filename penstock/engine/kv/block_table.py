@@ -14,7 +14,7 @@ heads          [0, 2]
 
 from dataclasses import dataclass, field
 
-from penstock.engine.kv.prefix_tree import Namespace, TreeNode, block_key
+from penstock.engine.kv.prefix_tree import Namespace, TreeNode, block_keys
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -47,7 +47,14 @@ class SequenceBlocks:
         """Blocks held over all groups, shared ones included."""
         return sum(len(table) - head for table, head in zip(self.tables, self.heads, strict=True))
 
+    @property
+    def has_lost_path(self) -> bool:
+        """True if the blocks it shares were taken out of the tree because they may be bad."""
+        return self.node is not None and not self.node.is_attached
+
     def extend_keys(self, token_ids: list[int], *, num_blocks: int, block_size: int) -> None:
         """Make sure that `keys` covers the first `num_blocks` blocks of `token_ids`."""
-        for block_idx in range(len(self.keys), num_blocks):
-            self.keys.append(block_key(token_ids, block_idx=block_idx, block_size=block_size))
+        num_known = len(self.keys)
+        if num_known < num_blocks:
+            new_ids = token_ids[num_known * block_size : num_blocks * block_size]
+            self.keys.extend(block_keys(new_ids, block_size=block_size))

@@ -4,6 +4,7 @@ It joins the pool, the tree and the block tables and keeps their invariants; it 
 time nor policy. Called by `engine/scheduler` only.
 """
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -30,14 +31,14 @@ class Copy(NamedTuple):
     dst: int
 
 
-class KvStats(msgspec.Struct, frozen=True, kw_only=True):
+class KvUsage(msgspec.Struct, frozen=True, kw_only=True):
     """The pool and the tree in numbers."""
 
     num_blocks: int
     num_free: int
     num_cached: int
     num_owned: int
-    tree_nodes: int
+    num_tree_nodes: int
     tree_bytes: int
     """Approximate host memory of the tree."""
 
@@ -103,15 +104,15 @@ class KvManager:
         """Blocks that can be allocated now: free ones, and cached ones by eviction."""
         return self.pool.num_free + self.pool.num_cached
 
-    def stats(self) -> KvStats:
+    def usage(self) -> KvUsage:
         """Figures of this moment; O(1)."""
         pool = self.pool
-        return KvStats(
+        return KvUsage(
             num_blocks=pool.num_blocks,
             num_free=pool.num_free,
             num_cached=pool.num_cached,
             num_owned=pool.num_owned,
-            tree_nodes=self.tree.num_nodes,
+            num_tree_nodes=self.tree.num_nodes,
             tree_bytes=self.tree.approximate_bytes,
         )
 
@@ -258,6 +259,8 @@ class KvManager:
         num_full = num_computed_tokens // self.block_size
         if not blocks.can_cache or num_full <= blocks.num_tree_blocks:
             return 0
+        if blocks.has_lost_path:
+            return 0
         blocks.extend_keys(token_ids, num_blocks=num_full, block_size=self.block_size)
         num_before = len(blocks.inserted)
         while blocks.can_cache and blocks.num_tree_blocks < num_full:
@@ -268,10 +271,11 @@ class KvManager:
         if blocks.node is None:
             blocks.node = self.tree.pin_root(blocks.namespace)
         key = blocks.keys[blocks.num_tree_blocks]
-        node, is_new = self.tree.child(blocks.node, key) if blocks.node.is_attached else (None, False)
-        if node is None:
+        placed = self.tree.child(blocks.node, key)
+        if placed is None:
             blocks.can_cache = False
             return
+        node, is_new = placed
         for group, table in enumerate(blocks.tables):
             self._share_block(node, group=group, table=table, block_idx=blocks.num_tree_blocks)
         if is_new:
@@ -343,6 +347,18 @@ class KvManager:
             for block_id in table:
                 if block_id != NO_BLOCK and not self.pool.is_in_tree(block_id):
                     self.pool.taint(block_id)
+
+    def hold(self, tables: Iterable[Iterable[int]]) -> list[int]:
+        """Keep owned or cached blocks from being used again until `let_go`; returns them, without -1."""
+        held = [block_id for table in tables for block_id in table if block_id != NO_BLOCK]
+        for block_id in held:
+            self.pool.acquire(block_id)
+        return held
+
+    def let_go(self, held: list[int]) -> None:
+        """Undo `hold`."""
+        for block_id in reversed(held):
+            self.pool.release(block_id)
 
     def drop_copies_to(self, blocks: SequenceBlocks) -> None:
         """Forget the copies planned for a sequence that is taken back out of the step."""

@@ -77,9 +77,16 @@ class PrefixMatch(NamedTuple):
         return len(self.path)
 
 
-def block_key(token_ids: Sequence[int], *, block_idx: int, block_size: int) -> bytes:
-    """The edge for one block: its exact token ids, 4 bytes each; equal keys mean equal tokens."""
-    return array("I", token_ids[block_idx * block_size : (block_idx + 1) * block_size]).tobytes()
+def block_keys(token_ids: Sequence[int], *, block_size: int) -> list[bytes]:
+    """The edges for whole blocks: their exact token ids, 4 bytes each; equal keys mean equal tokens.
+
+    Args:
+        token_ids: a multiple of `block_size` ids below 2**32.
+        block_size: tokens in a block.
+    """
+    packed = array("I", token_ids).tobytes()
+    step = 4 * block_size
+    return [packed[offset : offset + step] for offset in range(0, len(packed), step)]
 
 
 def first_window_block(num_tokens: int, *, window: int, block_size: int) -> int:
@@ -164,7 +171,7 @@ class PrefixTree:
         node.num_pins -= 1
         self._prune(node)
 
-    def child(self, parent: TreeNode, key: bytes) -> tuple[TreeNode | None, bool]:
+    def child(self, parent: TreeNode, key: bytes) -> tuple[TreeNode, bool] | None:
         """The node below `parent` for `key`, made if need be, and whether it was made.
 
         None if the tree is full of nodes that cannot be evicted: the block stays private then.
@@ -175,7 +182,7 @@ class PrefixTree:
         while self.num_nodes >= self._max_nodes and self._pool.num_cached:
             self.evict_oldest()
         if self.num_nodes >= self._max_nodes:
-            return None, False
+            return None
         node = TreeNode(parent, key, num_groups=len(self._windows))
         parent.children[key] = node
         self.num_nodes += 1

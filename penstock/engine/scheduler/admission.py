@@ -101,8 +101,8 @@ def _check_length(request: EngineRequest, *, limits: AdmissionLimits) -> None:
     if total <= limits.max_model_len:
         return
     raise InvalidParameterError(
-        f"the prompt has {num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, together {total}; "
-        f"the limit is max_model_len, which is {limits.max_model_len}",
+        f"the prompt has {num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, "
+        f"together {total}; the limit is max_model_len, which is {limits.max_model_len}",
         code="context_length_exceeded",
         param="prompt" if num_prompt_tokens >= limits.max_model_len else "max_tokens",
     )

@@ -176,6 +176,8 @@ class FairPolicy:
         self._order: list[tuple[int, float, int, int, TenantId]] = []
         self._versions: dict[tuple[int, TenantId], int] = {}
         self._last_version = 0
+        self._level_at_rest = 0.0
+        """Counter of the last tenant that became idle: where a newcomer starts if nobody is active."""
 
     def tier_of(self, priority: int) -> int:
         """The request's own tier."""
@@ -194,7 +196,7 @@ class FairPolicy:
         self.push(group)
 
     def _lift(self, tenant_id: TenantId) -> None:
-        least = min((self._served[tenant] for tenant in self._num_requests), default=0.0)
+        least = min((self._served[tenant] for tenant in self._num_requests), default=self._level_at_rest)
         self._served[tenant_id] = max(self._served.pop(tenant_id, 0.0), least)
 
     def push(self, group: SequenceGroup) -> None:
@@ -249,7 +251,8 @@ class FairPolicy:
         if self._num_requests[tenant_id]:
             return
         del self._num_requests[tenant_id]
-        self._served[tenant_id] = self._served.pop(tenant_id)
+        self._level_at_rest = self._served.pop(tenant_id)
+        self._served[tenant_id] = self._level_at_rest
         if len(self._served) - len(self._num_requests) > MAX_IDLE_TENANTS:
             oldest = next(tenant for tenant in self._served if tenant not in self._num_requests)
             del self._served[oldest]

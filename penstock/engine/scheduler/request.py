@@ -124,8 +124,6 @@ class SequenceGroup:
     """Answers that have not ended."""
     is_forked: bool = False
     """The prompt is computed and the live answers have tables of their own."""
-    is_closing: bool = False
-    """It has ended, but a step under way still uses its blocks."""
     is_tainted: bool = False
     """Its KV may hold NaN."""
     num_preemptions: int = 0
@@ -140,8 +138,8 @@ class SequenceGroup:
     kv_usage: float = 0.0
     reserved_blocks: int = 0
     """Blocks set aside for it while it runs protected."""
-    transfer_id: int | None = None
-    """Load under way in `waiting_kv`."""
+    is_loading: bool = False
+    """A connector fills its blocks."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -149,9 +147,9 @@ class SequenceGroup:
         return len(self.request.prompt_token_ids)
 
     @property
-    def is_inflight(self) -> bool:
-        """True if a step under way computes one of its sequences."""
-        return any(seq.num_inflight_tokens for seq in self.sequences)
+    def is_busy(self) -> bool:
+        """True if a step or a load under way uses its blocks."""
+        return self.is_loading or any(seq.num_inflight_tokens for seq in self.sequences)
 
     @property
     def needs_fork(self) -> bool:

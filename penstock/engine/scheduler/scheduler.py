@@ -7,17 +7,18 @@ I/O, runs no model and knows no text. Called by `engine/core`:
     result = runner.collect(runner.launch(plan))
     output = scheduler.apply(plan, result)
 
-`schedule` may be called again before `apply`: what is in flight is neither scheduled twice nor freed.
+Every plan is applied once, in order, an empty one too. `schedule` may be called again before `apply`: what is
+in flight is neither scheduled twice nor freed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import RequestId, SequenceId
-from penstock.core.ports import Clock, Rng
+from penstock.core.ports import Clock, KvConnector, Rng
 from penstock.core.text import FinishReason
 from penstock.core.tokens import EngineRequest, RequestReport, StepStats, TokenDelta
 from penstock.engine.config import SchedulerConfig
@@ -38,11 +39,13 @@ from penstock.engine.scheduler.answer import (
     token_delta,
 )
 from penstock.engine.scheduler.cost import CostModel, StepLoad
+from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
 from penstock.engine.scheduler.plan import (
     BlockCopy,
     NewSequence,
     SampledToken,
     SampleSpec,
+    ScheduledSequence,
     SequenceFailure,
     StepPlan,
     StepResult,
@@ -50,29 +53,18 @@ from penstock.engine.scheduler.plan import (
 from penstock.engine.scheduler.policy import make_policy
 from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup, derive_seed
 from penstock.engine.scheduler.step_draft import PrefixPlace, StepDraft, new_sequence
+from penstock.engine.scheduler.transfers import KvTransfers
 
 MAX_DEFERRALS: Final = 16
 """A request waits for a prefix under computation at most so many steps in a row without gaining from it."""
 MAX_REPORTS: Final = 10_000
 MAX_RETRY_AFTER_S: Final = 60.0
-MIN_STEPS_WAITED: Final = 1.0
+MEAN_WEIGHT: Final = 0.05
+"""Of the newest answer in the running mean of answer lengths."""
 
 
 NUMERICAL_ERROR: Final = "numerical_error"
 """`SequenceFailure.code` of NaN logits: the only one after which the KV itself is bad."""
-
-
-@dataclass(slots=True)
-class StepCounts:
-    """Counters of one step, gathered by `schedule` and `apply`."""
-
-    num_tokens: int = 0
-    num_kv_tokens: int = 0
-    num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_prefix_query_tokens: int = 0
-    num_prefix_hit_tokens: int = 0
-    num_preemptions: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,12 +77,21 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
 class Scheduler:
     """See the module. Not thread-safe: one step loop owns it."""
 
-    def __init__(self, config: SchedulerConfig, *, kv: KvManager, clock: Clock, rng: Rng) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        kv: KvManager,
+        clock: Clock,
+        rng: Rng,
+        connector: KvConnector | None = None,
+    ) -> None:
         self._config = config
         self._kv = kv
         self._clock = clock
         self._rng = rng
         self._policy = make_policy(config.policy)
+        self._transfers = KvTransfers(connector, kv=kv)
         self.cost = CostModel()
         self._limits = AdmissionLimits(
             max_model_len=config.max_model_len,
@@ -111,7 +112,9 @@ class Scheduler:
         self._num_running_seqs = 0
         self._num_reserved_blocks = 0
         self._num_waiting_tokens = 0
-        self._counts = StepCounts()
+        self._counts: dict[int, StepCounts] = {}
+        self._num_outputs_mean = 0.0
+        self._must_recheck_paths = False
 
     # -- requests in and out -------------------------------------------------------------------------------
 
@@ -160,11 +163,19 @@ class Scheduler:
         )
 
     def predicted_wait_s(self, num_prompt_tokens: int) -> float:
-        """Seconds until a request that came now would be scheduled, 1 to 60, by the cost model."""
+        """Seconds until a request that came now would be scheduled, 1 to 60, by the cost model.
+
+        The prompts before it must be computed, and where all seats are taken, answers must end.
+        """
+        config = self._config
         num_tokens = self._num_waiting_tokens + num_prompt_tokens
-        num_steps = max(MIN_STEPS_WAITED, num_tokens / self._config.max_num_batched_tokens)
-        load = StepLoad(self._config.max_num_batched_tokens, max(1, self._num_running_seqs), num_tokens)
-        return min(MAX_RETRY_AFTER_S, max(1.0, num_steps * self.cost.predict(load)))
+        num_steps = num_tokens / config.max_num_batched_tokens
+        wait_s = num_steps * self.cost.predict(StepLoad(config.max_num_batched_tokens, 1, num_tokens))
+        num_rounds = (self.num_waiting + self._num_running_seqs) // config.max_num_seqs
+        num_kv_tokens = config.max_num_seqs * self._kv.block_size
+        decode_s = self.cost.predict(StepLoad(config.max_num_seqs, config.max_num_seqs, num_kv_tokens))
+        wait_s += num_rounds * self._num_outputs_mean * decode_s
+        return min(MAX_RETRY_AFTER_S, max(1.0, wait_s))
 
     def _make_group(self, request: EngineRequest) -> SequenceGroup:
         group = SequenceGroup(
@@ -200,9 +211,10 @@ class Scheduler:
         return seq
 
     def abort(self, request_id: RequestId) -> None:
-        """End a request now; its answers get `FinishReason.CANCELLED` deltas (`take_deltas`, or the next
-        `apply`). Blocks are freed at once, or by `apply` if a step under way uses them. Unknown ids and
-        requests that have ended are ignored.
+        """End a request now; unknown ids and requests that have ended are ignored.
+
+        Its answers get `FinishReason.CANCELLED` deltas (by `take_deltas`, or with the next `apply`). Its
+        blocks are freed at once, or by `apply` if a step under way uses them.
         """
         group = self._groups.get(request_id)
         if group is not None:
@@ -230,22 +242,38 @@ class Scheduler:
             The plan; without sequences if nothing can be computed now. Block tables are the live lists.
         """
         draft = StepDraft(num_tokens_left=self._config.max_num_batched_tokens)
-        self._counts = StepCounts()
+        self._end_loads()
+        if self._must_recheck_paths:
+            self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
         self._limit_chunks(draft)
         self._schedule_prefills(draft, prefills)
         self._admit(draft)
         return self._finish_plan(draft)
 
+    def _end_loads(self) -> None:
+        for group, num_tokens in self._transfers.poll():
+            if group.state is not GroupState.WAITING_KV:
+                continue
+            leader = group.live[0]
+            leader.num_computed_tokens += num_tokens
+            group.num_cached_tokens = max(group.num_cached_tokens, leader.num_computed_tokens)
+            group.move_to(GroupState.RUNNING)
+            self._settle_blocks(leader)
+        self._free_closed()
+
     def _schedule_decodes(self, draft: StepDraft) -> list[Sequence]:
         """Give each decode its token; returns the sequences that have more than that to compute."""
         prefills = []
         for group in list(self._running.values()):
             for seq in group.active:
+                # Preemption for an earlier one may have taken this group out of the running set meanwhile.
+                if group.state is not GroupState.RUNNING:
+                    break
                 gap = group.target(seq) - seq.next_position
                 if gap > 1 or (gap == 1 and seq.num_outputs == 0):
                     prefills.append(seq)
-                elif gap == 1 and group.state is GroupState.RUNNING:
+                elif gap == 1:
                     draft.num_decodes += self._place(draft, seq, num_tokens=1)
         return prefills
 
@@ -281,7 +309,7 @@ class Scheduler:
             num_fit = self._kv.num_tokens_allocatable(seq.blocks, start=start, num_tokens=num_tokens)
         self._kv.allocate(seq.blocks, start=start, end=start + num_fit)
         draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
-        place = self._next_place(seq) if num_tokens > 1 else None
+        place = self._next_place(seq)
         if place is not None:
             draft.being_computed.add(place)
         return num_fit
@@ -313,7 +341,7 @@ class Scheduler:
         """Lowest tier, then newest, of those that may be preempted: not protected, not in flight."""
         worst: SequenceGroup | None = None
         for group in self._running.values():
-            if group.state is not GroupState.RUNNING or self._is_protected(group) or group.is_inflight:
+            if group.state is not GroupState.RUNNING or self._is_protected(group) or group.is_busy:
                 continue
             if worst is None or (group.tier, group.arrival_idx) > (worst.tier, worst.arrival_idx):
                 worst = group
@@ -331,19 +359,33 @@ class Scheduler:
         return victim is not group
 
     def _preempt(self, draft: StepDraft, group: SequenceGroup) -> None:
+        group.num_preemptions += 1
+        draft.counts.num_preemptions += 1
+        self._put_back(draft, group)
+
+    def _put_back(self, draft: StepDraft, group: SequenceGroup, *, taint: bool = False) -> None:
         """Free all that a running group holds and let it wait at its old place; it is recomputed later."""
         for seq in group.live:
             if draft.remove(seq):
                 self._kv.drop_copies_to(seq.blocks)
-            self._kv.free(seq.blocks)
+            self._kv.free(seq.blocks, taint=taint)
             seq.restart()
         group.is_forked = False
-        group.num_preemptions += 1
-        self._counts.num_preemptions += 1
         self._leave_running(group)
         group.move_to(GroupState.WAITING)
         self._num_waiting_tokens += group.num_prompt_tokens
         self._policy.push(group)
+
+    def _restart_contaminated(self, draft: StepDraft) -> None:
+        """Recompute groups that share blocks which a failed sequence computed; not counted as preemption."""
+        self._must_recheck_paths = False
+        for group in list(self._running.values()):
+            if not any(seq.blocks.has_lost_path for seq in group.active):
+                continue
+            if group.is_busy:
+                self._must_recheck_paths = True
+            else:
+                self._put_back(draft, group, taint=True)
 
     def _leave_running(self, group: SequenceGroup) -> None:
         del self._running[group.request.request_id]
@@ -403,13 +445,14 @@ class Scheduler:
         if self._is_protected(group) and self._num_reserved_blocks + group.num_blocks_max > num_blocks:
             return False
         num_known = max(seq.num_tokens for seq in group.live)
-        needed = self._kv.num_blocks_needed(
+        num_needed = self._kv.num_blocks_needed(
             num_known, num_shared_tokens=group.num_prompt_tokens, n=len(group.live)
         )
-        return self._kv.num_missing(match, num_needed=needed) <= self._kv.num_available - self._num_promised()
+        num_missing = self._kv.num_missing(match, num_needed=num_needed)
+        return num_missing <= self._kv.num_available - self._num_promised()
 
     def _num_promised(self) -> int:
-        """Blocks that running groups will take for tokens already known, and one more for each sequence."""
+        """Blocks that running groups will take for tokens already known, and for one more each."""
         return sum(
             self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + 1)
             for group in self._running.values()
@@ -418,39 +461,44 @@ class Scheduler:
 
     def _start(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> None:
         leader = group.live[0]
-        num_hit = self._kv.acquire(leader.blocks, match)
-        leader.num_computed_tokens = num_hit
+        leader.num_computed_tokens = self._kv.acquire(leader.blocks, match)
         for seq in group.live:
             seq.own_tokens()
-        self._count_start(draft, group, num_hit=num_hit)
+        self._take_seats(group)
+        if group.first_scheduled_s is None:
+            self._count_start(draft, group, num_hit=leader.num_computed_tokens)
+        num_loadable = self._transfers.num_loadable_tokens(leader)
+        if num_loadable:
+            group.move_to(GroupState.WAITING_KV)
+            self._transfers.begin_load(leader, num_tokens=num_loadable)
+            return
         group.move_to(GroupState.RUNNING)
+        gap = group.target(leader) - leader.next_position
+        self._place(draft, leader, num_tokens=min(gap, draft.num_tokens_left))
+
+    def _take_seats(self, group: SequenceGroup) -> None:
         self._running[group.request.request_id] = group
         self._num_running_seqs += len(group.live)
         self._num_waiting_tokens -= group.num_prompt_tokens
         if self._is_protected(group):
             group.reserved_blocks = group.num_blocks_max
             self._num_reserved_blocks += group.reserved_blocks
-        gap = group.target(leader) - leader.next_position
-        self._place(draft, leader, num_tokens=min(gap, draft.num_tokens_left))
 
     def _count_start(self, draft: StepDraft, group: SequenceGroup, *, num_hit: int) -> None:
-        self._counts.num_prefix_query_tokens += group.live[0].num_tokens
-        self._counts.num_prefix_hit_tokens += num_hit
-        if group.first_scheduled_s is not None:
-            return
+        draft.started.append(group)
+        draft.counts.num_prefix_query_tokens += group.num_prompt_tokens
+        draft.counts.num_prefix_hit_tokens += num_hit
         group.first_scheduled_s = self._clock.monotonic()
         group.num_cached_tokens = num_hit
-        draft.started.append(group)
         self._policy.charge(group, num_prompt_tokens=group.num_prompt_tokens - num_hit)
 
     def _finish_plan(self, draft: StepDraft) -> StepPlan:
         self._last_step_id += 1
-        if not draft.scheduled:
-            return StepPlan(step_id=self._last_step_id, sequences=[])
-        kv = self._kv.stats()
+        self._counts[self._last_step_id] = draft.counts
+        usage = self._kv.usage()
         for group in draft.started:
             group.batch_size = len(draft.scheduled)
-            group.kv_usage = kv.num_owned / kv.num_blocks
+            group.kv_usage = usage.num_owned / usage.num_blocks
         finished, self._finished_seq_ids = self._finished_seq_ids, []
         return StepPlan(
             step_id=self._last_step_id,
@@ -483,36 +531,35 @@ class Scheduler:
             The deltas of the step (and those made since the last one), and its figures.
         """
         failures = {failure.seq_id: failure for failure in result.failures}
-        counts = self._advance(plan, failures)
-        self._end_failed(failures)
+        counts = self._counts.pop(plan.step_id)
+        for entry in plan.sequences:
+            self._advance(entry, counts, has_failed=entry.seq_id in failures)
+        self._end_failed(failures.values())
         for entry in plan.sequences:
             self._settle_blocks(self._sequences.get(entry.seq_id))
         for sampled in result.tokens:
             counts.num_generated_tokens += self._take_token(sampled)
         self._free_closed()
-        self.cost.observe(
-            StepLoad(counts.num_tokens, len(plan.sequences), counts.num_kv_tokens),
-            step_time_s=result.step_time_s,
-        )
-        return StepOutput(deltas=self.take_deltas(), stats=self._stats(plan, result, counts))
+        load = StepLoad(counts.num_tokens, counts.num_seqs, counts.num_kv_tokens)
+        if counts.num_seqs and not failures:
+            self.cost.observe(load, step_time_s=result.step_time_s)
+        return StepOutput(deltas=self.take_deltas(), stats=self._stats(counts, result.step_time_s))
 
-    def _advance(self, plan: StepPlan, failures: dict[SequenceId, SequenceFailure]) -> "StepCounts":
-        """Move what the step computed from in flight to computed."""
-        counts = self._counts
-        for entry in plan.sequences:
-            seq = self._sequences[entry.seq_id]
-            num_tokens = len(entry.token_ids)
-            counts.num_tokens += num_tokens
-            counts.num_kv_tokens += entry.start + num_tokens
-            if num_tokens > 1 or seq.num_outputs == 0:
-                counts.num_prompt_tokens += num_tokens
-            seq.num_inflight_tokens -= num_tokens
-            if entry.seq_id not in failures:
-                seq.num_computed_tokens += num_tokens
-        return counts
+    def _advance(self, entry: ScheduledSequence, counts: StepCounts, *, has_failed: bool) -> None:
+        """Move what the step computed of one sequence from in flight to computed."""
+        seq = self._sequences[entry.seq_id]
+        num_tokens = len(entry.token_ids)
+        counts.num_seqs += 1
+        counts.num_tokens += num_tokens
+        counts.num_kv_tokens += entry.start + num_tokens
+        if num_tokens > 1 or seq.num_outputs == 0:
+            counts.num_prompt_tokens += num_tokens
+        seq.num_inflight_tokens -= num_tokens
+        if not has_failed:
+            seq.num_computed_tokens += num_tokens
 
-    def _end_failed(self, failures: dict[SequenceId, SequenceFailure]) -> None:
-        for failure in failures.values():
+    def _end_failed(self, failures: Iterable[SequenceFailure]) -> None:
+        for failure in failures:
             seq = self._sequences.get(failure.seq_id)
             if seq is None or seq.finish_reason is not None:
                 continue
@@ -528,7 +575,9 @@ class Scheduler:
         if seq is None or seq.finish_reason is not None:
             return
         group = seq.group
-        self._kv.cache_full_blocks(seq.blocks, seq.token_ids, num_computed_tokens=seq.num_computed_tokens)
+        num_known = seq.blocks.num_tree_blocks
+        if self._kv.cache_full_blocks(seq.blocks, seq.token_ids, num_computed_tokens=seq.num_computed_tokens):
+            self._transfers.save(seq, first_block=num_known)
         if group.needs_fork and seq.num_computed_tokens == group.num_prompt_tokens:
             self._fork(group)
 
@@ -561,6 +610,7 @@ class Scheduler:
         """One answer is over; the request with it if it was the last."""
         group = seq.group
         seq.finish_reason = ending.finish_reason
+        self._num_outputs_mean += MEAN_WEIGHT * (seq.num_outputs - self._num_outputs_mean)
         if len(group.live) == 1:
             self._end(group)
             return
@@ -569,28 +619,28 @@ class Scheduler:
         self._forget(seq)
 
     def _end(self, group: SequenceGroup) -> None:
-        """The request is over: free all now, or once the step under way is done."""
-        if group.state is GroupState.RUNNING:
-            self._leave_running(group)
-        else:
+        """The request is over: free all now, or once the step or load under way is done."""
+        if group.state is GroupState.WAITING:
             self._policy.remove(group)
             self._num_waiting_tokens -= group.num_prompt_tokens
+        else:
+            self._leave_running(group)
         group.move_to(GroupState.FINISHED)
         del self._groups[group.request.request_id]
         self._policy.end(group)
         self._closing.append(group)
+        self._must_recheck_paths |= group.is_tainted
         self._free_closed()
 
     def _free_closed(self) -> None:
         if not self._closing:
             return
-        still_used = [group for group in self._closing if group.is_inflight]
-        for group in self._closing:
-            if not group.is_inflight:
-                for seq in group.live:
-                    self._forget(seq)
-                group.live.clear()
-        self._closing = still_used
+        ended = [group for group in self._closing if not group.is_busy]
+        self._closing = [group for group in self._closing if group.is_busy]
+        for group in ended:
+            for seq in group.live:
+                self._forget(seq)
+            group.live.clear()
 
     def _forget(self, seq: Sequence) -> None:
         self._kv.free(seq.blocks, taint=seq.group.is_tainted)
@@ -600,53 +650,32 @@ class Scheduler:
 
     # -- figures -------------------------------------------------------------------------------------------
 
-    def _stats(self, plan: StepPlan, result: StepResult, counts: "StepCounts") -> StepStats:
-        kv = self._kv.stats()
-        num_slots_owned = kv.num_owned * self._kv.block_size
-        return StepStats(
-            step_time_s=result.step_time_s,
-            num_seqs=len(plan.sequences),
-            num_batched_tokens=counts.num_tokens,
-            num_prompt_tokens=counts.num_prompt_tokens,
-            num_generated_tokens=counts.num_generated_tokens,
-            num_prefix_query_tokens=counts.num_prefix_query_tokens,
-            num_prefix_hit_tokens=counts.num_prefix_hit_tokens,
-            num_preemptions=counts.num_preemptions,
-            num_running=self._num_running_seqs,
+    def _stats(self, counts: StepCounts, step_time_s: float) -> StepStats:
+        gauges = QueueGauges(
+            num_running=len(self._running),
             num_waiting=self.num_waiting,
             num_waiting_tokens=self._num_waiting_tokens,
-            num_blocks=kv.num_blocks,
-            num_blocks_free=kv.num_free,
-            num_blocks_cached=kv.num_cached,
-            num_blocks_owned=kv.num_owned,
-            num_slots_owned=num_slots_owned,
-            num_slots_used=num_slots_owned - self._num_unused_slots(),
         )
-
-    def _num_unused_slots(self) -> int:
-        """Slots in owned blocks without a token yet; a partial block shared by forks counts once."""
-        unused: dict[int, int] = {}
-        for group in self._running.values():
-            for seq in group.active:
-                self._kv.add_unused_slots(unused, seq.blocks, num_computed_tokens=seq.num_computed_tokens)
-        return sum(unused.values())
+        return step_stats(
+            counts,
+            gauges=gauges,
+            kv=self._kv,
+            running=self._running.values(),
+            step_time_s=step_time_s,
+        )
 
     def reports(self) -> list[RequestReport]:
         """Every request in the engine, oldest first, at most 10,000; never its text."""
         now_s = self._clock.monotonic()
         groups = list(self._groups.values())[:MAX_REPORTS]
-        return [self._report(group, now_s=now_s) for group in groups]
+        return [request_report(group, now_s=now_s) for group in groups]
 
-    def _report(self, group: SequenceGroup, *, now_s: float) -> RequestReport:
-        return RequestReport(
-            request_id=group.request.request_id,
-            tenant_id=group.request.tenant_id,
-            priority=int(group.request.priority),
-            state=group.state.value,
-            num_prompt_tokens=group.num_prompt_tokens,
-            num_computed_tokens=sum(seq.num_computed_tokens for seq in group.live),
-            num_generated_tokens=group.num_generated_tokens,
-            num_blocks=sum(seq.blocks.num_held_blocks for seq in group.live),
-            num_preemptions=group.num_preemptions,
-            age_s=now_s - group.arrival_s,
-        )
+    @property
+    def groups(self) -> list[SequenceGroup]:
+        """All that hold or may hold blocks, for checkers; not to be changed."""
+        return [*self._groups.values(), *self._closing]
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """Blocks held by saves under way, for checkers; one entry for each hold."""
+        return self._transfers.held_blocks

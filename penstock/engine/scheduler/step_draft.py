@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from penstock.core.ids import SequenceId
 from penstock.engine.kv.prefix_tree import Namespace, TreeNode
+from penstock.engine.scheduler.figures import StepCounts
 from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
 
@@ -24,6 +25,7 @@ class StepDraft:
     num_kv_tokens: int = 0
     """Sum of context lengths after the step."""
     num_decodes: int = 0
+    counts: StepCounts = field(default_factory=StepCounts)
     started: list[SequenceGroup] = field(default_factory=list)
     """Groups that run for the first time."""
     being_computed: set[PrefixPlace] = field(default_factory=set)

@@ -1,0 +1,94 @@
+"""What is told about steps and requests: plain numbers, no decisions. Called by `scheduler`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from penstock.core.tokens import RequestReport, StepStats
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler.request import GroupState, SequenceGroup
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """Counters of one step, gathered by `schedule` and `apply`."""
+
+    num_seqs: int = 0
+    num_tokens: int = 0
+    num_kv_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class QueueGauges:
+    """Who runs and who waits."""
+
+    num_running: int
+    """Sequences."""
+    num_waiting: int
+    """Requests."""
+    num_waiting_tokens: int
+
+
+def num_unused_slots(kv: KvManager, groups: Iterable[SequenceGroup]) -> int:
+    """Slots in owned blocks without a token yet; a partial block shared by forks counts once.
+
+    Cost: O(running sequences).
+    """
+    unused: dict[int, int] = {}
+    for group in groups:
+        for seq in group.active:
+            kv.add_unused_slots(unused, seq.blocks, num_computed_tokens=seq.num_computed_tokens)
+    return sum(unused.values())
+
+
+def step_stats(
+    counts: StepCounts,
+    *,
+    gauges: QueueGauges,
+    kv: KvManager,
+    running: Iterable[SequenceGroup],
+    step_time_s: float,
+) -> StepStats:
+    """The figures of one step, after it."""
+    usage = kv.usage()
+    num_slots_owned = usage.num_owned * kv.block_size
+    return StepStats(
+        step_time_s=step_time_s,
+        num_seqs=counts.num_seqs,
+        num_batched_tokens=counts.num_tokens,
+        num_prompt_tokens=counts.num_prompt_tokens,
+        num_generated_tokens=counts.num_generated_tokens,
+        num_prefix_query_tokens=counts.num_prefix_query_tokens,
+        num_prefix_hit_tokens=counts.num_prefix_hit_tokens,
+        num_preemptions=counts.num_preemptions,
+        num_running=gauges.num_running,
+        num_waiting=gauges.num_waiting,
+        num_waiting_tokens=gauges.num_waiting_tokens,
+        num_blocks=usage.num_blocks,
+        num_blocks_free=usage.num_free,
+        num_blocks_cached=usage.num_cached,
+        num_blocks_owned=usage.num_owned,
+        num_slots_owned=num_slots_owned,
+        num_slots_used=num_slots_owned - num_unused_slots(kv, running),
+    )
+
+
+def request_report(group: SequenceGroup, *, now_s: float) -> RequestReport:
+    """One line of `/admin/requests`; never the text."""
+    has_blocks = group.state is not GroupState.WAITING
+    return RequestReport(
+        request_id=group.request.request_id,
+        tenant_id=group.request.tenant_id,
+        priority=int(group.request.priority),
+        state=group.state.value,
+        num_prompt_tokens=group.num_prompt_tokens,
+        num_computed_tokens=sum(seq.num_computed_tokens for seq in group.live),
+        num_generated_tokens=group.num_generated_tokens,
+        num_blocks=sum(seq.blocks.num_held_blocks for seq in group.live) if has_blocks else 0,
+        num_preemptions=group.num_preemptions,
+        age_s=now_s - group.arrival_s,
+    )

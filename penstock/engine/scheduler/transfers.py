@@ -1,0 +1,105 @@
+"""KV blocks on their way to or from outside the pool, on behalf of the scheduler.
+
+Holds the blocks of every transfer until the connector has reported its end, and remembers which request
+waits for which load. It decides when to save, not what to evict. Called by `scheduler`.
+"""
+
+from typing import Final, NamedTuple
+
+from penstock.core.ports import KvConnector, KvTransfer
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler.request import Sequence, SequenceGroup
+
+MAX_SAVES: Final = 64
+"""Saves under way; beyond it full blocks are not saved (they stay in the pool as long as it has room)."""
+
+
+class EndedLoad(NamedTuple):
+    """A request whose load is over."""
+
+    group: SequenceGroup
+    num_tokens: int
+    """Tokens that were loaded; 0 if the load failed."""
+
+
+class _Load(NamedTuple):
+    group: SequenceGroup
+    num_tokens: int
+
+
+class KvTransfers:
+    """See the module."""
+
+    def __init__(self, connector: KvConnector | None, *, kv: KvManager) -> None:
+        self._connector = connector
+        self._kv = kv
+        self._loads: dict[int, _Load] = {}
+        self._saves: dict[int, list[int]] = {}
+        self._last_id = 0
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """Blocks held by saves, one entry for each hold."""
+        return [block_id for blocks in self._saves.values() for block_id in blocks]
+
+    def num_loadable_tokens(self, seq: Sequence) -> int:
+        """Tokens of whole blocks that could be loaded next; the last token is always computed."""
+        if self._connector is None or not self._kv.enable_prefix_caching:
+            return 0
+        num_tokens = self._connector.num_loadable_tokens(
+            seq.blocks.namespace, seq.token_ids, num_computed_tokens=seq.num_computed_tokens
+        )
+        block_size = self._kv.block_size
+        num_blocks_max = (seq.num_tokens - 1) // block_size
+        num_tokens = min(num_tokens, num_blocks_max * block_size - seq.num_computed_tokens)
+        return (
+            self._kv.num_tokens_allocatable(
+                seq.blocks, start=seq.num_computed_tokens, num_tokens=max(0, num_tokens)
+            )
+            // block_size
+            * block_size
+        )
+
+    def begin_load(self, seq: Sequence, *, num_tokens: int) -> None:
+        """Allocate blocks for the next `num_tokens` of `seq` and let the connector fill them."""
+        assert self._connector is not None, "only a connector has something to load"
+        start = seq.num_computed_tokens
+        self._kv.allocate(seq.blocks, start=start, end=start + num_tokens)
+        first_block = start // self._kv.block_size
+        transfer = self._make_transfer(seq, first_block=first_block, num_tokens=start + num_tokens)
+        self._loads[transfer.transfer_id] = _Load(seq.group, num_tokens)
+        seq.group.is_loading = True
+        self._connector.begin_load(transfer)
+
+    def save(self, seq: Sequence, *, first_block: int) -> None:
+        """Offer the full blocks from `first_block` on to the connector."""
+        num_full = seq.num_computed_tokens // self._kv.block_size
+        if self._connector is None or first_block >= num_full or len(self._saves) >= MAX_SAVES:
+            return
+        num_tokens = num_full * self._kv.block_size
+        transfer = self._make_transfer(seq, first_block=first_block, num_tokens=num_tokens)
+        self._saves[transfer.transfer_id] = self._kv.hold(transfer.block_ids)
+        self._connector.begin_save(transfer)
+
+    def _make_transfer(self, seq: Sequence, *, first_block: int, num_tokens: int) -> KvTransfer:
+        self._last_id += 1
+        end = num_tokens // self._kv.block_size
+        return KvTransfer(
+            transfer_id=self._last_id,
+            namespace=tuple(seq.blocks.namespace),
+            token_ids=seq.token_ids[:num_tokens],
+            first_block=first_block,
+            block_ids=tuple(table[first_block:end] for table in seq.blocks.tables),
+        )
+
+    def poll(self) -> list[EndedLoad]:
+        """Let go of what has ended; returns the loads among it."""
+        ended: list[EndedLoad] = []
+        for end in self._connector.poll() if self._connector is not None else ():
+            load = self._loads.pop(end.transfer_id, None)
+            if load is None:
+                self._kv.let_go(self._saves.pop(end.transfer_id))
+                continue
+            load.group.is_loading = False
+            ended.append(EndedLoad(load.group, load.num_tokens if end.ok else 0))
+        return ended
