@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import zmq
 import zmq.asyncio
@@ -95,7 +95,8 @@ class EngineProcess:
         """Hand a message to the socket; a message to a dead engine is lost with it."""
         if self._socket.closed:
             return
-        sent = self._socket.send(encode(message))
+        # pyzmq's stub calls it Awaitable; the asyncio socket returns a Future.
+        sent = cast("asyncio.Future[object]", self._socket.send(encode(message)))
         if not sent.done():
             self._unsent.add(sent)
             sent.add_done_callback(self._unsent.discard)
@@ -379,8 +380,11 @@ class SubprocessEngine:
         log.error("the engine process %s (code %d), restarting", self._kill_reason, code)
         self._events.on_engine_restart(self._name, self._kill_reason)
         await self._restart()
-        if was_draining and self._state is None:
+        if was_draining and self._is_serving():
             self._state = "draining"
+
+    def _is_serving(self) -> bool:
+        return self._state is None
 
     async def _restart(self) -> None:
         for pause_s in RESTART_BACKOFF_S:
@@ -399,8 +403,9 @@ class SubprocessEngine:
         """True once the fresh process is ready, False if it ended before."""
         assert self._started is not None
         assert self._process is not None
-        exited = asyncio.ensure_future(self._process.wait())
-        await asyncio.wait({self._started, exited}, return_when=asyncio.FIRST_COMPLETED)
+        exited = asyncio.create_task(self._process.wait())
+        waited: set[asyncio.Future[None] | asyncio.Task[int]] = {self._started, exited}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         exited.cancel()
         return self._started.done() and self._started.exception() is None
 

@@ -24,7 +24,9 @@ from penstock.engine.wire import (
 
 def test_a_request_survives_the_trip_to_the_engine() -> None:
     params = SamplingParams(n=2, temperature=0.5, logit_bias={7: -1.5}, stop=("a",), max_tokens=3, seed=-1)
-    request = EngineRequest(request_id=RequestId("r"), prompt_token_ids=[1, 2], params=params, eos_token_ids=(9,))
+    request = EngineRequest(
+        request_id=RequestId("r"), prompt_token_ids=[1, 2], params=params, eos_token_ids=(9,)
+    )
     assert decode_to_engine(encode(Submit(request))) == Submit(request)
 
 

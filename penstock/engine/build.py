@@ -1,0 +1,162 @@
+"""From an `EngineConfig` to a warm `EngineCore`.
+
+Runs inside the engine process (or, for tests and the offline API, in the caller's). The order is: load the
+weights, lay out the cache, size the pool, join the parts, warm up.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from penstock.core.tokens import EngineInfo
+from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
+from penstock.engine.core import EngineCore
+from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.runner.faults import FaultPoints
+from penstock.engine.runner.kv_budget import resolve_num_blocks
+from penstock.engine.runner.kv_pool import bytes_per_block
+from penstock.engine.runner.memory import available_memory_bytes
+from penstock.engine.runner.rank_group import LocalRank
+from penstock.engine.runner.runner import Runner
+from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.models.interface import LoadedModel
+from penstock.models.loader import load_model
+from penstock.observe.clock import SystemClock
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_core(
+    config: EngineConfig,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    faults: FaultPoints | None = None,
+) -> EngineCore:
+    """Load, size, join and warm up.
+
+    Args:
+        config: checked here.
+        on_progress: called with (done_bytes, total_bytes) while weights load.
+        faults: where tests make the runner fail; None in production.
+
+    Raises:
+        StartupError: names what is wrong with the config, the checkpoint or the machine.
+    """
+    validate_engine_config(config)
+    torch.set_num_threads(config.num_threads or usable_cpus())
+    began_s = time.monotonic()
+    loaded = load_model(
+        Path(config.model_path),
+        dtype=config.dtype,
+        kernels=config.kernels,
+        device=config.device,
+        max_model_len=config.max_model_len,
+        on_progress=on_progress,
+    )
+    load_time_s = time.monotonic() - began_s
+    return _join(config, loaded, load_time_s=load_time_s, faults=faults)
+
+
+def _join(
+    config: EngineConfig, loaded: LoadedModel, *, load_time_s: float, faults: FaultPoints | None
+) -> EngineCore:
+    layout = make_cache_layout(loaded.model.layer_windows)
+    limits = msgspec.structs.replace(config.scheduler, max_model_len=loaded.max_model_len)
+    num_blocks = _num_blocks(config, loaded, layout, limits)
+    runner = Runner(
+        loaded, layout=layout, num_blocks=num_blocks, block_size=config.kv.block_size, faults=faults
+    )
+    ranks = LocalRank(runner)
+    began_s = time.monotonic()
+    if config.warmup:
+        ranks.warm_up(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=limits.max_model_len,
+        )
+    warmup_time_s = time.monotonic() - began_s
+    kv = _kv_manager(config, loaded, layout, num_blocks)
+    return EngineCore(
+        scheduler=Scheduler(limits, kv=kv, clock=SystemClock(), rng=random.SystemRandom()),
+        kv=kv,
+        ranks=ranks,
+        info=_info(
+            config, loaded, kv=kv, limits=limits, load_time_s=load_time_s, warmup_time_s=warmup_time_s
+        ),
+    )
+
+
+def _block_bytes(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout) -> int:
+    return bytes_per_block(
+        layout,
+        block_size=config.kv.block_size,
+        num_kv_heads=loaded.model.num_kv_heads,
+        head_dim=loaded.model.head_dim,
+        dtype=loaded.dtype,
+    )
+
+
+def _num_blocks(
+    config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, limits: SchedulerConfig
+) -> int:
+    return resolve_num_blocks(
+        config.kv,
+        scheduler=limits,
+        layout=layout,
+        bytes_per_block=_block_bytes(config, loaded, layout),
+        free_memory_bytes=available_memory_bytes(),
+        max_model_len=loaded.max_model_len,
+    )
+
+
+def _kv_manager(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, num_blocks: int) -> KvManager:
+    return KvManager(
+        layout,
+        num_blocks=num_blocks,
+        block_size=config.kv.block_size,
+        model_revision=config.model_revision,
+        kv_dtype=str(loaded.dtype),
+        enable_prefix_caching=config.scheduler.enable_prefix_caching,
+    )
+
+
+def _info(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    kv: KvManager,
+    limits: SchedulerConfig,
+    load_time_s: float,
+    warmup_time_s: float,
+) -> EngineInfo:
+    layout = make_cache_layout(loaded.model.layer_windows)
+    block_bytes = _block_bytes(config, loaded, layout)
+    return EngineInfo(
+        architecture=loaded.architecture,
+        num_parameters=loaded.num_parameters,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        kernels=loaded.kernels.name,
+        device=config.device,
+        vocab_size=loaded.model.vocab_size,
+        weights_bytes=loaded.weights_bytes,
+        kv_bytes=kv.pool.num_blocks * block_bytes,
+        bytes_per_block=block_bytes,
+        block_size=config.kv.block_size,
+        num_blocks=kv.pool.num_blocks,
+        num_cache_groups=len(layout.groups),
+        cache_group_windows=layout.windows,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        load_time_s=load_time_s,
+        warmup_time_s=warmup_time_s,
+    )
