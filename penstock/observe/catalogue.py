@@ -236,8 +236,8 @@ def markdown() -> str:
         for spec in METRICS
     ]
     head = (
-        "# Metrics\n\n`GET /metrics` on the public port, in Prometheus' text format. Names are vLLM's with the prefix "
-        "`penstock_`.\nLabels are bounded: model names come from the catalog, routes from the route table. "
+        "# Metrics\n\n`GET /metrics` on the public port, in Prometheus' text format. "
+        "Names are vLLM's with the prefix `penstock_`.\nLabels are bounded: model names come from the catalog, routes from the route table. "
         "The last column is the name among\nOpenTelemetry's GenAI metrics, where there is one.\n"
         "This page is generated: `python -m penstock.observe.catalogue > docs/metrics.md`.\n\n"
         "| name | kind | labels | meaning | OpenTelemetry |\n|---|---|---|---|---|\n"

@@ -1,8 +1,8 @@
 """Prometheus metrics: a sink for engine events and HTTP events, and the text that `/metrics` shows.
 
 vLLM's names with the prefix `penstock_`, base units, labels bounded by the catalog and by the tables in
-the code: a client can never make a new time series. Events only add to plain numbers (well under a microsecond
-each); prometheus-client turns them into text when somebody asks. Not a decision maker: nothing reads these back.
+the code: a client can never make a new time series. Events only add to plain numbers; prometheus-client turns
+them into text when somebody asks. Not a decision maker: nothing reads these back.
 """
 
 from bisect import bisect_left
@@ -112,7 +112,7 @@ class Metrics:
             spec.name: {} for spec in METRICS if not spec.labels or spec.labels[0] != "model_name"
         }
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]  # a collector is anything with collect()
+        self._registry.register(self)
 
     def _of(self, model: ModelName) -> _ModelNumbers:
         numbers = self._models.get(model)

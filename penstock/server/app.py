@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.core.errors import NotFoundError
+from penstock.core.errors import NotFoundError, RequestError
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineAdmin
 from penstock.gateway.catalog import Catalog
@@ -76,7 +76,9 @@ def _refuse_unmatched(services: Services) -> Callable[[Request, Exception], Awai
         headers = error.headers or {}
         if error.status_code == 405:
             allow = headers.get("Allow", "")
-            shown = MethodNotAllowedError(f"this route does not know the method, it knows {allow}")
+            shown: RequestError = MethodNotAllowedError(
+                f"this route does not know the method, it knows {allow}"
+            )
             # The path is a row of the table; only the method is not.
             request.scope["penstock.route"] = "wrong_method"
         else:

@@ -1,7 +1,7 @@
 """The one reader of request bodies: bounded bytes, strict JSON, plain data out.
 
-Everything that JSON readers usually let pass is refused here with the place named: duplicate keys,
-NaN and Infinity, numbers beyond a float's range, lone surrogates, NUL characters, deep nesting, text that is not UTF-8.
+What JSON readers usually let pass is refused here with the place named: duplicate keys, NaN and Infinity,
+numbers beyond a float's range, lone surrogates, NUL characters, deep nesting, text that is not UTF-8.
 """
 
 import json
@@ -97,21 +97,25 @@ async def read_body(scope: Scope, receive: Receive, *, limits: Limits, budget: B
     _check_announced(scope, limit=limits.body_bytes_max)
     body = bytearray()
     try:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            chunk: bytes = message.get("body", b"")
-            if len(body) + len(chunk) > limits.body_bytes_max:
-                raise _too_large(limits.body_bytes_max)
-            budget.reserve(len(chunk))
-            body += chunk
-            more = message.get("more_body", False)
+        while await _read_piece(receive, body, limit=limits.body_bytes_max, budget=budget):
+            pass
     except BaseException:
         budget.free(len(body))
         raise
     return body
+
+
+async def _read_piece(receive: Receive, body: bytearray, *, limit: int, budget: BodyBudget) -> bool:
+    """Append what came; True if more comes."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    piece: bytes = message.get("body", b"")
+    if len(body) + len(piece) > limit:
+        raise _too_large(limit)
+    budget.reserve(len(piece))
+    body += piece
+    return bool(message.get("more_body", False))
 
 
 def _check_depth(body: bytes | bytearray, *, limit: int) -> None:

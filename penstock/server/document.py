@@ -30,7 +30,8 @@ _CSP: Final = b"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; 
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}"
     "code,pre{font:14px/1.4 ui-monospace,monospace}pre{background:#8881;padding:1rem;overflow:auto}"
-    "h2{border-top:1px solid #8886;padding-top:1rem}td,th{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0}"
+    "h2{border-top:1px solid #8886;padding-top:1rem}"
+    "td,th{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0}"
     ":root{color-scheme:light dark}"
 )
 
@@ -154,9 +155,8 @@ def _field_rows(route: Route) -> str:
     rows = []
     for name, info in route.body.model_fields.items():
         need = "required" if info.is_required() else "optional"
-        rows.append(
-            f"<tr><td><code>{name}</code></td><td>{need}</td><td>{html.escape(info.description or '')}</td></tr>"
-        )
+        meaning = html.escape(info.description or "")
+        rows.append(f"<tr><td><code>{name}</code></td><td>{need}</td><td>{meaning}</td></tr>")
     return f"<table><tr><th>field</th><th></th><th></th></tr>{''.join(rows)}</table>"
 
 

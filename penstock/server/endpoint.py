@@ -19,9 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from penstock.core.errors import AuthenticationError, InvalidParameterError, PenstockError
 from penstock.core.ids import DEFAULT_TENANT, RequestId, TenantId
+from penstock.gateway.keys import KeyRing
 from penstock.server.body import check_content_type, parse_json, read_body
 from penstock.server.errors import error_reply, internal_error
-from penstock.server.exchange import ClientGoneError, Exchange
+from penstock.server.exchange import ClientGoneError, Exchange, SlowReaderError
 from penstock.server.replies import Reply, StreamReply
 from penstock.server.routes import Access, Route
 from penstock.server.services import Call, Services
@@ -89,14 +90,22 @@ def authorise(route: Route, scope: Scope, *, services: Services) -> TenantId:
     """
     if route.access is Access.PUBLIC:
         return DEFAULT_TENANT
-    ring = services.user_keys if route.access is Access.USER else services.admin_keys
+    is_user = route.access is Access.USER
     try:
-        if route.access is Access.ADMIN and ring.is_empty:
-            raise AuthenticationError("there is no admin key, so nobody may ask this")
-        return ring.tenant_of(_header(scope, b"authorization"))
+        return _tenant(
+            services.user_keys if is_user else services.admin_keys,
+            _header(scope, b"authorization"),
+            may_be_empty=is_user,
+        )
     except AuthenticationError:
         services.failures.record((scope.get("client") or ("unknown", 0))[0])
         raise
+
+
+def _tenant(ring: KeyRing, authorization: str | None, *, may_be_empty: bool) -> TenantId:
+    if ring.is_empty and not may_be_empty:
+        raise AuthenticationError("there is no admin key, so nobody may ask this")
+    return ring.tenant_of(authorization)
 
 
 class Endpoint(Response):
@@ -202,7 +211,7 @@ class Endpoint(Response):
             events.on_error(error.code)
         elif isinstance(error, ClientGoneError):
             events.on_connection_closed("client_gone")
-        elif type(error).__name__ == "SlowReaderError":
+        elif isinstance(error, SlowReaderError):
             events.on_connection_closed("slow_reader")
             logger.warning("connection cut: slow reader", extra={"request_id": request_id})
         else:

@@ -1,7 +1,7 @@
 """One HTTP request in flight, and the three ways in which it is ended from outside.
 
-The client may leave, the reader may be too slow, the server may be told to stop. Each cancels the task
-that works on the request, with the reason kept here, so that the work behind it ends at once, streaming or not.
+The client may leave, the reader may be too slow, the server may be told to stop. Each cancels the task that
+works on the request, with the reason kept here, so that the work behind it ends at once, streaming or not.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Exchange:
             if self._task is not None:
                 self._task.cancel()
 
-    async def run(self, work: Coroutine[object, object, T], *, receive: Receive) -> T:
+    async def run(self, work: Coroutine[None, None, T], *, receive: Receive) -> T:
         """Await `work`, watching the connection; the request's body must have been read.
 
         Raises:
@@ -56,16 +56,20 @@ class Exchange:
         try:
             result = await work
         except asyncio.CancelledError:
-            if self._reason is None or task.uncancel() > 0:
+            reason = self._stopped()
+            if reason is None or task.uncancel() > 0:
                 raise
-            raise self._reason from None
+            raise reason from None
         else:
-            if self._reason is not None:
+            if self._stopped() is not None:
                 task.uncancel()
             return result
         finally:
             self._task = None
             watcher.cancel()
+
+    def _stopped(self) -> Exception | None:
+        return self._reason
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

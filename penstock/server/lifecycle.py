@@ -2,12 +2,12 @@
 
 ```
   bind -> loading -> open -> draining -> stopped
-           |  (backend.start)   ^  first SIGTERM or SIGINT: readiness 503, no new requests, those in flight finish
+           |  (backend.start)   ^  first SIGTERM or SIGINT: readiness 503, no new requests, the rest finishes
            +-- StartupError ----+  budget over or second signal: the rest ends with an error event
 ```
 
-The listeners are open from the start, so that `/health` answers while the model loads. Engines are started and
-stopped through callbacks: nothing here knows what they are.
+The listeners are open from the start, so that `/health` answers while the model loads. Engines are started
+and stopped through callbacks: nothing here knows what they are.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class _Listener(uvicorn.Server):
             connection.shutdown()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(budget_s):
-                while self.server_state.connections or self.server_state.tasks:
+                while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110  uvicorn's sets
                     await asyncio.sleep(_POLL_S)
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
@@ -183,81 +183,102 @@ async def serve(
     Raises:
         StartupError: a port is taken, or the backend cannot start.
     """
-    signals = _Signals()
     services.gate.closed_reason = "loading"
-    async with contextlib.AsyncExitStack() as stack:
+    apps = [app] if admin_app is None else [app, admin_app]
+    with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(bind(config.host, config.port))]
         if admin_app is not None:
             sockets.append(stack.enter_context(bind(config.admin_host, config.admin_port)))
-        stack.enter_context(signals.installed())
-        listeners = [
-            _Listener(ListenerConfig(each, limits=services.limits, events=services.events))
-            for each in (app, admin_app)
-            if each is not None
-        ]
-        addresses = Addresses(public=_url(sockets[0]), admin=_url(sockets[1]) if admin_app else None)
-        await _run(listeners, sockets, services, backend, config, signals, addresses, on_ready)
-
-
-async def _run(
-    listeners: list[_Listener],
-    sockets: list[socket.socket],
-    services: Services,
-    backend: Backend,
-    config: ServerConfig,
-    signals: _Signals,
-    addresses: Addresses,
-    on_ready: Callable[[Addresses], None] | None,
-) -> None:
-    ticks: list[asyncio.Task[None]] = []
-    try:
-        for listener, sock in zip(listeners, sockets, strict=True):
-            await listener.open(sock)
-            ticks.append(asyncio.create_task(listener.tick()))
-        if await _start(backend, signals):
-            services.gate.closed_reason = None
-            if on_ready is not None:
-                on_ready(addresses)
-            await signals.first.wait()
-            await _drain(services, backend, signals, budget_s=config.shutdown_timeout_s)
-    finally:
-        for tick in ticks:
-            tick.cancel()
-        await asyncio.gather(
-            *(each.end(services.limits.close_timeout_s) for each in listeners if each.started)
+        session = _Session(
+            listeners=[
+                _Listener(ListenerConfig(each, limits=services.limits, events=services.events))
+                for each in apps
+            ],
+            services=services,
+            backend=backend,
+            budget_s=config.shutdown_timeout_s,
+            signals=_Signals(),
         )
-        await backend.close()
-
-
-async def _start(backend: Backend, signals: _Signals) -> bool:
-    """Start the backend; False if a signal came first."""
-    start = asyncio.create_task(backend.start())
-    told = asyncio.create_task(signals.first.wait())
-    try:
-        await asyncio.wait({start, told}, return_when=asyncio.FIRST_COMPLETED)
-        if start.done():
-            await start
-            return True
-        return False
-    finally:
-        for task in (start, told):
-            task.cancel()
-        await asyncio.gather(start, told, return_exceptions=True)
-
-
-async def _drain(services: Services, backend: Backend, signals: _Signals, *, budget_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + budget_s
-    services.gate.closed_reason = "draining"
-    logger.info("draining", extra={"requests_in_flight": len(services.in_flight), "budget_s": budget_s})
-    if not await _first_of(services.in_flight.wait_empty(), signals.second.wait(), budget_s=budget_s):
-        stopped = NotReadyError(
-            "the server is stopping and the time for this request is over", code="stopping"
+        stack.enter_context(session.signals.installed())
+        admin_url = None if admin_app is None else _url(sockets[1])
+        await session.run(
+            sockets, addresses=Addresses(public=_url(sockets[0]), admin=admin_url), on_ready=on_ready
         )
-        logger.warning("requests cut at shutdown", extra={"requests_in_flight": len(services.in_flight)})
-        services.in_flight.stop_all(stopped)
-        await _first_of(services.in_flight.wait_empty(), budget_s=services.limits.close_timeout_s)
-    await backend.drain(max(0.0, end_s - loop.time()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Session:
+    """One life of the server."""
+
+    listeners: list[_Listener]
+    services: Services
+    backend: Backend
+    budget_s: float
+    signals: _Signals
+
+    async def run(
+        self,
+        sockets: list[socket.socket],
+        *,
+        addresses: Addresses,
+        on_ready: Callable[[Addresses], None] | None,
+    ) -> None:
+        ticks: list[asyncio.Task[None]] = []
+        try:
+            for listener, sock in zip(self.listeners, sockets, strict=True):
+                await listener.open(sock)
+                ticks.append(asyncio.create_task(listener.tick()))
+            if await self._start():
+                self.services.gate.closed_reason = None
+                if on_ready is not None:
+                    on_ready(addresses)
+                await self.signals.first.wait()
+                await self._drain()
+        finally:
+            for tick in ticks:
+                tick.cancel()
+            await self._end()
+
+    async def _start(self) -> bool:
+        """Start the backend; False if a signal came first."""
+        start = asyncio.create_task(self.backend.start())
+        told = asyncio.create_task(self.signals.first.wait())
+        try:
+            await asyncio.wait({start, told}, return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                await start
+            return start.done()
+        finally:
+            start.cancel()
+            told.cancel()
+            await asyncio.gather(start, told, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        services, loop = self.services, asyncio.get_running_loop()
+        end_s = loop.time() + self.budget_s
+        services.gate.closed_reason = "draining"
+        logger.info(
+            "draining", extra={"requests_in_flight": len(services.in_flight), "budget_s": self.budget_s}
+        )
+        empty, insisted = services.in_flight.wait_empty(), self.signals.second.wait()
+        if not await _first_of(empty, insisted, budget_s=self.budget_s):
+            await self._cut()
+        await self.backend.drain(max(0.0, end_s - loop.time()))
+
+    async def _cut(self) -> None:
+        in_flight = self.services.in_flight
+        logger.warning("requests cut at shutdown", extra={"requests_in_flight": len(in_flight)})
+        in_flight.stop_all(
+            NotReadyError("the server is stopping and the time for this request is over", code="stopping")
+        )
+        await _first_of(in_flight.wait_empty(), budget_s=self.services.limits.close_timeout_s)
+
+    async def _end(self) -> None:
+        budget_s = self.services.limits.close_timeout_s
+        try:
+            await asyncio.gather(*(each.end(budget_s) for each in self.listeners if each.started))
+        finally:
+            await self.backend.close()
 
 
 async def _first_of(
@@ -276,9 +297,13 @@ async def _first_of(
 
 def run(main: Coroutine[object, object, None]) -> None:
     """Run a coroutine to its end in a fresh event loop, uvloop's where that is installed."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        new_event_loop = asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop

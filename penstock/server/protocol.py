@@ -19,7 +19,7 @@ import logging
 from typing import Any, Final
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from penstock.core.errors import InvalidParameterError, NotReadyError, PenstockError
@@ -74,12 +74,14 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._limits = config.limits
         self._events = config.events
+        self.timeout_keep_alive = config.limits.keep_alive_timeout_s  # type: ignore[assignment]  # any number of seconds will do
         self._deadline: asyncio.TimerHandle | None = None
         self._refusal: PenstockError | None = None
         self._in_head = False
         self._is_early = False
         """The request being parsed came before the last answer had ended; it is not looked at."""
         self._head_bytes = 0
+        self._line_bytes = 0
         self._head_lines = 0
         self._num_chunks = 0
         self._body_bytes = 0
@@ -107,9 +109,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what arrived; the deadline runs from a request's first byte to its last."""
         if self._deadline is None and self._awaits_request():
-            self._deadline = self.loop.call_later(self._limits.receive_timeout_s, self._on_deadline)
-            self._in_head = True
-            self._head_bytes = self._head_lines = 0
+            self._begin_head()
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -121,8 +121,19 @@ class BoundedProtocol(HttpToolsProtocol):
         ):
             self._refuse(self._head_too_large(), reason="headers_too_large")
 
+    def _cycle(self) -> RequestResponseCycle | None:
+        """The parent declares it never None, and sets it to None."""
+        return self.cycle
+
     def _awaits_request(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+        cycle = self._cycle()
+        return cycle is None or cycle.response_complete
+
+    def _begin_head(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self._limits.receive_timeout_s, self._on_deadline)
 
     def on_message_begin(self) -> None:
         """Begin a request."""
@@ -131,10 +142,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             return
         super().on_message_begin()
-        self.scope.setdefault("extensions", {})[ABORT_EXTENSION] = self.transport.abort  # type: ignore[typeddict-item]  # our own extension
-        self._in_head = True
-        self._head_lines = self._num_chunks = self._body_bytes = 0
-        self._line_bytes = 0
+        extensions: dict[str, object] = {ABORT_EXTENSION: self.transport.abort}
+        self.scope["extensions"] = extensions  # type: ignore[typeddict-item]  # our own extension
+        if not self._in_head:
+            self._begin_head()
+        self._line_bytes = self._head_lines = self._num_chunks = self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Collect the request's target."""
@@ -157,7 +169,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_too_large(self) -> HeadersTooLargeError:
         limits = self._limits
         return HeadersTooLargeError(
-            f"the header is larger than the limit of {limits.header_bytes_max} bytes or {limits.header_lines_max} lines"
+            f"the header is larger than the limit of {limits.header_bytes_max} bytes "
+            f"or {limits.header_lines_max} lines"
         )
 
     def on_headers_complete(self) -> None:
@@ -203,7 +216,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         self._refuse(late, reason="receive_timeout")
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  the parent's signature
         """Refuse what could not be parsed, in OpenAI's shape; the parent's text is not sent."""
         refusal = self._refusal or InvalidParameterError(
             "the request is not valid HTTP/1.1", code="invalid_http"
@@ -214,13 +227,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer, unless an answer has begun, and close."""
         self._disarm()
         self._events.on_connection_closed(reason)
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        cycle = self._cycle()
+        if self._in_head or cycle is None or not cycle.response_started:
             self._events.on_error(error.code)
             self.transport.write(_raw(error))
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Upgrades are not offered; a request that asks for one is served as it is."""
+        """Upgrades are not offered: such a request is served as it is, the last of its connection."""
+        self.cycle.keep_alive = False
 
 
 def _raw(error: PenstockError) -> bytes:

@@ -5,7 +5,7 @@ default.
 """
 
 import enum
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,7 +58,7 @@ class Route:
     path: str
     methods: tuple[Literal["GET", "POST"], ...]
     access: Access
-    serve: Callable[[Call], Awaitable[Reply | StreamReply]]
+    serve: Callable[[Call], Coroutine[None, None, Reply | StreamReply]]
     document: Document
     body: type[BaseModel] | None = None
     """Model of the POST body, or of the query for GET."""

@@ -6,6 +6,7 @@ stays so.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
@@ -52,7 +53,7 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
         self._sending_since: float | None = None
-        self._pending_keepalive: asyncio.Task[None] | None = None
+        self._keepalive: asyncio.Task[None] | None = None
 
     async def run(
         self,
@@ -73,7 +74,7 @@ class EventStream:
             on_error: told why the stream did not end by itself.
         """
         await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
-        timer = self._arm(self._limits.keepalive_interval_s, send=send, exchange=exchange)
+        disarm = self._arm(send, exchange)
         try:
             await exchange.run(self._pump(send), receive=receive)
         except (ClientGoneError, SlowReaderError) as error:
@@ -82,12 +83,18 @@ class EventStream:
             return
         except Exception as error:  # noqa: BLE001  the edge of a request: counted, logged and told to the client
             on_error(error)
-            shown = error if isinstance(error, PenstockError) else internal_error()
-            await self._write(send, error_frame(shown, request_id=self._request_id))
+            await self._fail(send, error)
         finally:
-            timer()
+            disarm()
             await self._frames.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fail(self, send: Send, error: Exception) -> None:
+        """Tell the client, if it reads."""
+        shown = error if isinstance(error, PenstockError) else internal_error()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.close_timeout_s):
+                await self._write(send, error_frame(shown, request_id=self._request_id))
 
     async def _pump(self, send: Send) -> None:
         async for data in self._frames:
@@ -99,7 +106,7 @@ class EventStream:
         self._sending_since = None
         self._sent_at = self._loop.time()
 
-    def _arm(self, delay_s: float, *, send: Send, exchange: Exchange) -> Callable[[], None]:
+    def _arm(self, send: Send, exchange: Exchange) -> Callable[[], None]:
         """Look at the stream now and then, by one timer that is re-armed; returns what ends it."""
         handle: asyncio.TimerHandle
 
@@ -107,11 +114,14 @@ class EventStream:
             nonlocal handle
             handle = self._loop.call_later(self._look(send, exchange), look)
 
-        def end() -> None:
+        def disarm() -> None:
             handle.cancel()
+            if self._keepalive is not None:
+                self._keepalive.cancel()
 
-        handle = self._loop.call_later(delay_s, look)
-        return end
+        first_s = min(self._limits.keepalive_interval_s, self._limits.slow_reader_timeout_s)
+        handle = self._loop.call_later(first_s, look)
+        return disarm
 
     def _look(self, send: Send, exchange: Exchange) -> float:
         """Keep alive or cut if it is time; returns the seconds until the next look."""
@@ -124,7 +134,7 @@ class EventStream:
         left = self._sent_at + self._limits.keepalive_interval_s - now
         if left <= 0:
             self._sent_at = now
-            self._pending_keepalive = asyncio.create_task(self._write(send, KEEPALIVE))
+            self._keepalive = asyncio.create_task(self._write(send, KEEPALIVE))
             return self._limits.keepalive_interval_s
         return left
 

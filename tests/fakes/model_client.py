@@ -8,6 +8,7 @@ from penstock.core.errors import PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, TextLogprob, Usage
 
+NAME = ModelName("fake")
 PIECES = ("Hello", ",", " world", "!")
 
 
@@ -15,7 +16,7 @@ PIECES = ("Hello", ",", " world", "!")
 class FakeModelClient:
     """Streams `pieces` for every answer; knobs say when to wait, refuse or fail."""
 
-    name: ModelName = ModelName("fake")
+    name: ModelName = NAME
     pieces: tuple[str, ...] = PIECES
     refusal: PenstockError | None = None
     """Raised by `generate` itself, before anything is accepted."""

@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: wire to `GenerateRequest`, `TextDelta`s to an answer or a stream."""
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
@@ -129,10 +129,8 @@ def _joined(content: str | list[TextPart] | None) -> str | None:
 
 def _tool_call(call: ToolCall, *, path: str) -> dict[str, object]:
     arguments: object = None
-    try:
+    with suppress(InvalidParameterError):
         arguments = parse_json(call.function.arguments.encode())
-    except (InvalidParameterError, UnicodeEncodeError):
-        pass
     if not isinstance(arguments, dict):
         raise InvalidParameterError(f"{path} must be a JSON object, as text", param=path)
     function: dict[str, object] = {"name": call.function.name, "arguments": arguments}

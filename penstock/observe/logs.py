@@ -1,0 +1,147 @@
+"""Logs: one JSON object a line, written by a thread, never a prompt, an output or a key.
+
+The event loop only puts records into a bounded queue; when a reader of the log is slow, lines are dropped and
+counted, requests never wait. `RequestLog` is the sink that writes one telemetry line per request.
+"""
+
+import logging
+import queue
+import sys
+from logging.handlers import QueueHandler, QueueListener
+from typing import Final, TextIO
+
+import msgspec
+
+from penstock.core.ids import ModelName
+from penstock.core.ports import EngineEvents, RequestRecord
+from penstock.core.tokens import StepStats
+
+_QUEUE_LINES: Final = 10_000
+_STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskName"}
+_encode: Final = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; control characters are escaped, fields given by `extra` are kept."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line: dict[str, object] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _clean(record.getMessage()),
+        }
+        line |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        if record.exc_info:
+            line["exception"] = _clean(self.formatException(record.exc_info))
+        return _encode(line).decode()
+
+
+def _clean(text: str) -> str:
+    """Lone surrogates cannot be written; DEL and C1 controls would reach a terminal."""
+    safe = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(f"\\x{ord(each):02x}" if 0x7F <= ord(each) <= 0x9F else each for each in safe)
+
+
+class _DroppingHandler(QueueHandler):
+    """Puts records into the queue, or counts them as dropped."""
+
+    def __init__(self, records: "queue.Queue[logging.LogRecord]") -> None:
+        super().__init__(records)
+        self.num_dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Format later, in the writing thread, with the exception's own text."""
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Never wait."""
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.num_dropped += 1
+
+
+class LogWriter:
+    """The process's log from `start` to `stop`; `stop` writes what is left."""
+
+    def __init__(self, *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
+        """Prepare to write to `stream` (standard error if None)."""
+        records: queue.Queue[logging.LogRecord] = queue.Queue(_QUEUE_LINES)
+        writer = logging.StreamHandler(stream or sys.stderr)
+        writer.setFormatter(JsonFormatter())
+        self._handler = _DroppingHandler(records)
+        self._listener = QueueListener(records, writer)
+        self._level = level
+
+    @property
+    def num_dropped(self) -> int:
+        """Lines that were not written because the queue was full."""
+        return self._handler.num_dropped
+
+    def start(self) -> None:
+        """Take over the `penstock` loggers, and uvicorn's errors."""
+        for name, level in (("penstock", self._level), ("uvicorn.error", logging.ERROR)):
+            logger = logging.getLogger(name)
+            logger.addHandler(self._handler)
+            logger.setLevel(level)
+            logger.propagate = False
+        self._listener.start()
+
+    def stop(self) -> None:
+        """Write what is left and let the loggers go."""
+        self._listener.stop()
+        for name in ("penstock", "uvicorn.error"):
+            logger = logging.getLogger(name)
+            logger.removeHandler(self._handler)
+            logger.setLevel(logging.NOTSET)
+            logger.propagate = True
+
+
+class RequestLog:
+    """Implements `core.ports.EngineEvents`: one line per ended request, one per engine restart."""
+
+    def __init__(self) -> None:
+        self._logger = logging.getLogger("penstock.request")
+
+    def on_step(self, model: ModelName, stats: StepStats) -> None:
+        """Steps are not logged: state changes are, tokens are not."""
+
+    def on_token_gap(self, model: ModelName, gap_s: float) -> None:
+        """Tokens are not logged."""
+
+    def on_request(self, record: RequestRecord) -> None:
+        """Write the telemetry record."""
+        self._logger.info("request ended", extra=msgspec.to_builtins(record))
+
+    def on_engine_restart(self, model: ModelName, reason: str) -> None:
+        """Write that an engine was started again."""
+        self._logger.warning("engine restarted", extra={"model": model, "reason": reason})
+
+
+class Fanout:
+    """Implements `core.ports.EngineEvents`: hands every event to several sinks, in order."""
+
+    def __init__(self, *sinks: EngineEvents) -> None:
+        self._sinks = sinks
+
+    def on_step(self, model: ModelName, stats: StepStats) -> None:
+        """After each engine step."""
+        for sink in self._sinks:
+            sink.on_step(model, stats)
+
+    def on_token_gap(self, model: ModelName, gap_s: float) -> None:
+        """Between two deltas of one answer."""
+        for sink in self._sinks:
+            sink.on_token_gap(model, gap_s)
+
+    def on_request(self, record: RequestRecord) -> None:
+        """Once per request, at its end."""
+        for sink in self._sinks:
+            sink.on_request(record)
+
+    def on_engine_restart(self, model: ModelName, reason: str) -> None:
+        """When an engine is started again."""
+        for sink in self._sinks:
+            sink.on_engine_restart(model, reason)
