@@ -11,14 +11,12 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from penstock.core.errors import EngineDeadError, InvalidParameterError, NotReadyError, PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.ports import EngineEvents
 from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, TokenDelta
-from penstock.engine.core import EngineCore
-from penstock.engine.loop import EngineLoop
 from penstock.engine.wire import (
     Abort,
     Accepted,
@@ -34,6 +32,10 @@ from penstock.engine.wire import (
     error_to_info,
     info_to_error,
 )
+
+if TYPE_CHECKING:
+    # At run time these bring torch, which the API process must never load; same room, so no arrow is hidden.
+    from penstock.engine.core import EngineCore
 
 ANSWER_TIMEOUT_S: Final = 10.0
 """An operator's question waits for the running step at most this long."""
@@ -253,7 +255,7 @@ class InProcessEngine:
     For tests and the offline API: no second process, no restart. Must be used from one event loop.
     """
 
-    def __init__(self, core: EngineCore, *, name: ModelName, events: EngineEvents) -> None:
+    def __init__(self, core: "EngineCore", *, name: ModelName, events: EngineEvents) -> None:
         self._core = core
         self._event_loop = asyncio.get_running_loop()
         self._channel = _QueueChannel(self._deliver)
@@ -298,6 +300,8 @@ class InProcessEngine:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
+        from penstock.engine.loop import EngineLoop
+
         try:
             EngineLoop(self._core, self._channel).run()
         except Exception as error:  # noqa: BLE001 - the thread's edge: every request must hear of it
