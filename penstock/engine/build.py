@@ -4,7 +4,6 @@ Runs inside the engine process (or, for tests and the offline API, in the caller
 weights, lay out the cache, size the pool, join the parts, warm up.
 """
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -30,11 +29,6 @@ from penstock.models.loader import load_model
 from penstock.observe.clock import SystemClock
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def build_core(
     config: EngineConfig,
     *,
@@ -52,7 +46,8 @@ def build_core(
         StartupError: names what is wrong with the config, the checkpoint or the machine.
     """
     validate_engine_config(config)
-    torch.set_num_threads(config.num_threads or usable_cpus())
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)  # torch's own default: the CPUs of this process
     began_s = time.monotonic()
     loaded = load_model(
         Path(config.model_path),

@@ -59,7 +59,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     """Only `cpu` in this version."""
     num_threads: int | None = None
-    """Threads of the compute pool; None takes the CPUs this process may use."""
+    """Threads of the compute pool; None takes the CPUs this process may use, or
+    what `OMP_NUM_THREADS` says."""
     max_model_len: int | None = None
     """None takes the model's own context."""
     scheduler: SchedulerConfig = SchedulerConfig()
