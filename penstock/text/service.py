@@ -29,6 +29,8 @@ logger: Final = logging.getLogger(__name__)
 LONG_TEXT_CHARS: Final = 8192
 """Longer texts are tokenized in a thread: this many take about 1 ms."""
 
+_NOTHING: Final = Usage(prompt_tokens=0, completion_tokens=0)
+
 Result = TypeVar("Result")
 
 
@@ -112,13 +114,11 @@ class TextService:
         meter = RequestMeter(request, model=self._name, events=self._events, clock=self._clock)
         try:
             return await _behind_barrier(self._accept(request, meter=meter))
-        except BaseException as error:
-            is_ours = isinstance(error, PenstockError)
-            meter.done(
-                FinishReason.ERROR if is_ours else FinishReason.CANCELLED,
-                usage=Usage(prompt_tokens=0, completion_tokens=0),
-                error_code=error.code if isinstance(error, PenstockError) else None,
-            )
+        except PenstockError as error:
+            meter.done(FinishReason.ERROR, usage=_NOTHING, error_code=error.code)
+            raise
+        except BaseException:
+            meter.done(FinishReason.CANCELLED, usage=_NOTHING)
             raise
 
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
@@ -143,12 +143,15 @@ class TextService:
         # As in the Hugging Face stack: a chat template writes BOS itself.
         token_ids = await self._token_ids(request, add_special_tokens=request.messages is None)
         params = self._resolve_params(request, num_prompt_tokens=len(token_ids))
+        # Made first: after the engine has accepted nothing may fail before the stream owns its tokens.
+        answers = self._make_answers(request, token_ids=token_ids)
+        echo = self._echo(request, token_ids=token_ids)
         tokens = (
             _no_tokens(request)
             if params.max_tokens == 0
             else await self._engine.generate(self._engine_request(request, token_ids, params=params))
         )
-        return self._make_stream(request, token_ids=token_ids, tokens=tokens, meter=meter)
+        return TextStream(tokens, answers=answers, num_prompt_tokens=len(token_ids), meter=meter, first=echo)
 
     async def _token_ids(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         prompt = request.prompt
@@ -176,21 +179,20 @@ class TextService:
 
     async def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         if len(text) <= LONG_TEXT_CHARS:
-            token_ids = self._encode_now(text, add_special_tokens=add_special_tokens, param=param)
-        else:
-            token_ids = await asyncio.to_thread(
-                self._encode_now, text, add_special_tokens=add_special_tokens, param=param
-            )
-        if not token_ids:
-            raise InvalidParameterError(f"{param} is empty, it must hold at least one token", param=param)
-        self._check_token_ids(token_ids, param=param)
-        return token_ids
+            return self._encode_now(text, add_special_tokens=add_special_tokens, param=param)
+        return await asyncio.to_thread(
+            self._encode_now, text, add_special_tokens=add_special_tokens, param=param
+        )
 
     def _encode_now(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         if len(text) > self._engine.info.max_model_len:
             # A bound from below, so that no list of a million ids is made to be refused.
             self._check_length(self._tokenizer.num_tokens_min(text), param=param, is_exact=False)
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, param=param)
+        token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, param=param)
+        if not token_ids:
+            raise InvalidParameterError(f"{param} is empty, it must hold at least one token", param=param)
+        self._check_token_ids(token_ids, param=param)
+        return token_ids
 
     def _check_length(self, num_tokens: int, *, param: str, is_exact: bool) -> None:
         limit = self._engine.info.max_model_len
@@ -243,38 +245,25 @@ class TextService:
             cache_salt=request.cache_salt,
         )
 
-    def _make_stream(
-        self,
-        request: GenerateRequest,
-        *,
-        token_ids: list[int],
-        tokens: AsyncGenerator[TokenDelta],
-        meter: RequestMeter,
-    ) -> TextStream:
+    def _make_answers(self, request: GenerateRequest, *, token_ids: list[int]) -> list[Answer]:
         params = request.params
         automaton = StopAutomaton(params.stop) if params.stop else None
-        is_special = self._tokenizer.is_special
-        at_start = params.skip_special_tokens and all(map(is_special, reversed(token_ids)))
-        answers = [
+        has_no_text = all(map(self._tokenizer.is_special, reversed(token_ids)))
+        return [
             Answer(
                 self._tokenizer,
                 request_id=request.request_id,
                 index=index,
                 params=params,
                 automaton=automaton,
-                at_start=at_start,
+                at_start=params.skip_special_tokens and has_no_text,
             )
             for index in range(params.n)
         ]
-        return TextStream(
-            tokens,
-            answers=answers,
-            num_prompt_tokens=len(token_ids),
-            meter=meter,
-            first=self._echo(request, token_ids) if request.echo else (),
-        )
 
-    def _echo(self, request: GenerateRequest, token_ids: list[int]) -> tuple[TextDelta, ...]:
+    def _echo(self, request: GenerateRequest, *, token_ids: list[int]) -> tuple[TextDelta, ...]:
+        if not request.echo:
+            return ()
         prompt = request.prompt
         skip = request.params.skip_special_tokens
         text = (

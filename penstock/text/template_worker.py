@@ -231,7 +231,8 @@ def _limit_process(setup: Setup) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (setup.max_memory_bytes, setup.max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, _on_cpu_limit)
-    os.environ.clear()
+    for name in set(os.environ) - {"TZ"}:  # `strftime_now` means the server's time zone
+        del os.environ[name]
 
 
 def serve(connection: socket.socket) -> None:

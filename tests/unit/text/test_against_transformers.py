@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.errors import PenstockError
+from penstock.core.text import GenerateRequest, Message
+from penstock.text.chat_template import ChatTemplate
 from penstock.text.tokenizer import Tokenizer
+from tests.unit.text import template_samples
 from tests.unit.text.tiny_vocabularies import STYLES, write_folder
 
 transformers = pytest.importorskip("transformers")
@@ -70,7 +74,12 @@ def test_a_folder_saved_by_the_stack_loads_the_same(tmp_path):
 EMBEDDED = Path(__file__).parents[3] / "penstock" / "models" / "embedded"
 
 
-@pytest.mark.skipif(not (EMBEDDED / "tokenizer.json").exists(), reason="the embedded model is not there yet")
+has_embedded = pytest.mark.skipif(
+    not (EMBEDDED / "tokenizer.json").exists(), reason="the embedded model is not there yet"
+)
+
+
+@has_embedded
 def test_the_embedded_models_tokenizer_is_the_same_in_both_stacks():
     ours, theirs = both(EMBEDDED)
     books = [
@@ -81,3 +90,25 @@ def test_the_embedded_models_tokenizer_is_the_same_in_both_stacks():
     assert_same(ours, theirs, [*TEXTS, *books])
     generation = json.loads((EMBEDDED / "generation_config.json").read_text(encoding="utf-8"))
     assert generation["eos_token_id"] in (ours.eos_token_ids[0], list(ours.eos_token_ids))
+
+
+@has_embedded
+async def test_the_embedded_models_prompts_are_the_same_in_both_stacks():
+    ours, theirs = both(EMBEDDED)
+    template = ChatTemplate.from_folder(EMBEDDED, special_tokens=ours.special_tokens)
+    try:
+        for messages, tools in template_samples.CONVERSATIONS.values():
+            turns = tuple(Message(**m | {"tool_calls": tuple(m.get("tool_calls", ()))}) for m in messages)
+            request = GenerateRequest(request_id="r", model="m", messages=turns, tools=tuple(tools))
+            prompt = await template.render(request)
+            expected = theirs.apply_chat_template(
+                messages, tools=tools or None, add_generation_prompt=True, tokenize=False
+            )
+            assert prompt == expected
+            assert ours.encode(prompt, add_special_tokens=False) == theirs.encode(
+                prompt, add_special_tokens=False
+            )
+    except PenstockError as error:
+        pytest.fail(f"refused: {error}")
+    finally:
+        template.close()

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -104,16 +105,17 @@ def test_the_memory_of_a_worker_stays_under_its_limit(pool):
         with pytest.raises(InvalidParameterError):
             pool.render(make_job(name))
     pool.render(make_job())
-    with open(f"/proc/{worker.pid}/status", encoding="ascii") as status:
-        fields = dict(line.split(":", 1) for line in status)
+    lines = Path(f"/proc/{worker.pid}/status").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
     assert int(fields["VmPeak"].split()[0]) * 1024 <= LIMITS.max_memory_bytes
 
 
-def test_a_worker_holds_no_environment_and_no_foreign_file(pool):
+def test_a_worker_holds_no_file_or_socket_but_its_own(pool):
     (worker,) = pool.workers
     pool.render(make_job())
-    links = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
+    links = [str(entry.readlink()) for entry in Path(f"/proc/{worker.pid}/fd").iterdir()]
     assert all(link.startswith("socket:") or link == "/dev/null" for link in links)
+    assert len({link for link in links if link.startswith("socket:")}) == 1
 
 
 def test_a_template_that_does_not_compile_stops_the_start_with_one_line():
