@@ -65,7 +65,6 @@ class Batch:
         self._services = services
         self._source = source
         self._target = target
-        self._model = services.catalog.names[0]
         self.counts = BatchCounts()
 
     async def run(self, console: Console, *, num_workers: int) -> None:
@@ -111,7 +110,9 @@ class Batch:
         assert route.body is not None
         if request.body.get("stream"):
             raise InvalidParameterError("stream is true, a batch answers whole", param="stream")
-        body = validate(route.from_json({"model": self._model, **request.body}), model=route.body)
+        body = validate(
+            route.from_json({"model": self._services.catalog.names[0], **request.body}), model=route.body
+        )
         request_id = RequestId(secrets.token_hex(16))
         call = Call(
             services=self._services,

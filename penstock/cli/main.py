@@ -3,14 +3,17 @@
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Final
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from penstock.cli.layers import SettingLayers
 from penstock.cli.refused import refuse_flags
+from penstock.cli.setting import Range, setting
 from penstock.cli.settings import ServeSettings
 from penstock.core.errors import PenstockError, StartupError
+from penstock.core.params import SamplingParams
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -34,6 +37,66 @@ def serve(
     from penstock.cli.serve import serve_forever
 
     return serve_forever(model, settings=settings or ServeSettings())
+
+
+@app.command
+def chat(
+    model: Annotated[
+        str | None, Parameter(help="Folder or hub id to load here; with --url, the name in its list.")
+    ] = None,
+    *,
+    url: Annotated[str | None, Parameter(help="Talk to this server instead of loading a model.")] = None,
+    api_key: Annotated[str | None, Parameter(help="Key for the server.", env_var="PENSTOCK_API_KEY")] = None,
+    system: Annotated[str | None, Parameter(help="What the model is told first.")] = None,
+    temperature: Annotated[
+        float, setting("0 to 2; 0 always takes the likeliest.", allowed=Range(low=0, high=2))
+    ] = 0.7,
+    max_tokens: Annotated[
+        int, setting("Most tokens of an answer.", allowed=Range(low=1, high=1 << 24))
+    ] = 512,
+) -> int:
+    """Talk in the terminal, with a server (--url) or with a model loaded here."""
+    from penstock.cli.chat import Conversation
+    from penstock.cli.commands import talk
+
+    return talk(
+        model,
+        url=url,
+        api_key=api_key,
+        conversation=Conversation(
+            params=SamplingParams(temperature=temperature, max_tokens=max_tokens), system=system
+        ),
+    )
+
+
+@app.command
+def run(
+    source: Annotated[Path, Parameter(help="JSONL to read: one request a line.")],
+    target: Annotated[Path, Parameter(help="JSONL to append answers to; a second run goes on.")],
+    *,
+    model: Annotated[str | None, Parameter(help="Folder or hub id; without one, the embedded model.")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    kernels: Literal["auto", "eager", "reference"] = "auto",
+    max_num_seqs: Annotated[
+        int, setting("Most sequences in one step.", allowed=Range(low=1, high=4096))
+    ] = 64,
+) -> int:
+    """Answer a file of requests without a server."""
+    from penstock.cli.commands import run_batch
+
+    return run_batch(
+        model, source=source, target=target, dtype=dtype, kernels=kernels, max_num_seqs=max_num_seqs
+    )
+
+
+@app.command
+def doctor() -> int:
+    """Say what this machine has and what is missing."""
+    from rich.console import Console
+
+    from penstock.cli.doctor import report
+
+    return report(Console())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

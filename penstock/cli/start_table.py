@@ -37,6 +37,10 @@ class LoadingBar:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Remove the bar; safe to call twice."""
         self._progress.stop()
 
     def update(self, done_bytes: int, total_bytes: int) -> None:
