@@ -25,20 +25,40 @@ def write_kv(keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -
     slab.values.index_put_(slots, values)
 
 
-def _plan(
-    batch: AttentionBatch, block_size: int, window: int | None, dtype: torch.dtype
-) -> tuple[Bucket, ...]:
+class Workspace:
+    """Memory for gathered blocks, kept between calls: fresh pages for each would cost more than the copy.
+
+    Grows to the largest bucket met. Serves one step at a time.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *, like: Tensor, num_blocks: int) -> Tensor:
+        """Uninitialised [num_blocks, ...] with the dtype and block shape of `like`; overwrites the last."""
+        size = num_blocks * like[0].numel()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != like.dtype or buffer.numel() < size:
+            buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return buffer[:size].view(num_blocks, *like.shape[1:])
+
+
+def _plan(batch: AttentionBatch, slab: KvSlab, window: int | None) -> tuple[Bucket, ...]:
+    block_size, num_heads, head_dim = slab.keys.shape[1:]
+    dtype = slab.keys.dtype
     key = ("eager", block_size, window, dtype)
     plan = batch.plans.get(key)
     if plan is None:
-        plan = batch.plans[key] = make_plan(batch, block_size=block_size, window=window, dtype=dtype)
+        key_bytes = 2 * num_heads * head_dim * dtype.itemsize
+        plan = make_plan(batch, block_size=block_size, window=window, dtype=dtype, key_bytes=key_bytes)
+        batch.plans[key] = plan
     assert isinstance(plan, tuple)
     return plan
 
 
-def _gather(cache: Tensor, bucket: Bucket) -> Tensor:
+def _gather(cache: Tensor, bucket: Bucket, *, out: Tensor) -> Tensor:
     # [P, B, N, D] -> [S, N, K, D], a view of the gathered copy.
-    blocks = cache.index_select(0, bucket.block_ids)
+    blocks = torch.index_select(cache, 0, bucket.block_ids, out=out)
     return blocks.view(bucket.num_pieces, -1, *cache.shape[2:])[:, : bucket.num_keys].transpose(1, 2)
 
 
@@ -89,8 +109,13 @@ def _capped(query: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, shape: 
     return _unfold(torch.matmul(weights, values), bucket)
 
 
-def _attend(query: Tensor, slab: KvSlab, bucket: Bucket, shape: AttentionShape) -> Tensor:
-    keys, values = _gather(slab.keys, bucket), _gather(slab.values, bucket)
+def _attend(
+    query: Tensor, slab: KvSlab, bucket: Bucket, *, shape: AttentionShape, workspace: Workspace
+) -> Tensor:
+    num_blocks = bucket.block_ids.shape[0]
+    out_keys = workspace.take("keys", like=slab.keys, num_blocks=num_blocks)
+    out_values = workspace.take("values", like=slab.values, num_blocks=num_blocks)
+    keys, values = _gather(slab.keys, bucket, out=out_keys), _gather(slab.values, bucket, out=out_values)
     query = query.index_select(0, bucket.rows)
     if shape.softcap is not None:
         out = _capped(query, keys, values, bucket, shape)
@@ -99,9 +124,12 @@ def _attend(query: Tensor, slab: KvSlab, bucket: Bucket, shape: AttentionShape) 
     return out if bucket.keep is None else out.index_select(0, bucket.keep)
 
 
-def paged_attention(query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+def paged_attention(
+    query: Tensor, slab: KvSlab, batch: AttentionBatch, *, shape: AttentionShape, workspace: Workspace
+) -> Tensor:
     """As `ops.paged_attention`."""
     out = torch.empty_like(query)
-    for bucket in _plan(batch, slab.keys.shape[1], shape.window, query.dtype):
-        out.index_copy_(0, bucket.targets, _attend(query, slab, bucket, shape))
+    for bucket in _plan(batch, slab, shape.window):
+        part = _attend(query, slab, bucket, shape=shape, workspace=workspace)
+        out.index_copy_(0, bucket.targets, part)
     return out

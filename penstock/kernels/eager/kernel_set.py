@@ -16,6 +16,9 @@ class EagerKernels:
 
     name: Final = "eager"
 
+    def __init__(self) -> None:
+        self._workspace = attention.Workspace()
+
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
         """As `ops.rms_norm`."""
         return dense.rms_norm(x, weight, eps=eps, weight_offset=weight_offset)
@@ -63,7 +66,7 @@ class EagerKernels:
         self, query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape
     ) -> Tensor:
         """As `ops.paged_attention`."""
-        return attention.paged_attention(query, slab, batch, shape)
+        return attention.paged_attention(query, slab, batch, shape=shape, workspace=self._workspace)
 
     def moe(self, x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape) -> Tensor:
         """As `ops.moe`."""
