@@ -5,12 +5,18 @@ processes (`template_pool`). Output is that of the Hugging Face stack for the sa
 """
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from penstock.core.errors import CheckpointError, InvalidParameterError
+from penstock.core.errors import (
+    CheckpointError,
+    GenerateError,
+    InvalidParameterError,
+    QueueFullError,
+)
 from penstock.core.text import GenerateRequest, Message
 from penstock.text.model_files import read_bytes, read_object
 from penstock.text.template_pool import TemplateLimits, TemplatePool
@@ -49,6 +55,8 @@ class ChatTemplate:
             max_memory_bytes=self._limits.max_memory_bytes,
         )
         self.pool = TemplatePool(setup, limits=self._limits)
+        self._lock = threading.Lock()
+        self._num_waiting = 0
         self._threads = ThreadPoolExecutor(self._limits.num_workers, thread_name_prefix="chat-template")
 
     @classmethod
@@ -92,13 +100,33 @@ class ChatTemplate:
             QueueFullError: too many conversations wait.
             GenerateError: rendering failed for no fault of the request.
         """
-        job = self._job(request)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.pool.render, job)
+        return await asyncio.wrap_future(self._submit(self._job(request)))
 
     def close(self) -> None:
-        """End the workers; safe to call twice."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the workers; conversations that still wait fail. Safe to call twice."""
         self.pool.close()
+        self._threads.shutdown(wait=False)
+
+    def _submit(self, job: Job) -> "Future[str]":
+        limit = self._limits.max_waiting
+        with self._lock:
+            if self._num_waiting >= limit:
+                raise QueueFullError(
+                    f"{self._num_waiting} conversations wait for the chat template, the limit is {limit}",
+                    retry_after_s=1.0,
+                )
+            self._num_waiting += 1
+        try:
+            future = self._threads.submit(self.pool.render, job)
+        except RuntimeError:
+            self._leave()
+            raise GenerateError("the server is shutting down") from None
+        future.add_done_callback(self._leave)
+        return future
+
+    def _leave(self, _future: "Future[str] | None" = None) -> None:
+        with self._lock:
+            self._num_waiting -= 1
 
     def _job(self, request: GenerateRequest) -> Job:
         if not request.messages:

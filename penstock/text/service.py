@@ -133,10 +133,13 @@ class TextService:
         """Text of token ids, special tokens included.
 
         Raises:
-            InvalidParameterError: an id is not in the vocabulary.
+            InvalidParameterError: an id is not in the vocabulary, or there are more than the context holds.
         """
+        self._check_length(len(token_ids), param="tokens", is_exact=True)
         self._check_token_ids(token_ids, param="tokens")
-        return self._tokenizer.decode(list(token_ids))
+        if len(token_ids) <= LONG_TEXT_CHARS:
+            return self._tokenizer.decode(list(token_ids))
+        return await asyncio.to_thread(self._tokenizer.decode, list(token_ids))
 
     async def _accept(self, request: GenerateRequest, *, meter: RequestMeter) -> TextStream:
         _check_request(request, vocab_size=self._engine.info.vocab_size)

@@ -11,14 +11,13 @@ import queue
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
-from penstock.core.errors import CheckpointError, GenerateError, InvalidParameterError, QueueFullError
+from penstock.core.errors import CheckpointError, GenerateError, InvalidParameterError
 from penstock.text import template_worker
 from penstock.text.template_worker import Failure, Job, Rendered, Setup, make_frame, read_frame
 
@@ -32,10 +31,11 @@ class TemplateLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_output_chars: int = 1 << 20
     """Characters that one render may produce; beyond it the request is refused."""
-    max_cpu_s: float = 0.5
+    max_cpu_s: float = 0.25
     """CPU seconds of one render (compiling: ten times that); beyond it the request is refused."""
-    max_wall_s: float = 1.0
-    """Seconds until the answer; beyond it the worker is replaced and the call tried once more."""
+    max_wall_s: float = 2.0
+    """Seconds until the answer; beyond it the worker is replaced and the call tried once more.
+    Much longer than the CPU time, since the machine may be busy; it is for workers that hang."""
     max_memory_bytes: int = 256 << 20
     """Address space of a worker; beyond it the request is refused."""
     max_start_s: float = 20.0
@@ -43,7 +43,7 @@ class TemplateLimits(msgspec.Struct, frozen=True, kw_only=True):
     num_workers: int = 1
     """Processes; each costs about 20 MB."""
     max_waiting: int = 1024
-    """Calls that may wait for a worker; beyond it `QueueFullError`."""
+    """Conversations that may be rendered or wait for it; beyond it `QueueFullError`."""
 
 
 class WorkerLostError(Exception):
@@ -162,9 +162,7 @@ class TemplatePool:
     def __init__(self, setup: Setup, *, limits: TemplateLimits) -> None:
         self._limits = limits
         self._idle: queue.SimpleQueue[TemplateWorker] = queue.SimpleQueue()
-        self._lock = threading.Lock()
         self._is_closed = False
-        self._num_calls = 0
         self.num_losses = 0
         """Workers lost or recycled since the start."""
         frame = make_frame(setup)
@@ -180,39 +178,29 @@ class TemplatePool:
         Raises:
             CheckpointError: the system gives no process.
         """
-        with self._worker() as worker:
-            try:
+        for _ in self.workers:  # the queue turns: each comes up once
+            with self._worker() as worker, _at_start():
                 worker.launch()
-            except WorkerLostError as error:
-                raise CheckpointError(f"the chat template process does not start: {error}") from None
 
     def wait_ready(self) -> None:
-        """Wait until one worker has compiled the templates.
+        """Wait until the workers have compiled the templates.
 
         Raises:
             CheckpointError: a template does not compile, or no worker starts.
         """
-        with self._worker() as worker:
-            try:
+        for _ in self.workers:
+            with self._worker() as worker, _at_start():
                 worker.wait_ready()
-            except WorkerLostError as error:
-                raise CheckpointError(f"the chat template process does not start: {error}") from None
 
     def render(self, job: Job) -> str:
         """Render a conversation; blocks, at most about twice `max_wall_s` once a worker is free.
 
         Raises:
             InvalidParameterError: the template refuses the conversation, or it breaks a limit.
-            QueueFullError: too many calls wait.
             GenerateError: the worker was lost twice, or the pool is closed.
         """
         frame = _job_frame(job)
-        self._enter()
-        try:
-            reply = self._try_render(frame) or self._try_render(frame)
-        finally:
-            with self._lock:
-                self._num_calls -= 1
+        reply = self._try_render(frame) or self._try_render(frame)
         if reply is None:
             raise GenerateError("the conversation could not be rendered; the request may be sent again")
         if isinstance(reply, Failure):
@@ -235,16 +223,6 @@ class TemplatePool:
             yield worker
         finally:
             self._idle.put(worker)
-
-    def _enter(self) -> None:
-        with self._lock:
-            if self._num_calls >= self._limits.max_waiting:
-                raise QueueFullError(
-                    f"{self._num_calls} conversations wait for the chat template, the limit is "
-                    f"{self._limits.max_waiting}",
-                    retry_after_s=1.0,
-                )
-            self._num_calls += 1
 
     def _try_render(self, frame: bytes) -> Rendered | Failure | None:
         """None if the worker was lost; it has been replaced then."""
@@ -279,6 +257,14 @@ class TemplatePool:
         return InvalidParameterError(
             "messages do not fit the model's chat template", code="template_error", param="messages"
         )
+
+
+@contextlib.contextmanager
+def _at_start() -> Iterator[None]:
+    try:
+        yield
+    except WorkerLostError as error:
+        raise CheckpointError(f"the chat template process does not start: {error}") from None
 
 
 def _job_frame(job: Job) -> bytes:

@@ -2,9 +2,10 @@
 
 Run as a script by `template_pool`, which talks to it over a socket on file descriptor 0: frames of a 4-byte
 length and a msgpack struct. It holds the model's templates, one conversation at a time, nothing else.
-Memory is bounded by RLIMIT_AS, the CPU time of one render by an interval timer, the output by counting; a
-render beyond a limit ends with a `Failure`, or with the process if it hangs inside one native call, and the
-pool starts another. Imports nothing of Penstock, so that it starts in tens of milliseconds.
+Memory is bounded by RLIMIT_AS, the CPU time of one render by an interval timer and RLIMIT_CPU, the output
+by counting; a render beyond a limit ends with a `Failure`, or with the process if it hangs inside one
+native call, and the pool starts another. Imports nothing of Penstock, so that it starts in tens of
+milliseconds.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime
 from types import FrameType
@@ -206,8 +208,18 @@ def _on_cpu_limit(_signal_number: int, _frame: FrameType | None) -> None:
     raise LimitExceededError("cpu")
 
 
+def _set_cpu_deadline(max_cpu_s: float) -> None:
+    """The kernel ends the process at most 2 s of CPU time after the timer; no native call puts that off."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = int(time.process_time() + max_cpu_s + 0.5) + 1
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )
+
+
 def _answer(action: Callable[[], str], *, max_cpu_s: float) -> bytes:
     """Run `action`; whatever it does becomes the frame of a reply."""
+    _set_cpu_deadline(max_cpu_s)
     try:
         signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
         try:

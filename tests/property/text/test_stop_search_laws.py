@@ -33,13 +33,13 @@ def search(chunks, stops, *, include, num_unarmed=0):
     return shown + found.finish(), found.matched
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(chunks=CHUNKS, stops=STOPS, include=st.booleans())
 def test_any_chunking_finds_what_a_search_of_the_whole_text_finds(chunks, stops, include):
     assert search(chunks, stops, include=include) == naive("".join(chunks), stops, include=include)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(chunks=CHUNKS, stops=STOPS, include=st.booleans(), num_unarmed=st.integers(0, 6))
 def test_stop_strings_that_end_in_unarmed_text_do_not_count(chunks, stops, include, num_unarmed):
     after = len("".join(chunks[:num_unarmed]))
@@ -47,7 +47,7 @@ def test_stop_strings_that_end_in_unarmed_text_do_not_count(chunks, stops, inclu
     assert search(chunks, stops, include=include, num_unarmed=num_unarmed) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(chunks=CHUNKS, stops=STOPS)
 def test_nothing_is_held_back_that_cannot_begin_a_stop_string(chunks, stops):
     """What is not shown yet starts with text that is a prefix of a stop string up to its end."""
