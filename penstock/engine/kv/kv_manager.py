@@ -4,7 +4,6 @@ It joins the pool, the tree and the block tables and keeps their invariants; it 
 time nor policy. Called by `engine/scheduler` only.
 """
 
-from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -161,11 +160,11 @@ class KvManager:
             can_cache=self.enable_prefix_caching,
         )
 
-    def match(self, blocks: SequenceBlocks, token_ids: list[int]) -> PrefixMatch:
-        """The longest prefix hit for `token_ids`; at least the last token is left to compute."""
+    def match(self, blocks: SequenceBlocks, token_ids: list[int], *, num_tokens: int) -> PrefixMatch:
+        """The longest prefix hit within the first `num_tokens`, of which at least one is left to compute."""
         if not blocks.can_cache:
             return EMPTY_MATCH
-        num_blocks = (len(token_ids) - 1) // self.block_size
+        num_blocks = (num_tokens - 1) // self.block_size
         blocks.extend_keys(token_ids, num_blocks=num_blocks, block_size=self.block_size)
         return self.tree.match(blocks.namespace, blocks.keys[:num_blocks])
 
@@ -263,18 +262,18 @@ class KvManager:
             return 0
         blocks.extend_keys(token_ids, num_blocks=num_full, block_size=self.block_size)
         num_before = len(blocks.inserted)
-        while blocks.can_cache and blocks.num_tree_blocks < num_full:
-            self._cache_next_block(blocks)
+        while blocks.num_tree_blocks < num_full and self._cache_next_block(blocks):
+            pass
         return len(blocks.inserted) - num_before
 
-    def _cache_next_block(self, blocks: SequenceBlocks) -> None:
+    def _cache_next_block(self, blocks: SequenceBlocks) -> bool:
         if blocks.node is None:
             blocks.node = self.tree.pin_root(blocks.namespace)
         key = blocks.keys[blocks.num_tree_blocks]
         placed = self.tree.child(blocks.node, key)
         if placed is None:
             blocks.can_cache = False
-            return
+            return False
         node, is_new = placed
         for group, table in enumerate(blocks.tables):
             self._share_block(node, group=group, table=table, block_idx=blocks.num_tree_blocks)
@@ -282,6 +281,7 @@ class KvManager:
             blocks.inserted.append(node)
         self._move_to(blocks, node)
         blocks.num_tree_blocks += 1
+        return True
 
     def _share_block(self, node: TreeNode, *, group: int, table: list[int], block_idx: int) -> None:
         own, shared = table[block_idx], node.blocks[group]
@@ -348,15 +348,23 @@ class KvManager:
                 if block_id != NO_BLOCK and not self.pool.is_in_tree(block_id):
                     self.pool.taint(block_id)
 
-    def hold(self, tables: Iterable[Iterable[int]]) -> list[int]:
-        """Keep owned or cached blocks from being used again until `let_go`; returns them, without -1."""
-        held = [block_id for table in tables for block_id in table if block_id != NO_BLOCK]
+    def hold(self, blocks: SequenceBlocks, *, num_blocks: int) -> list[int]:
+        """Keep the first `num_blocks` blocks of a sequence from being used again until `let_go`.
+
+        From the first block on, because eviction relies on holders having their whole path.
+        """
+        held = [
+            table[block_idx]
+            for block_idx in range(num_blocks)
+            for table in blocks.tables
+            if table[block_idx] != NO_BLOCK
+        ]
         for block_id in held:
             self.pool.acquire(block_id)
         return held
 
     def let_go(self, held: list[int]) -> None:
-        """Undo `hold`."""
+        """Undo `hold`, deepest block first."""
         for block_id in reversed(held):
             self.pool.release(block_id)
 

@@ -406,7 +406,8 @@ class Scheduler:
             group = self._policy.pop()
             if group is None:
                 break
-            match = self._kv.match(group.live[0].blocks, group.live[0].token_ids)
+            leader = group.live[0]
+            match = self._kv.match(leader.blocks, leader.token_ids, num_tokens=group.target(leader))
             if self._is_held_back(draft, group, match):
                 held_back.append(group)
             elif self._find_room(draft, group, match):
@@ -419,7 +420,7 @@ class Scheduler:
 
     def _is_held_back(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         blocks = group.live[0].blocks
-        if match.num_blocks >= (group.live[0].num_tokens - 1) // self._kv.block_size:
+        if match.num_blocks >= (group.target(group.live[0]) - 1) // self._kv.block_size:
             return False
         parent = match.path[-1] if match.path else blocks.namespace
         if not blocks.keys or (parent, blocks.keys[match.num_blocks]) not in draft.being_computed:
@@ -561,13 +562,16 @@ class Scheduler:
     def _end_failed(self, failures: Iterable[SequenceFailure]) -> None:
         for failure in failures:
             seq = self._sequences.get(failure.seq_id)
-            if seq is None or seq.finish_reason is not None:
+            if seq is None:
                 continue
             group = seq.group
+            # Also of a request that has ended meanwhile: its blocks are yet to be freed.
+            group.is_tainted |= failure.code == NUMERICAL_ERROR
+            if seq.finish_reason is not None:
+                continue
             self._deltas.append(failure_delta(group, failure, index=seq.index))
             for each in group.live:
                 each.finish_reason = FinishReason.ERROR
-            group.is_tainted = failure.code == NUMERICAL_ERROR
             self._end(group)
 
     def _settle_blocks(self, seq: Sequence | None) -> None:
@@ -629,7 +633,6 @@ class Scheduler:
         del self._groups[group.request.request_id]
         self._policy.end(group)
         self._closing.append(group)
-        self._must_recheck_paths |= group.is_tainted
         self._free_closed()
 
     def _free_closed(self) -> None:
@@ -641,6 +644,7 @@ class Scheduler:
             for seq in group.live:
                 self._forget(seq)
             group.live.clear()
+            self._must_recheck_paths |= group.is_tainted
 
     def _forget(self, seq: Sequence) -> None:
         self._kv.free(seq.blocks, taint=seq.group.is_tainted)

@@ -50,7 +50,7 @@ class KvTransfers:
             seq.blocks.namespace, seq.token_ids, num_computed_tokens=seq.num_computed_tokens
         )
         block_size = self._kv.block_size
-        num_blocks_max = (seq.num_tokens - 1) // block_size
+        num_blocks_max = (seq.group.target(seq) - 1) // block_size
         num_tokens = min(num_tokens, num_blocks_max * block_size - seq.num_computed_tokens)
         return (
             self._kv.num_tokens_allocatable(
@@ -78,7 +78,7 @@ class KvTransfers:
             return
         num_tokens = num_full * self._kv.block_size
         transfer = self._make_transfer(seq, first_block=first_block, num_tokens=num_tokens)
-        self._saves[transfer.transfer_id] = self._kv.hold(transfer.block_ids)
+        self._saves[transfer.transfer_id] = self._kv.hold(seq.blocks, num_blocks=num_full)
         self._connector.begin_save(transfer)
 
     def _make_transfer(self, seq: Sequence, *, first_block: int, num_tokens: int) -> KvTransfer:

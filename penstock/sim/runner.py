@@ -1,0 +1,230 @@
+"""A runner without a model: it keeps a pretended KV cache and draws tokens that depend on all of it.
+
+Each slot holds the token written there and a digest of the token and of the slot before it. The next token
+is a function of the sequence's seed, of how many tokens it has and of the last digest; so a block that was
+shared wrongly, freed too early, not copied or not zeroed changes an answer or breaks the chain of digests,
+which is checked over everything that attention would read. Faults are injected by chance from the seed.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Final
+
+from penstock.core.ids import SequenceId
+from penstock.core.text import TokenLogprob, TokenLogprobs
+from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
+from penstock.engine.scheduler.plan import (
+    SampledToken,
+    ScheduledSequence,
+    SequenceFailure,
+    StepPlan,
+    StepResult,
+)
+
+MASK: Final = (1 << 61) - 1
+MULTIPLIER: Final = 1_000_003
+EMPTY: Final = 0
+NAN: Final = -1
+"""Digest of a slot that holds NaN."""
+START: Final = 1
+"""Digest before the first token."""
+
+
+class SimulationError(AssertionError):
+    """An invariant does not hold; the message says which."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `SimulationError` unless `ok`."""
+    if not ok:
+        raise SimulationError(message)
+
+
+def next_digest(digest: int, token_id: int) -> int:
+    """Digest of a token that follows the text with `digest`."""
+    return (digest * MULTIPLIER + token_id + 7) & MASK
+
+
+def draw_token(digest: int, *, seed: int, output_idx: int, vocab_size: int) -> int:
+    """The token that follows, as a pure function; well mixed in its low bits."""
+    mixed = (digest ^ (seed & MASK)) + output_idx * 0x9E3779B97F4A7C15
+    mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & MASK
+    return (mixed ^ (mixed >> 31)) % vocab_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds of a step: base + per token + per sequence + per KV token read."""
+
+    base_s: float = 0.002
+    token_s: float = 0.0002
+    seq_s: float = 0.0001
+    kv_token_s: float = 0.000001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultRates:
+    """Chances per scheduled sequence and step, 0 to 1."""
+
+    numerical_error: float = 0.0
+    step_error: float = 0.0
+
+
+class FakeRunner:
+    """See the module; has the launch and collect of a runner."""
+
+    def __init__(
+        self,
+        *,
+        windows: tuple[int | None, ...],
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        times: StepTimes,
+        faults: FaultRates,
+        rng: random.Random,
+    ) -> None:
+        self._windows = windows
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._times = times
+        self._faults = faults
+        self._rng = rng
+        self.tokens = [0] * (num_blocks * block_size)
+        self.digests = [EMPTY] * (num_blocks * block_size)
+        self.seeds: dict[SequenceId, int] = {}
+        """Seed of every sequence that the runner knows."""
+        self.failed: set[SequenceId] = set()
+        """Sequences that were made to fail."""
+
+    def launch(self, plan: StepPlan) -> StepResult:
+        """Do the step; the handle is the result itself."""
+        self._prepare(plan)
+        tokens: list[SampledToken] = []
+        failures: list[SequenceFailure] = []
+        for entry in plan.sequences:
+            failure = self._inject(entry)
+            self._compute(entry, is_bad=failure is not None and failure.code == "numerical_error")
+            if failure is None:
+                tokens.extend(self._sample(entry))
+            else:
+                failures.append(failure)
+        return StepResult(
+            step_id=plan.step_id, tokens=tokens, failures=failures, step_time_s=self._step_time_s(plan)
+        )
+
+    def collect(self, handle: StepResult) -> StepResult:
+        """The outcome of a launched step."""
+        return handle
+
+    def _prepare(self, plan: StepPlan) -> None:
+        for seq_id in plan.finished_seq_ids:
+            require(seq_id in self.seeds, f"sequence {seq_id} finished but was never announced")
+            del self.seeds[seq_id]
+        for new in plan.new_sequences:
+            require(new.seq_id not in self.seeds, f"sequence {new.seq_id} announced twice")
+            self.seeds[new.seq_id] = new.seed
+        for block in plan.blocks_to_zero:
+            self._write_block(block, [0] * self._block_size, [EMPTY] * self._block_size)
+        sources = [(copy.dst, *self.read_block(copy.src)) for copy in plan.block_copies]
+        require(len({dst for dst, *_ in sources}) == len(sources), "two copies into one block")
+        for dst, tokens, digests in sources:
+            self._write_block(dst, tokens, digests)
+
+    def read_block(self, block: int) -> tuple[list[int], list[int]]:
+        """Tokens and digests of a block."""
+        region = slice(block * self._block_size, (block + 1) * self._block_size)
+        return self.tokens[region], self.digests[region]
+
+    def write_block(self, block: int, content: tuple[list[int], list[int]]) -> None:
+        """Overwrite a block, as a load does."""
+        self._write_block(block, *content)
+
+    def _write_block(self, block: int, tokens: list[int], digests: list[int]) -> None:
+        region = slice(block * self._block_size, (block + 1) * self._block_size)
+        self.tokens[region], self.digests[region] = tokens, digests
+
+    def _inject(self, entry: ScheduledSequence) -> SequenceFailure | None:
+        if entry.seq_id in self.failed:
+            # It was planned before its failure was known, and reads its own NaN.
+            return SequenceFailure(entry.seq_id, "numerical_error", "failed before")
+        chance = self._rng.random()
+        if chance >= self._faults.numerical_error + self._faults.step_error:
+            return None
+        is_numerical = chance < self._faults.numerical_error
+        self.failed.add(entry.seq_id)
+        code = "numerical_error" if is_numerical else "step_error"
+        return SequenceFailure(entry.seq_id, code, f"injected {code}")
+
+    def _compute(self, entry: ScheduledSequence, *, is_bad: bool) -> None:
+        lengths = {len(table) for table in entry.block_tables}
+        end = entry.start + len(entry.token_ids)
+        require(len(lengths) == 1, f"sequence {entry.seq_id} has tables of different lengths")
+        require(
+            end <= lengths.pop() * self._block_size, f"sequence {entry.seq_id} has no slots for {end} tokens"
+        )
+        for table, window in zip(entry.block_tables, self._windows, strict=True):
+            digest = self._digest_before(entry, table)
+            for position, token_id in enumerate(entry.token_ids, start=entry.start):
+                slot = self._slot(table, position)
+                digest = next_digest(digest, token_id)
+                self.tokens[slot], self.digests[slot] = token_id, NAN if is_bad else digest
+            if not is_bad:
+                self._check_chain(entry, table, window=window)
+
+    def _digest_before(self, entry: ScheduledSequence, table: list[int]) -> int:
+        return START if entry.start == 0 else self.digests[self._slot(table, entry.start - 1)]
+
+    def _slot(self, table: list[int], position: int) -> int:
+        block_idx, offset = divmod(position, self._block_size)
+        require(table[block_idx] != NO_BLOCK, f"position {position} lies in a freed block")
+        return table[block_idx] * self._block_size + offset
+
+    def _check_chain(self, entry: ScheduledSequence, table: list[int], *, window: int | None) -> None:
+        """All that attention reads must follow from what is before it, and no slot may hold NaN."""
+        first = 0 if window is None else max(0, entry.start - window + 1)
+        end = entry.start + len(entry.token_ids)
+        first_block = first // self._block_size
+        require(
+            window is None
+            or first_block == first_window_block(entry.start, window=window, block_size=self._block_size),
+            "window arithmetic",
+        )
+        digest = START if first == 0 else self.digests[self._slot(table, first)]
+        for position in range(first if first == 0 else first + 1, end):
+            slot = self._slot(table, position)
+            digest = next_digest(digest, self.tokens[slot])
+            require(
+                digest == self.digests[slot],
+                f"sequence {entry.seq_id} reads foreign KV at position {position}",
+            )
+        for block in table[first_block:]:
+            require(
+                NAN not in self.read_block(block)[1], f"sequence {entry.seq_id} reads NaN of block {block}"
+            )
+
+    def _sample(self, entry: ScheduledSequence) -> list[SampledToken]:
+        last = self._slot(entry.block_tables[0], entry.start + len(entry.token_ids) - 1)
+        sampled = []
+        for spec in entry.samples:
+            token_id = draw_token(
+                self.digests[last],
+                seed=self.seeds[spec.seq_id],
+                output_idx=spec.output_idx,
+                vocab_size=self._vocab_size,
+            )
+            logprobs = TokenLogprobs(TokenLogprob(token_id, 0.0, 1))
+            sampled.append(SampledToken(spec.seq_id, token_id, logprobs))
+        return sampled
+
+    def _step_time_s(self, plan: StepPlan) -> float:
+        if not plan.sequences:
+            return 0.0
+        times = self._times
+        num_kv_tokens = sum(entry.start + len(entry.token_ids) for entry in plan.sequences)
+        return (
+            times.base_s
+            + times.token_s * plan.num_tokens
+            + times.seq_s * len(plan.sequences)
+            + times.kv_token_s * num_kv_tokens
+        )
