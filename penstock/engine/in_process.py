@@ -1,0 +1,105 @@
+"""The engine in a thread of the caller's process: `EngineClient` and `EngineAdmin` for tests and offline use.
+
+No second process, no restart, no watchdog; it loads torch. The same `StreamTable` as across processes.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+
+from penstock.core.errors import EngineDeadError, NotReadyError
+from penstock.core.ids import ModelName
+from penstock.core.ports import EngineEvents
+from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, TokenDelta
+from penstock.engine.client import StreamTable
+from penstock.engine.core import EngineCore
+from penstock.engine.loop import EngineLoop
+from penstock.engine.wire import Fatal, FromEngine, Shutdown, ToEngine, error_to_info, info_to_error
+
+
+class _QueueChannel:
+    """Messages between the event loop's thread and the engine's thread."""
+
+    def __init__(self, deliver: Callable[[FromEngine], None]) -> None:
+        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._deliver = deliver
+
+    def receive(self, *, block: bool) -> Iterable[ToEngine]:
+        if block:
+            yield self.inbox.get()
+        while True:
+            try:
+                yield self.inbox.get_nowait()
+            except queue.Empty:
+                return
+
+    def send(self, message: FromEngine) -> None:
+        self._deliver(message)
+
+
+class InProcessEngine:
+    """`EngineClient` and `EngineAdmin` over an engine in a thread of this process.
+
+    For tests and the offline API: no second process, no restart. Must be used from one event loop.
+    """
+
+    def __init__(self, core: EngineCore, *, name: ModelName, events: EngineEvents) -> None:
+        self._core = core
+        self._event_loop = asyncio.get_running_loop()
+        self._channel = _QueueChannel(self._deliver)
+        self._table = StreamTable(name=name, events=events, send=self._channel.inbox.put)
+        self._stop_reason: str | None = None
+        self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Resolved facts."""
+        return self._core.info
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """None, or `closed` or `dead`."""
+        return self._stop_reason
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
+        """See `EngineClient`."""
+        if self._stop_reason is not None:
+            raise NotReadyError(f"the engine is {self._stop_reason}")
+        return await self._table.submit(request)
+
+    async def memory(self) -> MemoryReport:
+        """See `EngineAdmin`."""
+        answer = await self._table.ask("memory")
+        assert answer.memory is not None
+        return answer.memory
+
+    async def requests(self) -> Sequence[RequestReport]:
+        """See `EngineAdmin`."""
+        answer = await self._table.ask("requests")
+        assert answer.requests is not None
+        return answer.requests
+
+    async def close(self) -> None:
+        """Stop the thread; requests in flight end with `EngineDeadError`."""
+        self._stop_reason = self._stop_reason or "closed"
+        self._table.fail_all(EngineDeadError("the engine was closed"))
+        self._channel.inbox.put(Shutdown())
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            EngineLoop(self._core, self._channel).run()
+        except Exception as error:  # noqa: BLE001 - the thread's edge: every request must hear of it
+            self._deliver(Fatal(error_to_info(EngineDeadError(f"the engine failed: {error}"))))
+
+    def _deliver(self, message: FromEngine) -> None:
+        self._event_loop.call_soon_threadsafe(self._on_message, message)
+
+    def _on_message(self, message: FromEngine) -> None:
+        if isinstance(message, Fatal):
+            self._stop_reason = "dead"
+            self._table.fail_all(info_to_error(message.error))
+        else:
+            self._table.on_message(message)
