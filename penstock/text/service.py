@@ -26,7 +26,7 @@ from penstock.text.tokenizer import Tokenizer
 
 logger: Final = logging.getLogger(__name__)
 
-LONG_TEXT_CHARS: Final = 8192
+LONG_TEXT_CHARS: Final = 4096
 """Longer texts are tokenized in a thread: this many take about 1 ms."""
 
 _NOTHING: Final = Usage(prompt_tokens=0, completion_tokens=0)

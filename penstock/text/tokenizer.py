@@ -5,7 +5,6 @@ decides about BOS. Not the way back to text while streaming (`detokenizer`). Use
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +48,12 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.eos_token_ids = eos_token_ids
         self.table: TokenTable = make_token_table(backend)
+        # Read once, here: for 150k tokens that takes some 50 ms, too long for a request.
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
+        """One more than the greatest token id, added tokens included."""
+        self.max_token_chars: int = max(map(len, vocabulary), default=1)
+        """Most characters that one token can take from a text; bounds the number of tokens from below."""
 
     @classmethod
     def from_folder(cls, path: Path | str) -> "Tokenizer":
@@ -64,16 +69,6 @@ class Tokenizer:
         _add_missing_tokens(backend, settings=settings, special_tokens=special_tokens)
         eos_token_ids = _eos_token_ids(folder, backend=backend, special_tokens=special_tokens)
         return cls(backend, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the greatest token id, added tokens included."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
-
-    @cached_property
-    def max_token_chars(self) -> int:
-        """Most characters that one token can take from a text; bounds the number of tokens from below."""
-        return max((len(token) for token in self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def num_tokens_min(self, text: str) -> int:
         """A lower bound on the tokens of `text`, without encoding it."""
