@@ -228,6 +228,19 @@ METRICS: Final[tuple[Spec, ...]] = (
 )
 
 
+_HEAD: Final = """\
+# Metrics
+
+`GET /metrics` on the public port, in Prometheus' text format. Names are vLLM's with the prefix `penstock_`.
+Labels are bounded: model names come from the catalog, routes from the route table. The last column is the
+name among OpenTelemetry's GenAI metrics, where there is one.
+This page is generated: `python -m penstock.observe.catalogue > docs/metrics.md`.
+
+| name | kind | labels | meaning | OpenTelemetry |
+|---|---|---|---|---|
+"""
+
+
 def markdown() -> str:
     """The page `docs/metrics.md`."""
     rows = [
@@ -235,14 +248,7 @@ def markdown() -> str:
         f"{f'`{spec.otel}`' if spec.otel else '-'} |"
         for spec in METRICS
     ]
-    head = (
-        "# Metrics\n\n`GET /metrics` on the public port, in Prometheus' text format. "
-        "Names are vLLM's with the prefix `penstock_`.\nLabels are bounded: model names come from the catalog, routes from the route table. "
-        "The last column is the name among\nOpenTelemetry's GenAI metrics, where there is one.\n"
-        "This page is generated: `python -m penstock.observe.catalogue > docs/metrics.md`.\n\n"
-        "| name | kind | labels | meaning | OpenTelemetry |\n|---|---|---|---|---|\n"
-    )
-    return head + "\n".join(rows) + "\n"
+    return _HEAD + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ _STRING_OR_BRACKET: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|
 _SUSPICIOUS_ESCAPE: Final = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _BAD_CHARACTER: Final = re.compile("[\x00\ud800-\udfff]")
 _MAX_PATH_CHARS: Final = 200
+MAX_KEYS: Final = 1024
+"""Keys of one object; no object that the server knows has a third as many."""
 
 
 def _refuse(message: str, *, param: str | None = None) -> NoReturn:
@@ -133,6 +135,8 @@ def _check_depth(body: bytes | bytearray, *, limit: int) -> None:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(pairs) > MAX_KEYS:
+        _refuse(f"the JSON body has an object with {len(pairs)} keys, the limit is {MAX_KEYS}")
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

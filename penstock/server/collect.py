@@ -1,7 +1,7 @@
 """Reads answers to their end, one or several at a time; closing what it gave closes all of them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final
@@ -38,31 +38,65 @@ class Collected:
     usages: list[Usage]
 
 
-async def submit(client: ModelClient, requests: list[GenerateRequest]) -> list[AsyncGenerator[TextDelta]]:
+class Deltas:
+    """An accepted answer. Closing it always reaches the engine, even if nobody has read from it.
+
+    A plain asynchronous generator that was never started forgets its clean-up when it is closed.
+    """
+
+    def __init__(self, stream: AsyncGenerator[TextDelta]) -> None:
+        self._stream = stream
+        self._is_started = False
+
+    def __aiter__(self) -> AsyncIterator[TextDelta]:
+        return self
+
+    def __anext__(self) -> Awaitable[TextDelta]:
+        """The next delta."""
+        self._is_started = True
+        return self._stream.__anext__()
+
+    async def aclose(self) -> None:
+        """Cancel what is not finished."""
+        if not self._is_started:
+            first = asyncio.ensure_future(anext(self))
+            await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        await self._stream.aclose()
+
+
+async def close_all(streams: Sequence[Deltas]) -> None:
+    """Close several; closing twice does nothing."""
+    for stream in streams:
+        await stream.aclose()
+
+
+async def submit(client: ModelClient, requests: list[GenerateRequest]) -> list[Deltas]:
     """Submit several requests at once; if one is refused, none is left running.
 
     Raises:
         PenstockError: the first refusal.
     """
     if len(requests) == 1:
-        return [await client.generate(requests[0])]
+        return [Deltas(await client.generate(requests[0]))]
     tasks = [asyncio.create_task(client.generate(request)) for request in requests]
     try:
-        return list(await asyncio.gather(*tasks))
+        return [Deltas(stream) for stream in await asyncio.gather(*tasks)]
     except BaseException:
         await _undo(tasks)
         raise
 
 
-async def _undo(tasks: list["asyncio.Task[AsyncGenerator[TextDelta]]"]) -> None:
+async def _undo(tasks: "list[asyncio.Task[AsyncGenerator[TextDelta]]]") -> None:
     for task in tasks:
         task.cancel()
     for accepted in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(accepted, AsyncGenerator):
-            await accepted.aclose()
+        if not isinstance(accepted, BaseException):
+            await Deltas(accepted).aclose()
 
 
-async def merge(streams: list[AsyncGenerator[TextDelta]]) -> AsyncGenerator[tuple[int, TextDelta]]:
+async def merge(streams: Sequence[Deltas]) -> AsyncGenerator[tuple[int, TextDelta]]:
     """Deltas of several streams as they come, each with its stream's index; closes all at the end.
 
     Raises:
@@ -89,20 +123,20 @@ async def merge(streams: list[AsyncGenerator[TextDelta]]) -> AsyncGenerator[tupl
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await close_all(streams)
 
 
-async def _feed(queue: "asyncio.Queue[_Item]", which: int, stream: AsyncGenerator[TextDelta]) -> None:
-    async with aclosing(stream):
-        try:
-            async for delta in stream:
-                await queue.put((which, delta))
-        except Exception as error:  # noqa: BLE001  carried to the reader, which raises it
-            await queue.put(error)
-        else:
-            await queue.put(None)
+async def _feed(queue: "asyncio.Queue[_Item]", which: int, stream: Deltas) -> None:
+    try:
+        async for delta in stream:
+            await queue.put((which, delta))
+    except Exception as error:  # noqa: BLE001  carried to the reader, which raises it
+        await queue.put(error)
+    else:
+        await queue.put(None)
 
 
-async def collect(streams: list[AsyncGenerator[TextDelta]], *, n: int) -> Collected:
+async def collect(streams: Sequence[Deltas], *, n: int) -> Collected:
     """Read all streams to their end.
 
     Args:

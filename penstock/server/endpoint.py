@@ -193,7 +193,7 @@ class Endpoint(Response):
         request_id: RequestId,
     ) -> None:
         if isinstance(reply, StreamReply):
-            stream = EventStream(reply.frames, limits=self._services.limits, request_id=request_id)
+            stream = EventStream(reply, limits=self._services.limits, request_id=request_id)
             await stream.run(
                 scope,
                 receive,

@@ -1,6 +1,6 @@
 """What a route's function returns: a whole answer, or a stream of server-sent events."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,10 +27,11 @@ class Reply:
 class StreamReply:
     """A stream of server-sent events; `frames` are complete SSE frames, made on demand.
 
-    Whoever holds it must run `frames` to its end or close it: closing cancels the work behind it.
+    Whoever holds it must call `close` in the end: it cancels the work behind the frames, if any is left.
     """
 
     frames: AsyncGenerator[bytes]
+    close: Callable[[], Awaitable[None]]
 
 
 def json_reply(value: object, *, status: int = 200) -> Reply:

@@ -7,7 +7,7 @@ stays so.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -17,6 +17,7 @@ from penstock.core.errors import PenstockError
 from penstock.server.errors import error_json, internal_error
 from penstock.server.exchange import ClientGoneError, Exchange, SlowReaderError
 from penstock.server.limits import Limits
+from penstock.server.replies import StreamReply
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEPALIVE: Final = b": keepalive\n\n"
@@ -28,7 +29,23 @@ HEADERS: Final = (
 ABORT_EXTENSION: Final = "penstock.abort"
 """ASGI extension of our own protocol: cut the connection without waiting for its buffer to empty."""
 
+_LINE_ENDS: Final = (
+    (b"\xc2\x85", b"\\u0085"),
+    (b"\xe2\x80\xa8", b"\\u2028"),
+    (b"\xe2\x80\xa9", b"\\u2029"),
+)
+
 encode: Final = msgspec.json.Encoder().encode
+
+
+def encode_text(text: str) -> bytes:
+    """A JSON string without the characters that some clients take for line ends."""
+    data = encode(text)
+    if data.isascii():
+        return data
+    for raw, escaped in _LINE_ENDS:
+        data = data.replace(raw, escaped)
+    return data
 
 
 def frame(data: bytes, *, event: str | None = None) -> bytes:
@@ -46,8 +63,9 @@ def error_frame(error: PenstockError, *, request_id: str) -> bytes:
 class EventStream:
     """Writes the frames of one answer to one client; made per request, used once."""
 
-    def __init__(self, frames: AsyncGenerator[bytes], *, limits: Limits, request_id: str) -> None:
-        self._frames = frames
+    def __init__(self, reply: StreamReply, *, limits: Limits, request_id: str) -> None:
+        self._frames = reply.frames
+        self._close = reply.close
         self._limits = limits
         self._request_id = request_id
         self._loop = asyncio.get_running_loop()
@@ -87,6 +105,7 @@ class EventStream:
         finally:
             disarm()
             await self._frames.aclose()
+            await self._close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _fail(self, send: Send, error: Exception) -> None:

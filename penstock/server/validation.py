@@ -129,5 +129,5 @@ def validate(data: object, *, model: type[M]) -> M:
 
 
 def _most_telling(details: list[ErrorDetails]) -> ErrorDetails:
-    """Of a union's many complaints, the one that got deepest."""
-    return max(details, key=lambda error: (len(_path(error).split(".")), error["type"] in _BOUNDED))
+    """Of a union's many complaints: the right kind of wrong size before the wrong kind, then the deepest."""
+    return max(details, key=lambda error: (error["type"] in _BOUNDED, len(_path(error).split("."))))

@@ -5,18 +5,19 @@ A body with `inputs` is refused by name: that word is kept free for TGI's dialec
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Final
 
 from pydantic import BaseModel, Field
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX, SamplingParams, validate_sampling
-from penstock.core.text import GenerateRequest, TextDelta, Usage
-from penstock.server.collect import collect, submit
+from penstock.core.text import GenerateRequest, Usage
+from penstock.server.collect import Deltas, close_all, collect, submit
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call
-from penstock.server.sse import encode, frame
+from penstock.server.sse import encode_text, frame
 from penstock.server.validation import Integer, Number, Text, WireModel
 
 _NUMBERS: Final[dict[str, type[int] | type[float]]] = {"max_tokens": int, "temperature": float}
@@ -114,14 +115,14 @@ async def stream(call: Call) -> StreamReply:
     """Answer as events: `update` for each piece, `close` at the end."""
     request = _to_request(call)
     streams = await submit(call.services.catalog.resolve(request.model), [request])
-    return StreamReply(frames=_frames(streams[0]))
+    return StreamReply(frames=_frames(streams[0]), close=partial(close_all, streams))
 
 
-async def _frames(deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[bytes]:
+async def _frames(deltas: Deltas) -> AsyncGenerator[bytes]:
     async with aclosing(deltas):
         async for delta in deltas:
             if delta.text:
-                yield b'event: update\ndata: {"text":' + encode(delta.text) + b"}\n\n"
+                yield b'event: update\ndata: {"text":' + encode_text(delta.text) + b"}\n\n"
             if delta.usage is not None:
                 yield frame(_usage(delta.usage).model_dump_json().encode(), event="close")
 

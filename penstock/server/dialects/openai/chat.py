@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX
 from penstock.core.text import GenerateRequest, Message, TextDelta, Usage
 from penstock.server.body import parse_json
-from penstock.server.collect import Answer, collect, submit
+from penstock.server.collect import Answer, Deltas, close_all, collect, submit
 from penstock.server.dialects.openai.answers import (
     ChatLogprobs,
     Finish,
@@ -28,7 +29,7 @@ from penstock.server.dialects.openai.fields import (
 )
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
-from penstock.server.sse import DONE, encode
+from penstock.server.sse import DONE, encode, encode_text
 from penstock.server.validation import Flag, Integer, Text, WireModel
 
 MAX_MESSAGES: Final = 1024
@@ -63,9 +64,11 @@ class ChatMessage(WireModel):
     """One turn; `developer` is the newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    content: (
+        Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)] | None
+    ) = None
     name: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOL_CALLS)] | None = None
     tool_call_id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
     refusal: None = None
     audio: None = None
@@ -76,7 +79,7 @@ class ChatMessage(WireModel):
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[Integer, Field(ge=1, le=INT64_MAX)] | None = Field(
         default=None, description="Older name of max_completion_tokens."
     )
@@ -244,7 +247,8 @@ async def chat_completions(call: Call) -> Reply | StreamReply:
     created = int(call.services.clock.wall())
     if body.stream:
         chunks = ChatChunks(answer_id, created=created, model=request.model, include_usage=body.include_usage)
-        return StreamReply(frames=chunks.frames(streams[0], with_logprobs=bool(body.logprobs)))
+        frames = chunks.frames(streams[0], with_logprobs=bool(body.logprobs))
+        return StreamReply(frames=frames, close=partial(close_all, streams))
     collected = await collect(streams, n=request.params.n)
     choices = [
         _choice(answer, index=index, with_logprobs=bool(body.logprobs))
@@ -283,14 +287,14 @@ class ChatChunks:
         prefix = self._texts.get(index)
         if prefix is None:
             prefix = self._texts[index] = self._head + b'{"index":%d,"delta":{"content":' % index
-        return prefix + encode(text) + self._tail
+        return prefix + encode_text(text) + self._tail
 
     def full(self, delta: TextDelta, *, with_logprobs: bool) -> bytes:
         """A chunk with log-probabilities or the end of an answer."""
         logprobs = b"null"
         if with_logprobs and delta.logprobs:
             logprobs = chat_logprobs(delta.logprobs).model_dump_json().encode()
-        content = b'"content":' + encode(delta.text) if delta.text or delta.logprobs else b""
+        content = b'"content":' + encode_text(delta.text) if delta.text or delta.logprobs else b""
         end = b"null"
         if delta.finish_reason is not None:
             end = encode(finish_word(delta.finish_reason)) + b',"stop_reason":' + encode(delta.stop_reason)
@@ -307,9 +311,7 @@ class ChatChunks:
         answer: UsageAnswer = usage_answer([usage])
         return self._head + b'],"usage":' + answer.model_dump_json().encode() + b"}\n\n"
 
-    async def frames(
-        self, deltas: AsyncGenerator[TextDelta], *, with_logprobs: bool
-    ) -> AsyncGenerator[bytes]:
+    async def frames(self, deltas: Deltas, *, with_logprobs: bool) -> AsyncGenerator[bytes]:
         """All frames of the stream, up to `[DONE]`."""
         started: set[int] = set()
         async with aclosing(deltas):

@@ -1,7 +1,8 @@
 """`POST /v1/completions`: raw prompts, one or several, as text or token ids."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Final, Literal, cast
 
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import RequestId
 from penstock.core.params import INT64_MAX, MAX_TOP_LOGPROBS
 from penstock.core.text import GenerateRequest, TextDelta, Usage
-from penstock.server.collect import Answer, collect, merge, submit
+from penstock.server.collect import Answer, Deltas, close_all, collect, merge, submit
 from penstock.server.dialects.openai.answers import (
     CompletionLogprobs,
     Finish,
@@ -29,7 +30,7 @@ from penstock.server.dialects.openai.fields import (
 )
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
-from penstock.server.sse import DONE, encode
+from penstock.server.sse import DONE, encode, encode_text
 from penstock.server.validation import Flag, Integer, Text
 
 MAX_PROMPTS: Final = 32
@@ -37,19 +38,22 @@ _DEFAULT_MAX_TOKENS: Final = 16
 _MAX_IDS: Final = 4_194_304
 
 PromptText = Annotated[Text, Field(min_length=1)]
-PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_IDS)]
+PromptIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=_MAX_IDS)]
 Prompts = (
     PromptText
     | PromptIds
-    | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[PromptText], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[PromptIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 )
 
 
 class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: Prompts = Field(description="A text, a list of texts, token ids, or a list of lists of them.")
+    prompt: Prompts = Field(
+        union_mode="left_to_right",
+        description="A text, a list of texts, token ids, or a list of lists of them.",
+    )
     max_tokens: Annotated[Integer, Field(ge=0, le=INT64_MAX)] | None = Field(
         default=None, description="Default 16; 0 only with echo."
     )
@@ -142,7 +146,7 @@ async def completions(call: Call) -> Reply | StreamReply:
         chunks = CompletionChunks(
             answer_id, created=created, model=model, n=n, include_usage=body.include_usage
         )
-        return StreamReply(frames=chunks.frames(streams))
+        return StreamReply(frames=chunks.frames(streams), close=partial(close_all, streams))
     collected = await collect(streams, n=n)
     with_logprobs = body.logprobs is not None
     choices = [
@@ -174,7 +178,7 @@ class CompletionChunks:
         prefix = self._texts.get(index)
         if prefix is None:
             prefix = self._texts[index] = self._head + b'{"index":%d,"text":' % index
-        return prefix + encode(text) + self._tail
+        return prefix + encode_text(text) + self._tail
 
     def full(self, index: int, delta: TextDelta) -> bytes:
         """A chunk with log-probabilities or the end of an answer."""
@@ -189,7 +193,7 @@ class CompletionChunks:
         return (
             self._head
             + b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}]'
-            % (index, encode(delta.text), logprobs, end)
+            % (index, encode_text(delta.text), logprobs, end)
             + self._usage_null
             + b"}\n\n"
         )
@@ -199,7 +203,7 @@ class CompletionChunks:
         answer: UsageAnswer = usage_answer(usages)
         return self._head + b'],"usage":' + answer.model_dump_json().encode() + b"}\n\n"
 
-    async def frames(self, streams: list[AsyncGenerator[TextDelta]]) -> AsyncGenerator[bytes]:
+    async def frames(self, streams: Sequence[Deltas]) -> AsyncGenerator[bytes]:
         """All frames of the stream, up to `[DONE]`; the prompts' answers come interleaved."""
         usages: list[Usage] = []
         async with aclosing(merge(streams)) as deltas:

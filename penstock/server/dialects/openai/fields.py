@@ -113,7 +113,7 @@ class StreamOptions(WireModel):
 
 
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-TokenId = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 
 
 class SamplingFields(WireModel):
@@ -148,8 +148,12 @@ class SamplingFields(WireModel):
     seed: Annotated[Integer, Field(ge=INT64_MIN, le=INT64_MAX)] | None = Field(
         default=None, description="The same seed gives the same answer, whatever else the server does."
     )
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = (
+        None
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = (
+        None
+    )
     include_stop_str_in_output: Flag | None = None
     skip_special_tokens: Flag | None = None
     min_tokens: Annotated[Integer, Field(ge=0, le=INT64_MAX)] | None = None

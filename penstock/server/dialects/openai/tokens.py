@@ -22,7 +22,9 @@ class TokenizeRequest(WireModel):
 
     model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None
+    ) = None
     add_special_tokens: Flag | None = Field(
         default=None, description="Default true for a prompt, false for messages."
     )
@@ -41,7 +43,7 @@ class DetokenizeRequest(WireModel):
     """Body of `POST /detokenize`."""
 
     model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=_MAX_IDS)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=_MAX_IDS)]
 
 
 class DetokenizeAnswer(BaseModel):
