@@ -15,8 +15,8 @@ from penstock.cli.model_source import ModelSource
 from penstock.core.ids import ModelName
 from penstock.core.ports import RequestRecord
 from penstock.core.tokens import EngineInfo, StepStats
-from penstock.engine.in_process import InProcessEngine
 from penstock.engine.config import EngineConfig, validate_engine_config
+from penstock.engine.in_process import InProcessEngine
 from penstock.observe.clock import SystemClock
 from penstock.text.service import TextService
 

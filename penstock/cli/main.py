@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -18,10 +18,18 @@ from penstock.core.params import SamplingParams
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
+
+def _version() -> str:
+    try:
+        return version("penstock")
+    except PackageNotFoundError:
+        return "0.0.0 (run from a source tree that is not installed)"
+
+
 app = App(
     name="penstock",
     help="Serve open-weight language models to many people at once.",
-    version=lambda: version("penstock"),
+    version=_version,
     help_format="plaintext",
     result_action="return_value",
 )

@@ -22,8 +22,15 @@ class Choice:
 
 
 def concurrent_requests(info: EngineInfo, *, num_tokens: int) -> int:
-    """Requests of `num_tokens` that the pool holds at once: nothing shared, window groups counted whole."""
-    blocks_each = info.num_cache_groups * -(-num_tokens // info.block_size)
+    """Requests of `num_tokens` that the pool holds at once, with nothing shared.
+
+    A window group holds at most its window and the block that is being left behind.
+    """
+    lengths = (
+        num_tokens if window is None else min(num_tokens, window + info.block_size)
+        for window in info.cache_group_windows
+    )
+    blocks_each = sum(-(-length // info.block_size) for length in lengths)
     return min(info.num_blocks // blocks_each, info.max_num_seqs)
 
 

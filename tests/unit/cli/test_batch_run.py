@@ -1,0 +1,145 @@
+"""`penstock run`: one output row per input row, bad rows become error rows, a second run goes on."""
+
+import asyncio
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from penstock.cli.batch import Batch, BatchCounts
+from penstock.cli.batch_rows import MAX_ROW_BYTES, done_ids, read_rows
+from penstock.core.errors import EngineDeadError, GenerateError, StartupError
+from penstock.gateway.catalog import Catalog
+from penstock.observe.clock import SystemClock
+from penstock.observe.metrics import Metrics
+from penstock.server.app import make_services
+from tests.fakes.model_client import FakeModelClient
+
+GOOD = {
+    "custom_id": "good",
+    "url": "/v1/chat/completions",
+    "body": {"messages": [{"role": "user", "content": "Hi"}]},
+}
+
+
+def _lines(*rows: object) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def _run(folder: Path, *, client: FakeModelClient | None = None) -> BatchCounts:
+    catalog = Catalog()
+    client = client or FakeModelClient()
+    catalog.add(client, name=client.name)
+    clock = SystemClock()
+    services = make_services(catalog, clock=clock, events=Metrics([], clock=clock))
+    batch = Batch(services, source=folder / "in.jsonl", target=folder / "out.jsonl")
+    asyncio.run(batch.run(Console(file=io.StringIO()), num_workers=3))
+    return batch.counts
+
+
+def _output(folder: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert len({row["custom_id"] for row in rows}) == len(rows)
+    return {row["custom_id"]: row for row in rows}
+
+
+def test_a_row_is_answered_as_the_endpoint_would(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    _run(tmp_path)
+    row = _output(tmp_path)["good"]
+    assert row["error"] is None
+    assert row["response"]["status_code"] == 200
+    assert row["response"]["body"]["choices"][0]["message"]["content"] == "Hello, world!"
+
+
+def test_simple_rows_need_neither_id_nor_url(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(
+        _lines({"prompt": "Once", "max_tokens": 3}, "", {"messages": [{"role": "user", "content": "Hi"}]})
+    )
+    _run(tmp_path)
+    output = _output(tmp_path)
+    assert output["row-1"]["response"]["body"]["object"] == "text_completion"
+    assert output["row-3"]["response"]["body"]["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize(
+    ("row", "param"),
+    [
+        ("{", None),
+        ("[1]", None),
+        ({"prompt": "x", "n": 100}, "n"),
+        ({"prompt": "x", "stream": True}, "stream"),
+        ({"prompt": "x", "guided_json": {"type": "object"}}, "guided_json"),
+        ({"prompt": "x", "model": "other"}, "model"),
+        ({"body": []}, "body"),
+        ({"body": {"prompt": "x"}, "url": "/admin"}, "url"),
+        ({"body": {"prompt": "x"}, "method": "DELETE"}, "method"),
+        ({"body": {"prompt": "x"}, "extra": 1}, "extra"),
+    ],
+)
+def test_a_bad_row_becomes_an_error_row_and_the_next_is_answered(
+    tmp_path: Path, row: object, param: str | None
+) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(row, GOOD))
+    counts = _run(tmp_path)
+    output = _output(tmp_path)
+    assert output["row-1"]["response"] is None
+    assert output["row-1"]["error"]["param"] == param
+    assert output["good"]["error"] is None
+    assert (counts.num_answered, counts.num_failed) == (1, 1)
+
+
+def test_a_row_that_is_too_long_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines('{"prompt": "' + "x" * (2 * MAX_ROW_BYTES) + '"}', GOOD))
+    assert [row.number for row in read_rows(tmp_path / "in.jsonl")] == [1, 2]
+    _run(tmp_path)
+    assert "over" in _output(tmp_path)["row-1"]["error"]["message"]
+
+
+def test_a_request_that_fails_in_the_engine_is_an_error_row(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    _run(tmp_path, client=FakeModelClient(failure=GenerateError("NaN", code="numerical_error")))
+    assert _output(tmp_path)["good"]["error"]["code"] == "numerical_error"
+
+
+def test_a_dead_engine_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    with pytest.raises(EngineDeadError):
+        _run(tmp_path, client=FakeModelClient(failure=EngineDeadError("died")))
+    assert _run(tmp_path).num_answered == 1
+
+
+def test_rows_in_the_output_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD, {"prompt": "x"}))
+    _run(tmp_path)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert _run(tmp_path) == BatchCounts(num_skipped=2)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_torn_last_line_is_removed_and_answered_again(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD, {"prompt": "x"}))
+    _run(tmp_path)
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(lines[0] + lines[1][:-7])
+    assert len(done_ids(tmp_path / "out.jsonl")) == 1
+    assert _run(tmp_path).num_answered == 1
+    assert set(_output(tmp_path)) == {"good", "row-2"}
+
+
+def test_an_output_that_is_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    (tmp_path / "out.jsonl").write_text("precious notes\n")
+    with pytest.raises(StartupError, match="is no output row"):
+        _run(tmp_path)
+    assert (tmp_path / "out.jsonl").read_text() == "precious notes\n"
+
+
+def test_the_output_may_not_be_the_input(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text(_lines(GOOD))
+    (tmp_path / "in.jsonl").symlink_to(tmp_path / "out.jsonl")
+    with pytest.raises(StartupError, match="is the input too"):
+        _run(tmp_path)

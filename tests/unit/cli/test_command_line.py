@@ -1,0 +1,72 @@
+"""Every expected error of the command line is one line on stderr and an exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.cli.main import main
+
+
+def _run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    code = main(list(argv))
+    return code, capsys.readouterr().err
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") >= 1
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("serve", "chat", "run", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (("serve", "--quantization", "awq"), 2, "quantization is not supported"),
+        (("serve", "--gpu-memory-utilization=0.9"), 2, "gpu_memory_utilization is not supported"),
+        (("serve", "--nonsense"), 2, "--nonsense"),
+        (("serve", "--max-num-seqs", "0"), 2, "between 1 and 4096"),
+        (("serve", "no/such/folder/here"), 2, "no/such/folder/here"),
+        (("nonsense",), 2, "nonsense"),
+        (("run", "missing.jsonl", "out.jsonl"), 2, "missing.jsonl"),
+        (("chat", "--temperature", "3"), 2, "--temperature"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code: int, words: str
+) -> None:
+    got, err = _run(capsys, *argv)
+    assert got == code
+    assert err.startswith("penstock: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_without_a_model_ends_with_exit_code_3(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, err = _run(capsys, "serve", str(tmp_path))
+    assert code == 3
+    assert "config.json is missing" in err
+    assert err.count("\n") == 1
+
+
+def test_a_truncated_checkpoint_ends_with_exit_code_3_and_no_traceback(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b'{"a": {"dtype"')
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.cli.main", "serve", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "model.safetensors" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,151 @@
+"""`LLM`: vLLM's shape of calls and outputs, order kept, whatever is not here refused by name."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from penstock import LLM, SamplingParams
+from penstock.core.errors import InvalidParameterError, StartupError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(max_num_seqs=4, max_model_len=256, num_kv_blocks=128, num_threads=1, seed=7) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"quantization": "awq"}, "quantization is not supported"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
+        ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization is not supported"),
+        ({"trust_remote_code": True}, "trust_remote_code is not supported"),
+        ({"nonsense": 1}, "nonsense is not an argument"),
+        ({"block_size": 17}, "block_size is 17"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"model": "no/such/place/at/all"}, "no/such/place/at/all"),
+    ],
+)
+def test_what_is_not_here_is_refused_by_name(argument: dict[str, object], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        LLM(**argument)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
+    outputs = llm.generate("Once upon a time", GREEDY)
+    assert len(outputs) == 1
+    assert outputs[0].prompt == "Once upon a time"
+    assert outputs[0].finished
+    answer = outputs[0].outputs[0]
+    assert (len(answer.token_ids), answer.finish_reason) == (6, "length")
+    assert answer.text
+    assert (answer.logprobs, answer.cumulative_logprob) == (None, None)
+
+
+def test_outputs_keep_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = [f"Number {i} was" for i in range(20)]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=1 + (7 * i) % 11, ignore_eos=True) for i in range(20)
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [p.max_tokens for p in params]
+
+
+def test_token_ids_are_a_prompt_too(llm: LLM) -> None:
+    by_text = llm.generate({"prompt": "The king"}, GREEDY)[0]
+    by_ids = llm.generate([{"prompt_token_ids": by_text.prompt_token_ids}], GREEDY)[0]
+    assert by_ids.prompt is None
+    assert by_ids.outputs[0].token_ids == by_text.outputs[0].token_ids
+
+
+def test_a_conversation_is_rendered_by_the_models_template(llm: LLM) -> None:
+    turns = [{"role": "user", "content": "Hello"}]
+    one, two = llm.chat(turns, GREEDY), llm.chat([turns, turns], GREEDY)
+    assert "Hello" in (one[0].prompt or "")
+    assert [o.outputs[0].text for o in two] == [one[0].outputs[0].text] * 2
+
+
+def test_n_answers_of_one_prompt(llm: LLM) -> None:
+    output = llm.generate("The", SamplingParams(n=3, max_tokens=4, ignore_eos=True))[0]
+    assert [answer.index for answer in output.outputs] == [0, 1, 2]
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) > 1
+
+
+def test_logprobs_hold_every_token_and_its_rivals(llm: LLM) -> None:
+    answer = llm.generate("The king", SamplingParams(temperature=0.0, max_tokens=3, logprobs=2))[0].outputs[0]
+    assert answer.logprobs is not None
+    assert [tid in entry for tid, entry in zip(answer.token_ids, answer.logprobs, strict=True)] == [True] * 3
+    chosen = [entry[tid] for tid, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
+    assert [one.rank for one in chosen] == [1, 1, 1]
+    assert answer.cumulative_logprob == pytest.approx(sum(one.logprob for one in chosen))
+    assert all(len(entry) == 2 for entry in answer.logprobs)
+
+
+def test_the_engines_seed_makes_a_run_repeatable() -> None:
+    texts = []
+    for _ in range(2):
+        with LLM(max_model_len=64, num_kv_blocks=64, max_num_seqs=2, num_threads=1, seed=3) as llm:
+            texts.append(llm.generate(["The"] * 3, SamplingParams(max_tokens=8))[2].outputs[0].text)
+    assert texts[0] == texts[1]
+
+
+def test_a_stop_string_may_be_given_alone_or_in_a_list(llm: LLM) -> None:
+    plain = (
+        llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=12))[0].outputs[0].text
+    )
+    word = plain.split()[1]
+    for stop in (word, [word]):
+        params = SamplingParams(temperature=0.0, max_tokens=12, stop=stop)  # type: ignore[arg-type]  # as vLLM takes it
+        answer = llm.generate("Once upon a time", params)[0].outputs[0]
+        assert (answer.finish_reason, answer.stop_reason) == ("stop", word)
+        assert plain.startswith(answer.text)
+        assert word not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("", None, "prompt is empty"),
+        ({"prompt_token_ids": [10**9]}, None, "token id 1000000000"),
+        ({"text": "x"}, None, "a prompt must be"),
+        ("x", SamplingParams(temperature=3.0), "temperature is 3"),
+        ("x", SamplingParams(temperature="hot"), r"temperature"),  # type: ignore[arg-type]
+        ("x", SamplingParams(max_tokens=10_000), "max_tokens is 10000"),
+        ("x " * 5000, None, "the model's context holds 256"),
+        ("x", [GREEDY, GREEDY], "2 entries, there are 1 prompts"),
+    ],
+)
+def test_a_wrong_prompt_or_parameter_is_refused(
+    llm: LLM, prompt: object, params: object, message: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        llm.generate(prompt, params)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_a_refused_prompt_leaves_the_engine_usable(llm: LLM) -> None:
+    with pytest.raises(InvalidParameterError):
+        llm.generate(["fine", ""], GREEDY)
+    assert llm.generate("fine", GREEDY)[0].finished
+
+
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+    assert llm.generate([], GREEDY) == []
+
+
+def test_totals_count_what_the_engine_computed(llm: LLM) -> None:
+    before = llm.totals.num_generated_tokens
+    llm.generate("One more", SamplingParams(max_tokens=5, ignore_eos=True))
+    assert llm.totals.num_generated_tokens == before + 5
+    assert llm.totals.last is not None
+
+
+def test_a_closed_llm_says_so() -> None:
+    llm = LLM(max_model_len=64, num_kv_blocks=64, max_num_seqs=2, num_threads=1)
+    llm.close()
+    llm.close()
+    with pytest.raises(StartupError, match="closed"):
+        llm.generate("x")

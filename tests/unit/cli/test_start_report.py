@@ -1,0 +1,98 @@
+"""The start table says what was chosen and why; the curl line is one that a shell can run."""
+
+import io
+import json
+import shlex
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from penstock.cli.resolved import concurrent_requests, readable_bytes, resolved_choices
+from penstock.cli.settings import ServeSettings
+from penstock.cli.start_table import LoadingBar, curl_line, print_address, print_choices
+from penstock.core.tokens import EngineInfo
+
+
+@pytest.fixture
+def info() -> EngineInfo:
+    fields = dict.fromkeys(EngineInfo.__struct_fields__, 1)
+    known = {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "bfloat16",
+        "kernels": "eager",
+        "device": "cpu",
+        "block_size": 16,
+        "num_blocks": 1000,
+        "num_cache_groups": 2,
+        "max_model_len": 4096,
+        "max_num_seqs": 64,
+        "num_parameters": 7_966_848,
+        "cache_group_windows": (None, 512),
+    }
+    return msgspec.convert({**fields, **known}, EngineInfo)
+
+
+def test_concurrent_requests_counts_blocks_of_every_group(info: EngineInfo) -> None:
+    # 512 tokens are 32 blocks in each of 2 groups: 1000 // 64 = 15
+    assert concurrent_requests(info, num_tokens=512) == 15
+
+
+def test_a_window_group_holds_its_window_and_one_block(info: EngineInfo) -> None:
+    # 1024 tokens: 64 blocks, and 512 + 16 of the window are 33: 1000 // 97 = 10
+    assert concurrent_requests(info, num_tokens=1024) == 10
+
+
+def test_concurrent_requests_are_at_most_max_num_seqs(info: EngineInfo) -> None:
+    assert concurrent_requests(info, num_tokens=16) == 64
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(5, "5 B"), (2048, "2.0 KiB"), (3 << 20, "3.0 MiB"), (3 << 29, "1.5 GiB")]
+)
+def test_bytes_are_shown_in_the_largest_unit(num_bytes: int, text: str) -> None:
+    assert readable_bytes(num_bytes) == text
+
+
+def test_a_choice_says_whether_it_was_asked_for(info: EngineInfo) -> None:
+    auto = {choice.name: choice for choice in resolved_choices(ServeSettings(), info)}
+    asked = {choice.name: choice for choice in resolved_choices(ServeSettings(dtype="bfloat16"), info)}
+    assert auto["dtype"].reason == "the checkpoint's"
+    assert asked["dtype"].reason == "asked for"
+
+
+def test_the_table_holds_what_the_operator_needs(info: EngineInfo) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    print_choices(console, model="m", choices=resolved_choices(ServeSettings(), info))
+    text = out.getvalue()
+    words = (
+        "7,966,848",
+        "bfloat16",
+        "eager",
+        "weights",
+        "KV budget",
+        "1,000 of 16 tokens",
+        "15 of 512 tokens",
+    )
+    assert all(word in text for word in words), text
+
+
+def test_the_curl_line_is_one_shell_command_with_a_json_body() -> None:
+    words = shlex.split(curl_line("http://127.0.0.1:8000", model="m", has_key=True))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert json.loads(words[-1])["model"] == "m"
+    assert any("Authorization" in word for word in words)
+
+
+def test_the_address_line_does_not_wrap() -> None:
+    out = io.StringIO()
+    print_address(Console(file=out, width=40), address="http://127.0.0.1:8000", model="m", has_key=False)
+    assert any(line.startswith("curl ") and line.endswith("'") for line in out.getvalue().splitlines())
+
+
+def test_the_bar_is_silent_without_a_terminal() -> None:
+    out = io.StringIO()
+    with LoadingBar(Console(file=out), model="m") as bar:
+        bar.update(5, 10)
+    assert out.getvalue() == ""

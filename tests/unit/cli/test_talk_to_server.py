@@ -1,0 +1,93 @@
+"""`penstock chat --url`: reads the event stream of a server, and tells its errors."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from penstock.cli.talk import ModelPartner, ServerPartner, TalkError
+from penstock.core.ids import ModelName
+from penstock.core.params import SamplingParams
+from penstock.core.text import Message
+from tests.fakes.model_client import FakeModelClient
+
+HI = [Message(role="user", content="Hi")]
+PARAMS = SamplingParams(temperature=0.5, max_tokens=9)
+
+
+@asynccontextmanager
+async def _server(lines: bytes, *, status: int = 200) -> AsyncIterator[tuple[str, list[dict[str, object]]]]:
+    bodies: list[dict[str, object]] = []
+
+    async def chat(request: web.Request) -> web.Response:
+        bodies.append({**await request.json(), "authorization": request.headers.get("Authorization")})
+        return web.Response(body=lines, status=status)
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "first"}, {"id": "second"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", bodies
+    finally:
+        await runner.cleanup()
+
+
+async def _pieces(stream: AsyncGenerator[str, None]) -> str:
+    return "|".join([piece async for piece in stream if piece])
+
+
+async def test_pieces_come_as_the_server_sends_them() -> None:
+    lines = (
+        b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n: keepalive\n\n'
+        b'data: {"choices":[{"delta":{"content":"Hel"}}]}\n\n'
+        b'data: {"choices":[{"delta":{"content":"lo"}}]}\n\ndata: {"choices":[]}\n\ndata: [DONE]\n\n'
+    )
+    async with _server(lines) as (url, bodies):
+        partner = ServerPartner(url + "/v1", model=None, api_key="k")
+        assert await _pieces(partner.answer(HI, PARAMS)) == "Hel|lo"
+        await partner.close()
+    assert bodies[0]["model"] == "first"
+    assert bodies[0]["authorization"] == "Bearer k"
+    assert (bodies[0]["temperature"], bodies[0]["max_tokens"]) == (0.5, 9)
+
+
+async def test_a_refusal_is_told_with_its_message() -> None:
+    async with _server(b'{"error": {"message": "n is 9"}}', status=400) as (url, _):
+        partner = ServerPartner(url, model="m", api_key=None)
+        with pytest.raises(TalkError, match="answered 400: n is 9"):
+            await _pieces(partner.answer(HI, PARAMS))
+        await partner.close()
+
+
+async def test_an_error_inside_the_stream_is_told() -> None:
+    async with _server(b'data: {"error": {"message": "engine died"}}\n\n') as (url, _):
+        partner = ServerPartner(url, model="m", api_key=None)
+        with pytest.raises(TalkError, match="engine died"):
+            await _pieces(partner.answer(HI, PARAMS))
+        await partner.close()
+
+
+async def test_no_server_is_told_with_its_address() -> None:
+    partner = ServerPartner("http://127.0.0.1:1", model="m", api_key=None)
+    with pytest.raises(TalkError, match=r"127\.0\.0\.1:1"):
+        await _pieces(partner.answer(HI, PARAMS))
+    await partner.close()
+
+
+async def test_leaving_a_model_early_cancels_its_request() -> None:
+    client = FakeModelClient(name=ModelName("m"))
+
+    async def close() -> None:
+        pass
+
+    stream = ModelPartner(client, close=close).answer(HI, PARAMS)
+    assert await anext(stream) == "Hello"
+    await stream.aclose()
+    assert len(client.cancelled) == 1
