@@ -32,6 +32,8 @@ class SequenceBlocks:
     """The first so many blocks are nodes of the tree."""
     can_cache: bool = True
     """False if caching is off, or once the sequence's path has left the tree."""
+    is_forked: bool = False
+    """Its last, partly filled block may be shared with another answer: writing copies it first."""
     inserted: list[TreeNode] = field(default_factory=list)
     """Nodes that this sequence filled itself: removed again if its KV turns out to be bad."""
     keys: list[bytes] = field(default_factory=list)

@@ -195,6 +195,8 @@ class KvManager:
 
     def num_tokens_allocatable(self, blocks: SequenceBlocks, *, start: int, num_tokens: int) -> int:
         """How many of `num_tokens` from position `start` on can get slots now."""
+        if not blocks.is_forked and start + num_tokens <= blocks.num_blocks * self.block_size:
+            return num_tokens
         num_spare = self.num_available - len(self._shared_partials(blocks, start=start))
         if num_spare < 0:
             return 0
@@ -215,6 +217,8 @@ class KvManager:
 
     def _shared_partials(self, blocks: SequenceBlocks, *, start: int) -> list[int]:
         """Groups whose block at `start` is partly filled and shared."""
+        if not blocks.is_forked:
+            return []
         block_idx, offset = divmod(start, self.block_size)
         if offset == 0 or block_idx >= blocks.num_blocks:
             return []
@@ -300,6 +304,7 @@ class KvManager:
             for block_id in table:
                 if block_id != NO_BLOCK:
                     self.pool.acquire(block_id)
+        blocks.is_forked = True
         if blocks.node is not None:
             self.tree.pin(blocks.node)
         return SequenceBlocks(
@@ -309,6 +314,7 @@ class KvManager:
             node=blocks.node,
             num_tree_blocks=blocks.num_tree_blocks,
             can_cache=blocks.can_cache,
+            is_forked=True,
             keys=blocks.keys[: blocks.num_tree_blocks],
         )
 
@@ -327,6 +333,7 @@ class KvManager:
             self.tree.unpin(blocks.node)
         blocks.node = None
         blocks.num_tree_blocks = 0
+        blocks.is_forked = False
         blocks.inserted.clear()
         blocks.can_cache = self.enable_prefix_caching
 

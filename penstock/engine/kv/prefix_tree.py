@@ -103,6 +103,7 @@ class PrefixTree:
     def __init__(self, pool: BlockPool, *, windows: Sequence[int | None], block_size: int) -> None:
         self._pool = pool
         self._windows = tuple(windows)
+        self._has_windows = any(window is not None for window in windows)
         self._block_size = block_size
         self._roots: dict[Namespace, TreeNode] = {}
         self._owners: dict[int, tuple[TreeNode, int]] = {}
@@ -124,21 +125,28 @@ class PrefixTree:
 
         Cost: O(len(keys) * num_groups); takes no reference.
         """
-        node = self._roots.get(namespace)
         path: list[TreeNode] = []
-        runs = [0] * len(self._windows)
-        num_usable = 0
+        node = self._roots.get(namespace)
         for key in keys:
             node = node.children.get(key) if node is not None else None
             if node is None:
                 break
             path.append(node)
+        # A node of full-attention groups alone always has all its blocks.
+        if self._has_windows:
+            del path[self._num_usable(path) :]
+        return PrefixMatch(path)
+
+    def _num_usable(self, path: Sequence[TreeNode]) -> int:
+        """Greatest depth at which every group has what it needs."""
+        runs = [0] * len(self._windows)
+        num_usable = 0
+        for depth, node in enumerate(path, start=1):
             for group, block in enumerate(node.blocks):
                 runs[group] = runs[group] + 1 if block != NO_BLOCK else 0
-            if self._is_usable(runs, depth=len(path)):
-                num_usable = len(path)
-        del path[num_usable:]
-        return PrefixMatch(path)
+            if self._is_usable(runs, depth=depth):
+                num_usable = depth
+        return num_usable
 
     def _is_usable(self, runs: Sequence[int], *, depth: int) -> bool:
         return all(

@@ -75,6 +75,7 @@ class Sequence:
     token_ids: list[int]
     """Prompt and answer; the request's own list until the sequence first runs."""
     blocks: SequenceBlocks
+    num_prompt_tokens: int
     num_computed_tokens: int = 0
     num_inflight_tokens: int = 0
     is_known_to_runner: bool = False
@@ -88,7 +89,7 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         """Tokens of the answer."""
-        return len(self.token_ids) - self.group.num_prompt_tokens
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def next_position(self) -> int:
@@ -116,6 +117,7 @@ class SequenceGroup:
     arrival_s: float
     tier: int
     """Priority as the policy sees it; lower is served first."""
+    num_prompt_tokens: int
     num_blocks_max: int
     """Most blocks it can ever hold at once."""
     state: GroupState = GroupState.WAITING
@@ -140,11 +142,6 @@ class SequenceGroup:
     """Blocks set aside for it while it runs protected."""
     is_loading: bool = False
     """A connector fills its blocks."""
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def is_busy(self) -> bool:

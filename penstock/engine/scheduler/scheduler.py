@@ -183,6 +183,7 @@ class Scheduler:
             arrival_idx=self._num_arrivals,
             arrival_s=self._clock.monotonic(),
             tier=self._policy.tier_of(int(request.priority)),
+            num_prompt_tokens=len(request.prompt_token_ids),
             num_blocks_max=num_blocks_max(request, limits=self._limits),
         )
         self._num_arrivals += 1
@@ -206,6 +207,7 @@ class Scheduler:
             seed=derive_seed(seed, answer_idx=index),
             token_ids=request.prompt_token_ids,
             blocks=blocks,
+            num_prompt_tokens=len(request.prompt_token_ids),
         )
         self._sequences[seq.seq_id] = seq
         return seq
@@ -266,12 +268,13 @@ class Scheduler:
         """Give each decode its token; returns the sequences that have more than that to compute."""
         prefills = []
         for group in list(self._running.values()):
+            needs_fork = group.needs_fork
             for seq in group.active:
                 # Preemption for an earlier one may have taken this group out of the running set meanwhile.
                 if group.state is not GroupState.RUNNING:
                     break
-                gap = group.target(seq) - seq.next_position
-                if gap > 1 or (gap == 1 and seq.num_outputs == 0):
+                gap = len(seq.token_ids) - seq.num_computed_tokens - seq.num_inflight_tokens
+                if needs_fork or gap > 1 or (gap == 1 and seq.num_outputs == 0):
                     prefills.append(seq)
                 elif gap == 1:
                     draft.num_decodes += self._place(draft, seq, num_tokens=1)
@@ -294,20 +297,21 @@ class Scheduler:
         for seq in prefills:
             if draft.num_tokens_left <= 0:
                 return
-            if seq.group.state is GroupState.RUNNING:
-                gap = seq.group.target(seq) - seq.next_position
+            gap = seq.group.target(seq) - seq.next_position
+            if gap > 0 and seq.group.state is GroupState.RUNNING:
                 self._place(draft, seq, num_tokens=min(gap, draft.num_tokens_left))
 
     def _place(self, draft: StepDraft, seq: Sequence, *, num_tokens: int) -> int:
         """Put up to `num_tokens` of `seq` into the step, preempting if there is no block at all."""
         start = seq.next_position
-        self._kv.free_behind_window(seq.blocks, num_computed_tokens=seq.num_computed_tokens)
-        num_fit = self._kv.num_tokens_allocatable(seq.blocks, start=start, num_tokens=num_tokens)
+        kv, blocks = self._kv, seq.blocks
+        kv.free_behind_window(blocks, num_computed_tokens=seq.num_computed_tokens)
+        num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
         while num_fit <= 0:
             if not self._make_room(draft, seq.group):
                 return 0
-            num_fit = self._kv.num_tokens_allocatable(seq.blocks, start=start, num_tokens=num_tokens)
-        self._kv.allocate(seq.blocks, start=start, end=start + num_fit)
+            num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
+        kv.allocate(blocks, start=start, end=start + num_fit)
         draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
         place = self._next_place(seq)
         if place is not None:
@@ -371,6 +375,7 @@ class Scheduler:
             self._kv.free(seq.blocks, taint=taint)
             seq.restart()
         group.is_forked = False
+        draft.num_promised_blocks = None
         self._leave_running(group)
         group.move_to(GroupState.WAITING)
         self._num_waiting_tokens += group.num_prompt_tokens
@@ -412,6 +417,8 @@ class Scheduler:
                 held_back.append(group)
             elif self._find_room(draft, group, match):
                 self._start(draft, group, match)
+                if draft.num_promised_blocks is not None:
+                    draft.num_promised_blocks += self._num_promised(group)
             else:
                 held_back.append(group)
                 break
@@ -432,14 +439,14 @@ class Scheduler:
 
     def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""
-        while not self._has_room(group, match):
+        while not self._has_room(draft, group, match):
             victim = self._worst_running()
             if victim is None or victim.tier <= group.tier:
                 return False
             self._preempt(draft, victim)
         return True
 
-    def _has_room(self, group: SequenceGroup, match: PrefixMatch) -> bool:
+    def _has_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         if self._num_running_seqs + len(group.live) > self._config.max_num_seqs:
             return False
         num_blocks = self._kv.pool.num_blocks
@@ -449,15 +456,15 @@ class Scheduler:
         num_needed = self._kv.num_blocks_needed(
             num_known, num_shared_tokens=group.num_prompt_tokens, n=len(group.live)
         )
-        num_missing = self._kv.num_missing(match, num_needed=num_needed)
-        return num_missing <= self._kv.num_available - self._num_promised()
+        if draft.num_promised_blocks is None:
+            draft.num_promised_blocks = sum(map(self._num_promised, self._running.values()))
+        num_spare = self._kv.num_available - draft.num_promised_blocks
+        return num_needed <= num_spare or self._kv.num_missing(match, num_needed=num_needed) <= num_spare
 
-    def _num_promised(self) -> int:
-        """Blocks that running groups will take for tokens already known, and for one more each."""
+    def _num_promised(self, group: SequenceGroup) -> int:
+        """Blocks that a running group will take for tokens already known, and for one more each."""
         return sum(
-            self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + 1)
-            for group in self._running.values()
-            for seq in group.active
+            self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + 1) for seq in group.active
         )
 
     def _start(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> None:

@@ -25,6 +25,8 @@ class StepDraft:
     num_kv_tokens: int = 0
     """Sum of context lengths after the step."""
     num_decodes: int = 0
+    num_promised_blocks: int | None = None
+    """Blocks that running groups will still take; None if not known."""
     counts: StepCounts = field(default_factory=StepCounts)
     started: list[SequenceGroup] = field(default_factory=list)
     """Groups that run for the first time."""
