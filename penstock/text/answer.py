@@ -53,8 +53,9 @@ class Answer:
         )
         keep = params.include_stop_str_in_output
         self._stops = None if automaton is None else StopSearch(automaton, include_stop_str_in_output=keep)
-        self._waiting_ids: tuple[int, ...] = ()
-        self._waiting_logprobs: tuple[TextLogprob, ...] = ()
+        # Lists, since a model may produce thousands of tokens without any text.
+        self._waiting_ids: list[int] = []
+        self._waiting_logprobs: list[TextLogprob] = []
         self.num_tokens = 0
         """Tokens taken so far: what is billed."""
         self.finish_reason: FinishReason | None = None
@@ -67,9 +68,9 @@ class Answer:
         if self.finish_reason is not None:
             return None
         text, num_taken = self._read(delta.token_ids)
-        self._waiting_ids += delta.token_ids[:num_taken]
+        self._waiting_ids.extend(delta.token_ids[:num_taken])
         if delta.logprobs is not None:
-            self._waiting_logprobs += tuple(map(self._logprob, delta.logprobs[:num_taken]))
+            self._waiting_logprobs.extend(map(self._logprob, delta.logprobs[:num_taken]))
         if self._matched is None and delta.finish_reason is None:
             return self._delta(text) if text else None
         if self._matched is None:
@@ -116,14 +117,18 @@ class Answer:
         return self._delta(text, stop_reason=delta.stop_token_id if matched is None else matched)
 
     def _delta(self, text: str, *, stop_reason: int | str | None = None) -> TextDelta:
-        token_ids, self._waiting_ids = self._waiting_ids, ()
-        logprobs, self._waiting_logprobs = self._waiting_logprobs, ()
+        token_ids = tuple(self._waiting_ids)
+        self._waiting_ids.clear()
+        logprobs = None
+        if self._waiting_logprobs:
+            logprobs = tuple(self._waiting_logprobs)
+            self._waiting_logprobs.clear()
         return TextDelta(
             request_id=self._request_id,
             index=self._index,
             text=text,
             token_ids=token_ids,
-            logprobs=logprobs or None,
+            logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=stop_reason,
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 
 import pytest
 
@@ -165,6 +166,14 @@ async def test_an_unfinished_character_at_the_end_is_the_replacement_character()
     assert text_of(await collect(service, make_request())) == "\ufffd"
 
 
+async def test_thousands_of_tokens_without_text_wait_for_the_next_text_at_linear_cost():
+    service, _, _ = make_service([*[tokens([3])] * 50_000, *one_by_one("hello"), last()])
+    began_s = time.process_time()
+    deltas = await collect(service, make_request())
+    assert [len(delta.token_ids) for delta in deltas] == [50_001, 0]
+    assert time.process_time() - began_s < 5.0
+
+
 @pytest.mark.parametrize(("skip", "expected"), [(True, "hello"), (False, "<|im_start|>hello")])
 async def test_special_tokens_are_left_out_unless_asked_for(skip, expected):
     service, _, _ = make_service([tokens([3]), *one_by_one("hello"), last()])
@@ -189,6 +198,11 @@ async def test_logprobs_carry_the_tokens_own_text_and_bytes():
     deltas = await collect(service, make_request(params=SamplingParams(logprobs=2)))
     (logprob,) = deltas[0].logprobs
     assert (logprob.token, logprob.token_bytes, logprob.logprob) == ("hello", b"hello", -0.5)
+    assert [(top.token_id, top.rank) for top in (logprob, *logprob.top)] == [
+        (sampled, 1),
+        (sampled, 1),
+        (other, 2),
+    ]
     assert [top.token for top in logprob.top] == [
         "hello",
         TOKENIZER.token_bytes(other).decode(errors="replace"),
