@@ -18,6 +18,7 @@ import asyncio
 import logging
 from typing import Any, Final
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -30,6 +31,7 @@ from penstock.server.sse import ABORT_EXTENSION
 
 logger = logging.getLogger("penstock.server")
 
+_OFFER: Final = frozenset({b"connection", b"upgrade", b"http2-settings"})
 _LINE_BYTES: Final = 4
 """Colon, space and line end of a header line."""
 
@@ -112,7 +114,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin_head()
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         # httptools collects a header that has not ended without telling anybody; hence this count.
         if (
             self._in_head
@@ -120,6 +123,28 @@ class BoundedProtocol(HttpToolsProtocol):
             and not self.transport.is_closing()
         ):
             self._refuse(self._head_too_large(), reason="headers_too_large")
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._parse_without_offer(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _parse_without_offer(self, rest: bytes) -> None:
+        """Parse a request again without its offer to upgrade, which is not taken up here.
+
+        The parser skips the body of a request with an offer; JDK clients send one with their first request.
+        """
+        method = self.parser.get_method()
+        if self._is_early or method == b"CONNECT":
+            self.send_400_response("")
+            return
+        kept = [pair for pair in self.headers if pair[0] not in _OFFER]
+        lines = [b"%b %b HTTP/1.1" % (method, self.url), *(b"%b: %b" % pair for pair in kept), b"", b""]
+        self.parser = httptools.HttpRequestParser(self)
+        self._parse(b"\r\n".join(lines) + rest)
 
     def _cycle(self) -> RequestResponseCycle | None:
         """The parent declares it never None, and sets it to None."""
@@ -175,7 +200,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the app."""
-        if not self._is_early:
+        if not self._is_early and not self.parser.should_upgrade():
             self._in_head = False
             super().on_headers_complete()
 
@@ -200,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End of the request: the deadline is over."""
-        if not self._is_early:
+        if not self._is_early and not self.parser.should_upgrade():
             self._disarm()
             super().on_message_complete()
 
@@ -232,10 +257,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self._events.on_error(error.code)
             self.transport.write(_raw(error))
         self.transport.close()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Upgrades are not offered: such a request is served as it is, the last of its connection."""
-        self.cycle.keep_alive = False
 
 
 def _raw(error: PenstockError) -> bytes:
