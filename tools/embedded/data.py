@@ -21,6 +21,7 @@ from tools.embedded.tokenizer import BOS, EOS, SPECIALS
 
 Ids = NDArray[np.int32]
 NO_LOSS = -1
+COPY_SEED = 99
 STORY_REQUESTS = (
     "Continue this story: {t}",
     "Continue the story:\n{t}",
@@ -107,6 +108,31 @@ class RowSource:
         start = int(self._permutations[key][position]) * length + phase
         ids = self.book_ids[start : start + length + 1]
         return Row(ids=ids[:-1], targets=ids[1:])
+
+    def copy_row(self, length: int) -> Row:
+        """Passages that each come twice, with loss on the second copy alone.
+
+        Half the passages have their tokens shuffled, so only looking back can predict the copy.
+        It is how the model learns early to repeat what stands in its context.
+        """
+        rng = np.random.default_rng((COPY_SEED, self.cursor.row))
+        self.cursor.row += 1
+        ids: list[NDArray[np.int32]] = []
+        targets: list[NDArray[np.int32]] = []
+        filled = 0
+        while filled <= length:
+            size = int(rng.integers(4, 80))
+            start = int(rng.integers(0, len(self.book_ids) - size))
+            passage = self.book_ids[start : start + size].copy()
+            if rng.random() < 0.5:
+                rng.shuffle(passage)
+            ids += [passage, passage]
+            targets += [np.full(size, NO_LOSS, dtype=np.int32), passage]
+            filled += 2 * size
+        return Row(
+            ids=np.concatenate(ids)[:length],
+            targets=np.concatenate(targets)[1 : length + 1],
+        )
 
     def chat_row(self, length: int) -> Row:
         """Conversations back to back until the row is full; the last one is cut."""

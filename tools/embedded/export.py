@@ -53,6 +53,7 @@ def export(checkpoint: Path, tokenizer_dir: Path, output: Path) -> int:
     output.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.bfloat16().contiguous() for name, weight in saved.weights.items()}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)
     _write_json(output / "config.json", config)
     _write_json(output / "generation_config.json", generation_config(config))
     for name in TOKENIZER_FILES:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tools.embedded.team import Team
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 UPDATE_RMS = 0.2
@@ -32,7 +34,8 @@ def orthogonalise(g_nrc: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal; matrices of one shape are stepped as a stack."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], *, momentum: float = 0.95) -> None:
+    def __init__(self, matrices: Iterable[nn.Parameter], *, team: Team, momentum: float = 0.95) -> None:
+        self.team = team
         groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix in matrices:
             groups.setdefault(tuple(matrix.shape), []).append(matrix)
@@ -56,17 +59,21 @@ class Muon(torch.optim.Optimizer):
             velocity = state.setdefault("velocity", torch.zeros_like(matrix))
             velocity.lerp_(matrix.grad, 1 - group["momentum"])
             directions.append(matrix.grad.lerp(velocity, group["momentum"]))
-        updates = orthogonalise(torch.stack(directions))
+        updates = torch.zeros(len(stack), *stack[0].shape, device=stack[0].device)
+        own = self.team.share(list(range(len(stack))))
+        if own:
+            updates[own] = orthogonalise(torch.stack([directions[number] for number in own]))
+        self.team.gather(updates)
         size = UPDATE_RMS * max(stack[0].shape) ** 0.5
         for matrix, update in zip(stack, updates, strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.add_(update, alpha=-group["lr"] * size)
 
 
-def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, team: Team) -> list[torch.optim.Optimizer]:
     """Muon for the block matrices, AdamW for the rest; the loop sets their learning rates."""
     named = list(model.named_parameters())
     matrices = [weight for name, weight in named if weight.ndim == 2 and "layers" in name]
     others = [weight for name, weight in named if not (weight.ndim == 2 and "layers" in name)]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices), adam]
+    return [Muon(matrices, team=team), adam]

@@ -8,6 +8,7 @@ data and the end.
 
 import argparse
 import json
+import multiprocessing
 import random
 import signal
 import time
@@ -24,6 +25,7 @@ from torch import Tensor
 from tools.embedded import checkpoint, data
 from tools.embedded.model import LanguageModel, ModelConfig
 from tools.embedded.optimizer import make_optimizers
+from tools.embedded.team import Team
 
 SAVE_SECONDS = 240
 LOG_STEPS = 10
@@ -38,6 +40,8 @@ class Control:
     learning_rate: float = 0.004
     warmup_steps: int = 60
     book_share: float = 0.55  # of rows
+    copy_share: float = 0.05  # of rows
+    tokens_per_step: int = 8192
     long_share: float = 0.02  # of steps, before the decay
     long_share_decay: float = 0.25  # of steps, during the decay
     shares: dict[str, float] | None = None  # of the kinds of instruction
@@ -77,12 +81,13 @@ class Progress:
 class Trainer:
     """Holds model, optimizers and data of one run."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, team: Team) -> None:
         self.arguments = arguments
+        self.team = team
         self.device = torch.device(arguments.device)
         torch.manual_seed(arguments.seed)
         self.model = LanguageModel(ModelConfig()).to(self.device)
-        self.optimizers = make_optimizers(self.model)
+        self.optimizers = make_optimizers(self.model, team)
         self.progress = Progress()
         self.started = datetime.now().astimezone()
         self.stop_requested = False
@@ -128,29 +133,35 @@ class Trainer:
         self.rows.shares = control.shares
         long_share = control.long_share_decay if is_decaying else control.long_share
         length = rng.choice((2048, 4096)) if rng.random() < long_share else 512
-        rows = [
-            self.rows.book_row(length) if rng.random() < control.book_share else self.rows.chat_row(length)
-            for _ in range(self.arguments.tokens_per_step // length)
-        ]
+        num_rows = max(self.team.size, control.tokens_per_step // length)
+        rows = self.team.share([self._row(rng.random(), control, length) for _ in range(num_rows)])
         ids = torch.stack([torch.from_numpy(row.ids) for row in rows]).long()
         targets = torch.stack([torch.from_numpy(row.targets) for row in rows]).long()
         return ids.to(self.device), targets.to(self.device)
 
-    def step(self, control: Control) -> float:
+    def _row(self, dice: float, control: Control, length: int) -> data.Row:
+        """A row of the kind that `dice`, uniform in [0, 1), falls on."""
+        if dice < control.book_share:
+            return self.rows.book_row(length)
+        if dice < control.book_share + control.copy_share:
+            return self.rows.copy_row(length)
+        return self.rows.chat_row(length)
+
+    def step(self, control: Control, minutes_left: float) -> float:
         """One update; returns its loss."""
-        minutes_left = control.minutes_left(self.started)
         is_decaying = minutes_left < control.decay_minutes
         ids, targets = self.batch(control, is_decaying=is_decaying)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             loss = self.model.loss(ids, targets)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.team.average_gradients(self.model)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = control.rate(self.progress.step, minutes_left)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.progress.num_tokens += ids.numel()
+        self.progress.num_tokens += ids.numel() * self.team.size
         return loss.item()
 
     @torch.no_grad()
@@ -161,27 +172,34 @@ class Trainer:
             loss = self.model.loss(ids[:-1].view(-1, 512), ids[1:].view(-1, 512))
         return loss.item()
 
+    def decide(self) -> dict[str, Any]:
+        """What the next step uses, as the first process sees it. Any: a small record."""
+        control = read_control(self.arguments.work_dir / "control.json", self.base)
+        minutes_left = control.minutes_left(self.started)
+        is_last = self.stop_requested or minutes_left <= 0
+        return self.team.agree({"control": asdict(control), "minutes_left": minutes_left, "is_last": is_last})
+
     def run(self) -> None:
-        """Train until the end, saving on the way."""
+        """Train until the end; the first process logs and saves on the way."""
         saved_at = time.monotonic()
-        control_path = self.arguments.work_dir / "control.json"
         recent: list[float] = []
-        while not self.stop_requested:
-            control = read_control(control_path, self.base)
-            if control.minutes_left(self.started) <= 0:
-                break
+        while not (decision := self.decide())["is_last"]:
+            control, minutes_left = Control(**decision["control"]), decision["minutes_left"]
             begun = time.monotonic()
-            recent.append(self.step(control))
+            recent.append(self.step(control, minutes_left))
             self.progress.seconds += time.monotonic() - begun
-            if self.progress.step % LOG_STEPS == 0:
+            if self.team.rank == 0 and self.progress.step % LOG_STEPS == 0:
                 self._log(recent, control)
                 recent.clear()
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                self.save()
-                print(f"saved; held-out loss {self.held_out_loss():.3f}", flush=True)
+            if self.team.rank == 0 and time.monotonic() - saved_at > SAVE_SECONDS:
+                self._save_and_report("saved")
                 saved_at = time.monotonic()
+        if self.team.rank == 0:
+            self._save_and_report("ended")
+
+    def _save_and_report(self, event: str) -> None:
         self.save()
-        print(f"ended; held-out loss {self.held_out_loss():.3f}", flush=True)
+        print(f"{event}; held-out loss {self.held_out_loss():.3f}", flush=True)
 
     def _log(self, recent: list[float], control: Control) -> None:
         progress = self.progress
@@ -203,19 +221,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and control file")
     parser.add_argument("--finish-by", default="", help="HH:MM, local time")
     parser.add_argument("--decay-minutes", type=float, default=20.0)
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1, help="one per core on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--seed", type=int, default=7)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Train from the command line; SIGTERM saves and ends the run."""
-    arguments = parse_arguments()
+def work(arguments: argparse.Namespace, team: Team) -> None:
+    """One process of the run; SIGTERM to the first saves and ends all."""
     torch.set_num_threads(arguments.threads)
-    arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(arguments)
+    team.join(arguments.work_dir / "meeting")
+    trainer = Trainer(arguments, team)
 
     def request_stop(_signal: int, _frame: object) -> None:
         trainer.stop_requested = True
@@ -223,6 +240,18 @@ def main() -> None:
     signal.signal(signal.SIGTERM, request_stop)
     trainer.resume()
     trainer.run()
+
+
+def main() -> None:
+    """Train from the command line: this process is the first of the team."""
+    arguments = parse_arguments()
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.work_dir / "meeting").unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    size = arguments.processes
+    for rank in range(1, size):
+        context.Process(target=work, args=(arguments, Team(rank=rank, size=size)), daemon=True).start()
+    work(arguments, Team(rank=0, size=size))
 
 
 if __name__ == "__main__":
