@@ -73,12 +73,6 @@ class TokenTable:
         found = self.bytes_by_id.get(token_id)
         return self._fill(token_id) if found is None else found
 
-    def token_text(self, token_id: int) -> str | None:
-        """The token's text, or None if its bytes are not whole characters by themselves."""
-        if token_id not in self.text_by_id:
-            self._fill(token_id)
-        return self.text_by_id.get(token_id)
-
     def first_token_bytes(self, token_id: int) -> bytes:
         """`token_bytes` of the first token of a text under `LeadingSpace.STRIP_FIRST_TOKEN`."""
         token = self._tokenizer.id_to_token(token_id)
