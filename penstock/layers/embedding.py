@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from penstock.kernels import ops
@@ -18,6 +19,10 @@ class Embedding:
     def __call__(self, indices: Tensor) -> Tensor:
         """[T] int64 to [T, hidden_size]."""
         return ops.embedding(self.kernels, indices, self.weight)
+
+    def scaled(self, indices: Tensor, scale: float) -> Tensor:
+        """The same times `scale`, which is rounded to the weight's dtype first, as in training."""
+        return self(indices) * torch.tensor(scale, dtype=self.weight.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from penstock.kernels.batch import ForwardBatch
 from penstock.kernels.ops import AttentionShape
 from penstock.layers.attention import PagedAttention
-from penstock.layers.mlp import Activation, GatedMlp
+from penstock.layers.mlp import Activation
 from penstock.layers.rope import Rope, RopeAngles, RopeSpec
 from penstock.models.config import ConfigReader, DecoderShape, read_activation, read_decoder_shape
 from penstock.models.interface import CausalLM
@@ -68,26 +68,17 @@ class LlamaAttention:
         return self.output(self.attention(query_THD, key_TND, value_TND, batch))
 
 
-def make_mlp(config: LlamaConfig, parts: Parts) -> GatedMlp:
-    """The gated MLP of one block."""
-    hidden, inner, bias = config.shape.hidden_size, config.shape.intermediate_size, config.mlp_bias
-    return GatedMlp(
-        gate=parts.linear("gate_proj", hidden, inner, bias=bias),
-        up=parts.linear("up_proj", hidden, inner, bias=bias),
-        down=parts.linear("down_proj", inner, hidden, bias=bias),
-        activation=config.activation,
-    )
-
-
 class LlamaBlock:
     """Attention, then MLP, each on the normed stream and added to it."""
 
     def __init__(self, config: LlamaConfig, *, layer_idx: int, parts: Parts) -> None:
-        size, eps = config.shape.hidden_size, config.rms_norm_eps
+        shape, size, eps = config.shape, config.shape.hidden_size, config.rms_norm_eps
         self.input_norm = parts.rms_norm("input_layernorm", size, eps=eps)
         self.attention = LlamaAttention(config, layer_idx=layer_idx, parts=parts.at("self_attn"))
         self.post_attention_norm = parts.rms_norm("post_attention_layernorm", size, eps=eps)
-        self.mlp = make_mlp(config, parts.at("mlp"))
+        self.mlp = parts.gated_mlp(
+            "mlp", size, shape.intermediate_size, activation=config.activation, bias=config.mlp_bias
+        )
 
     def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
         """[T, hidden_size] to the same shape."""
@@ -103,11 +94,9 @@ class LlamaForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (None,) * shape.num_layers
-        self.num_kv_heads, self.head_dim, self.vocab_size = (
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.vocab_size,
-        )
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
+        self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
         self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [

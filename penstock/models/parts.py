@@ -15,6 +15,7 @@ from penstock.core.errors import CheckpointError
 from penstock.kernels.ops import KernelSet
 from penstock.layers.embedding import Embedding, LmHead
 from penstock.layers.linear import Linear
+from penstock.layers.mlp import Activation, GatedMlp
 from penstock.layers.norm import LayerNorm, RmsNorm
 from penstock.models.checkpoint import Checkpoint
 
@@ -126,6 +127,18 @@ class Parts:
     def embedding(self, name: str, num_rows: int, size: int) -> Embedding:
         """A table of vectors."""
         return Embedding(kernels=self.kernels, weight=self.tensor(f"{name}.weight", num_rows, size))
+
+    def gated_mlp(
+        self, name: str, hidden_size: int, inner_size: int, *, activation: Activation, bias: bool = False
+    ) -> GatedMlp:
+        """An MLP stored as `gate_proj`, `up_proj` and `down_proj`."""
+        mlp = self.at(name)
+        return GatedMlp(
+            gate=mlp.linear("gate_proj", hidden_size, inner_size, bias=bias),
+            up=mlp.linear("up_proj", hidden_size, inner_size, bias=bias),
+            down=mlp.linear("down_proj", inner_size, hidden_size, bias=bias),
+            activation=activation,
+        )
 
     def lm_head(self, embedding: Embedding, *, tied: bool, softcap: float | None = None) -> LmHead:
         """The head: the embedding's weight if tied, else `lm_head.weight`."""

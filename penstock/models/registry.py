@@ -19,9 +19,24 @@ BuildModel = Callable[[ConfigReader, Parts], CausalLM]
 
 ENTRY_POINT_GROUP: Final = "penstock.models"
 ARCHITECTURES: Final = {
+    "GPT2LMHeadModel": "penstock.models.gpt2",
+    "Gemma2ForCausalLM": "penstock.models.gemma2",
+    "Gemma3ForCausalLM": "penstock.models.gemma3",
     "LlamaForCausalLM": "penstock.models.llama",
+    "MistralForCausalLM": "penstock.models.mistral",
+    "MixtralForCausalLM": "penstock.models.mixtral",
+    "Phi3ForCausalLM": "penstock.models.phi3",
+    "Qwen2ForCausalLM": "penstock.models.qwen2",
+    "Qwen3ForCausalLM": "penstock.models.qwen3",
+    "Qwen3MoeForCausalLM": "penstock.models.qwen3_moe",
 }
 """By the word in `architectures` of `config.json`: the module with its `build_model`."""
+
+REFUSED: Final = {
+    "Gemma3ForConditionalGeneration": "it has a vision tower, which is not supported; "
+    "text-only checkpoints of Gemma 3 name Gemma3ForCausalLM",
+}
+"""Architectures that look like a known one, and why they are not."""
 
 
 def known_architectures() -> list[str]:
@@ -39,7 +54,9 @@ def find_model(architecture: str) -> BuildModel:
         return cast("BuildModel", import_module(ARCHITECTURES[architecture]).build_model)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=architecture):
         return cast("BuildModel", point.load())
+    reason = f": {REFUSED[architecture]}" if architecture in REFUSED else ""
+    known = ", ".join(known_architectures())
     raise UnsupportedModelError(
-        f"architecture {architecture!r} is not supported; known: {', '.join(known_architectures())}",
+        f"architecture {architecture[:200]!r} is not supported{reason}; known: {known}",
         param="architectures",
     )

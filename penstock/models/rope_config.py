@@ -68,6 +68,8 @@ def _yarn_attention_factor(reader: ConfigReader, factor: float) -> float:
 
 
 def _yarn(reader: ConfigReader, context: RopeContext) -> RopeScaling:
+    if reader.has("long_factor"):  # the first Phi-3 files call LongRoPE so
+        return _longrope(reader, context)
     default = context.max_position_embeddings / context.original_max_len
     factor = reader.number("factor", default, low=1e-6)
     return YarnScaling(
@@ -142,8 +144,11 @@ def read_rope_section(
     outer = reader.number("partial_rotary_factor", 1.0, low=0.01, high=1.0)
     share = parameters.number("partial_rotary_factor", outer, low=0.01, high=1.0)
     original = parameters.integer("original_max_position_embeddings", shape.max_position_embeddings, low=2)
+    rotary_dim = int(shape.head_dim * share)
+    if rotary_dim % 2:
+        raise parameters.wrong("partial_rotary_factor", f"an even share of head_dim ({shape.head_dim})")
     context = RopeContext(
-        rotary_dim=int(shape.head_dim * share) // 2 * 2,
+        rotary_dim=rotary_dim,
         original_max_len=reader.integer("original_max_position_embeddings", original, low=2),
         max_position_embeddings=shape.max_position_embeddings,
         served_max_len=served_max_len or shape.max_position_embeddings,

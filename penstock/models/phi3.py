@@ -1,0 +1,131 @@
+"""Phi-3, 3.5 and 4 mini: Llama's blocks with query, key and value fused, gate and up fused.
+
+LongRoPE stretches the long-context releases; some rotate a part of each head only. Letters: T tokens,
+H query heads, N key/value heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.batch import ForwardBatch
+from penstock.kernels.ops import AttentionShape
+from penstock.layers.attention import PagedAttention
+from penstock.layers.mlp import Activation, FusedGatedMlp
+from penstock.layers.rope import Rope, RopeAngles, RopeSpec
+from penstock.models.config import ConfigReader, DecoderShape, read_activation, read_decoder_shape
+from penstock.models.interface import CausalLM
+from penstock.models.parts import Parts
+from penstock.models.rope_config import read_rope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phi3Config:
+    """What `config.json` says."""
+
+    shape: DecoderShape
+    rms_norm_eps: float
+    rope: RopeSpec
+    activation: Activation
+    window: int | None
+    """Tokens that a token attends to, itself included; None for all before it."""
+
+
+def read_config(reader: ConfigReader, *, served_max_len: int | None = None) -> Phi3Config:
+    """Read a Phi3 `config.json`."""
+    shape = read_decoder_shape(reader)
+    return Phi3Config(
+        shape=shape,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        rope=read_rope(reader, shape=shape, served_max_len=served_max_len),
+        activation=read_activation(reader),
+        window=reader.optional_integer("sliding_window"),
+    )
+
+
+class Phi3Attention:
+    """Grouped-query attention with rotary positions over a window."""
+
+    def __init__(self, config: Phi3Config, *, layer_idx: int, parts: Parts) -> None:
+        shape = config.shape
+        self.head_dim = shape.head_dim
+        self.sizes = [shape.query_size, shape.kv_size, shape.kv_size]
+        self.query_key_value = parts.linear("qkv_proj", shape.hidden_size, sum(self.sizes))
+        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size)
+        self.attention = PagedAttention(
+            kernels=parts.kernels,
+            layer_idx=layer_idx,
+            shape=AttentionShape(scale=shape.head_dim**-0.5, window=config.window),
+        )
+
+    def __call__(self, x: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
+        """[T, hidden_size] to the same shape."""
+        per_head = (x.shape[0], -1, self.head_dim)
+        query, key, value = torch.split(self.query_key_value(x), self.sizes, dim=1)
+        query_THD = angles.rotate(query.view(per_head))
+        key_TND = angles.rotate(key.view(per_head))
+        value_TND = value.view(per_head)
+        return self.output(self.attention(query_THD, key_TND, value_TND, batch))
+
+
+def make_mlp(config: Phi3Config, parts: Parts) -> FusedGatedMlp:
+    """The gated MLP of one block."""
+    hidden, inner = config.shape.hidden_size, config.shape.intermediate_size
+    return FusedGatedMlp(
+        gate_up=parts.linear("gate_up_proj", hidden, 2 * inner),
+        down=parts.linear("down_proj", inner, hidden),
+        activation=config.activation,
+    )
+
+
+class Phi3Block:
+    """Attention, then MLP, each on the normed stream and added to it."""
+
+    def __init__(self, config: Phi3Config, *, layer_idx: int, parts: Parts) -> None:
+        size, eps = config.shape.hidden_size, config.rms_norm_eps
+        self.input_norm = parts.rms_norm("input_layernorm", size, eps=eps)
+        self.attention = Phi3Attention(config, layer_idx=layer_idx, parts=parts.at("self_attn"))
+        self.post_attention_norm = parts.rms_norm("post_attention_layernorm", size, eps=eps)
+        self.mlp = make_mlp(config, parts.at("mlp"))
+
+    def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
+        """[T, hidden_size] to the same shape."""
+        attended = self.attention(self.input_norm(hidden), angles, batch)
+        normed, hidden = self.post_attention_norm.add(attended, hidden)
+        return hidden + self.mlp(normed)
+
+
+class Phi3ForCausalLM:
+    """The whole decoder."""
+
+    def __init__(self, config: Phi3Config, *, parts: Parts) -> None:
+        shape, model = config.shape, parts.at("model")
+        self.config = config
+        self.layer_windows: tuple[int | None, ...] = (config.window,) * shape.num_layers
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
+        self.vocab_size = shape.vocab_size
+        self.rope = Rope(config.rope, kernels=parts.kernels)
+        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.blocks = [
+            Phi3Block(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
+        ]
+        self.norm = model.rms_norm("norm", shape.hidden_size, eps=config.rms_norm_eps)
+        self.head = parts.lm_head(self.embedding, tied=shape.tie_word_embeddings)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """As `CausalLM.forward`."""
+        hidden, angles = self.embedding(batch.token_ids), self.rope.angles(batch.positions)
+        for block in self.blocks:
+            hidden = block(hidden, angles, batch)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `CausalLM.logits`."""
+        return self.head(hidden)
+
+
+def build_model(reader: ConfigReader, parts: Parts) -> CausalLM:
+    """Build the decoder from its config and tensors."""
+    return Phi3ForCausalLM(read_config(reader, served_max_len=parts.max_model_len), parts=parts)

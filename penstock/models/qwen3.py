@@ -1,0 +1,131 @@
+"""Qwen 3: Llama's blocks with a norm on every head's query and key before the rotation.
+
+Letters: T tokens, H query heads, N key/value heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from penstock.kernels.batch import ForwardBatch
+from penstock.kernels.ops import AttentionShape
+from penstock.layers.attention import PagedAttention
+from penstock.layers.mlp import Activation
+from penstock.layers.rope import Rope, RopeAngles, RopeSpec
+from penstock.models.config import ConfigReader, DecoderShape, read_activation, read_decoder_shape
+from penstock.models.interface import CausalLM
+from penstock.models.layer_windows import read_layer_windows
+from penstock.models.parts import Parts
+from penstock.models.rope_config import read_rope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3Config:
+    """What `config.json` says."""
+
+    shape: DecoderShape
+    rms_norm_eps: float
+    rope: RopeSpec
+    activation: Activation
+    attention_bias: bool
+    """Biases on query, key, value and output."""
+    layer_windows: tuple[int | None, ...]
+    """Window of each layer in tokens, None for full attention."""
+
+
+def read_config(reader: ConfigReader, *, served_max_len: int | None = None) -> Qwen3Config:
+    """Read a Qwen3 `config.json`."""
+    shape = read_decoder_shape(reader, head_dim=128)
+    window = (
+        reader.optional_integer("sliding_window") if reader.boolean("use_sliding_window", False) else None
+    )
+    first_sliding = reader.integer("max_window_layers", 28, low=0)
+    return Qwen3Config(
+        shape=shape,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        rope=read_rope(reader, shape=shape, served_max_len=served_max_len),
+        activation=read_activation(reader),
+        attention_bias=reader.boolean("attention_bias", False),
+        layer_windows=read_layer_windows(
+            reader, num_layers=shape.num_layers, window=window, is_sliding=lambda i: i >= first_sliding
+        ),
+    )
+
+
+class Qwen3Attention:
+    """Grouped-query attention with normed heads and rotary positions."""
+
+    def __init__(self, config: Qwen3Config, *, layer_idx: int, parts: Parts) -> None:
+        shape, bias = config.shape, config.attention_bias
+        self.head_dim = shape.head_dim
+        self.query = parts.linear("q_proj", shape.hidden_size, shape.query_size, bias=bias)
+        self.key = parts.linear("k_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.value = parts.linear("v_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size, bias=bias)
+        self.query_norm = parts.rms_norm("q_norm", shape.head_dim, eps=config.rms_norm_eps)
+        self.key_norm = parts.rms_norm("k_norm", shape.head_dim, eps=config.rms_norm_eps)
+        self.attention = PagedAttention(
+            kernels=parts.kernels,
+            layer_idx=layer_idx,
+            shape=AttentionShape(scale=shape.head_dim**-0.5, window=config.layer_windows[layer_idx]),
+        )
+
+    def __call__(self, x: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
+        """[T, hidden_size] to the same shape."""
+        per_head = (x.shape[0], -1, self.head_dim)
+        query_THD = angles.rotate(self.query_norm(self.query(x).view(per_head)))
+        key_TND = angles.rotate(self.key_norm(self.key(x).view(per_head)))
+        value_TND = self.value(x).view(per_head)
+        return self.output(self.attention(query_THD, key_TND, value_TND, batch))
+
+
+class Qwen3Block:
+    """Attention, then MLP, each on the normed stream and added to it."""
+
+    def __init__(self, config: Qwen3Config, *, layer_idx: int, parts: Parts) -> None:
+        shape, size, eps = config.shape, config.shape.hidden_size, config.rms_norm_eps
+        self.input_norm = parts.rms_norm("input_layernorm", size, eps=eps)
+        self.attention = Qwen3Attention(config, layer_idx=layer_idx, parts=parts.at("self_attn"))
+        self.post_attention_norm = parts.rms_norm("post_attention_layernorm", size, eps=eps)
+        self.mlp = parts.gated_mlp("mlp", size, shape.intermediate_size, activation=config.activation)
+
+    def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
+        """[T, hidden_size] to the same shape."""
+        attended = self.attention(self.input_norm(hidden), angles, batch)
+        normed, hidden = self.post_attention_norm.add(attended, hidden)
+        return hidden + self.mlp(normed)
+
+
+class Qwen3ForCausalLM:
+    """The whole decoder."""
+
+    def __init__(self, config: Qwen3Config, *, parts: Parts) -> None:
+        shape, model = config.shape, parts.at("model")
+        self.config = config
+        self.layer_windows = config.layer_windows
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
+        self.vocab_size = shape.vocab_size
+        self.rope = Rope(config.rope, kernels=parts.kernels)
+        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.blocks = [
+            Qwen3Block(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
+        ]
+        self.norm = model.rms_norm("norm", shape.hidden_size, eps=config.rms_norm_eps)
+        self.head = parts.lm_head(self.embedding, tied=shape.tie_word_embeddings)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """As `CausalLM.forward`."""
+        hidden, angles = self.embedding(batch.token_ids), self.rope.angles(batch.positions)
+        for block in self.blocks:
+            hidden = block(hidden, angles, batch)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `CausalLM.logits`."""
+        return self.head(hidden)
+
+
+def build_model(reader: ConfigReader, parts: Parts) -> CausalLM:
+    """Build the decoder from its config and tensors."""
+    return Qwen3ForCausalLM(read_config(reader, served_max_len=parts.max_model_len), parts=parts)

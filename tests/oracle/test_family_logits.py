@@ -1,0 +1,81 @@
+"""Every family computes the logits that `transformers` computes, in chunks and mixed batches over blocks."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.models.loader import load_model
+from tests.oracle.checkpoints import FAMILIES, VARIANTS, tiny_model
+from tests.oracle.paged_driver import PagedDriver, run_schedule
+
+VOCAB_SIZE = 97
+TOLERANCE = 5e-5
+"""Logits are of order 1 to 10; both sides round in float32, some tens of operations deep."""
+MAX_MODEL_LEN = {"phi3-longrope-short": 64}
+"""LongRoPE's factors follow the longest context that is served; the oracle's follow the sequence."""
+LENGTHS = {"a": 23, "b": 17, "c": 11}
+SCHEDULE = [
+    {"a": 7, "b": 10},
+    {"b": 1, "a": 13, "c": 9},
+    {"a": 1, "b": 1, "c": 1},
+    {"c": 1, "a": 1, "b": 4},
+    {"b": 1, "a": 1},
+]
+"""Prompts in chunks, decodes beside prefills, a chunk that continues a prefix, orders that change."""
+
+
+def tokens_by_name(seed: int = 0) -> dict[str, list[int]]:
+    rng = random.Random(seed)
+    return {name: [rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for name, length in LENGTHS.items()}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
+def test_logits_of_chunked_mixed_batches_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """The oracle sees each sequence whole and alone; ours comes in pieces, with neighbours, out of order."""
+    oracle = tiny_model(family, vocab_size=VOCAB_SIZE)
+    oracle.save_pretrained(tmp_path)
+    sequences = tokens_by_name()
+    with torch.inference_mode():
+        expected = {name: oracle(torch.tensor([tokens])).logits[0] for name, tokens in sequences.items()}
+    for kernels in ("reference", "eager"):
+        max_len = MAX_MODEL_LEN.get(family)
+        loaded = load_model(tmp_path, dtype="auto", kernels=kernels, device="cpu", max_model_len=max_len)
+        assert loaded.dtype == torch.float32
+        got = run_schedule(PagedDriver(loaded.model, dtype=loaded.dtype), sequences, SCHEDULE)
+        for name in sequences:
+            torch.testing.assert_close(
+                got[name],
+                expected[name],
+                atol=TOLERANCE,
+                rtol=TOLERANCE,
+                msg=lambda m, name=name, kernels=kernels: f"{kernels} {name}: {m}",
+            )
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_reference_logits_do_not_depend_on_batch_or_chunks(family: str, tmp_path: Path) -> None:
+    """Bit for bit: the same sequence alone and whole, or in pieces with neighbours."""
+    tiny_model(family, vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float32", kernels="reference", device="cpu").model
+    sequences = tokens_by_name(1)
+    mixed = run_schedule(PagedDriver(model, dtype=torch.float32, seed=3), sequences, SCHEDULE)
+    for name, tokens in sequences.items():
+        alone = run_schedule(PagedDriver(model, dtype=torch.float32), {name: tokens}, [{name: len(tokens)}])
+        assert torch.equal(alone[name], mixed[name])
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_bfloat16_runs_and_stays_near_float32(family: str, tmp_path: Path) -> None:
+    """Rounding to 8 bits of mantissa moves logits by some percent of their spread, not more."""
+    tiny_model(family, vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
+    sequences = tokens_by_name(2)
+    logits = {}
+    for dtype in ("float32", "bfloat16"):
+        loaded = load_model(tmp_path, dtype=dtype, kernels="eager", device="cpu")
+        driver = PagedDriver(loaded.model, dtype=loaded.dtype)
+        logits[dtype] = torch.cat(list(run_schedule(driver, sequences, SCHEDULE).values()))
+    assert logits["bfloat16"].dtype == torch.float32
+    error = (logits["bfloat16"] - logits["float32"]).square().mean().sqrt()
+    assert error < 0.1 * logits["float32"].std()
