@@ -12,19 +12,25 @@ from typing import Final
 import numpy as np
 
 from penstock.engine.sampling.filters import EVERYTHING, min_p_lengths, top_k_lengths, top_p_lengths
+from penstock.engine.sampling.nucleus import keep_nucleus
 from penstock.engine.sampling.vocabulary import (
     LANES,
     Candidates,
     Doubles,
     Floats,
     Ints,
+    column_sums,
     softmax_weights,
     top_candidates,
 )
 
-CANDIDATE_STAGES: Final = (128, 2048)
-"""Candidates looked at first and then; after that the whole row is sorted. 128 holds the usual top-k and the
-nucleus of a confident model; 2048 is where partitioning stops being much cheaper than sorting."""
+UNDECIDED: Final = -1
+FEW_CANDIDATES: Final = 128
+"""Looked at first: they hold the usual top-k and the nucleus of a confident model."""
+MANY_CANDIDATES: Final = 2048
+"""Looked at next for a larger top-k, where finding them is much cheaper than sorting the row."""
+SMALL_VOCAB: Final = 8192
+"""Up to here a nucleus is found faster in the whole row than among candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +59,8 @@ class DrawParams:
 def draw(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
     """Draw one token per row.
 
-    A row without top-k and top-p runs its CDF over ids in a fixed order; any other from the likeliest token
-    down (equal logits: lowest id first).
+    The CDF of a row that is drawn from candidates runs from the likeliest token down (equal logits: lowest id
+    first), that of any other over the ids in a fixed order.
 
     Args:
         logits: [rows, vocab] float32, no NaN; not changed.
@@ -65,12 +71,14 @@ def draw(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
         [rows] token ids; a token of weight 0 is never drawn.
     """
     vocab_size = logits.shape[1]
-    ordered = (params.top_p < 1.0) | (top_k_lengths(params.top_k, vocab_size=vocab_size) < EVERYTHING)
-    tokens = np.empty(len(logits), np.int64)
-    for rows, way in ((np.flatnonzero(~ordered), _draw_unordered), (np.flatnonzero(ordered), _draw_ordered)):
+    has_top_k = top_k_lengths(params.top_k, vocab_size=vocab_size) < EVERYTHING
+    in_order = has_top_k | ((params.top_p < 1.0) & (vocab_size > SMALL_VOCAB))
+    tokens = np.full(len(logits), UNDECIDED, np.int64)
+    for select, way in ((in_order, _draw_from_candidates), (None, _draw_from_rows)):
+        rows = np.flatnonzero(tokens == UNDECIDED if select is None else select)
         if len(rows) == len(logits):
-            return way(logits, highest=highest, params=params)
-        if len(rows):
+            tokens = way(logits, highest=highest, params=params)
+        elif len(rows):
             tokens[rows] = way(logits[rows], highest=highest[rows], params=params.take(rows))
     return tokens
 
@@ -86,48 +94,49 @@ def _first_above(running: Doubles, *, targets: Doubles) -> Ints:
     return indices
 
 
-def _draw_unordered(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
-    """Draw from whole rows: first the column that holds the target, then the token in the column."""
-    least = params.min_p if params.min_p.any() else None
-    weights = softmax_weights(logits, highest=highest, temperatures=params.temperatures, least=least)
-    running = np.cumsum(weights.columns, axis=1)
+def _draw_from_rows(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Draw from whole rows without top-k: first the column that holds the target, then the token in it."""
+    weights = softmax_weights(logits, highest=highest, temperatures=params.temperatures)
+    if (params.top_p < 1.0).any():
+        keep_nucleus(weights, top_p=params.top_p)
+    if params.min_p.any():
+        weights *= weights >= params.min_p[:, None]
+    sums = column_sums(weights)
+    running = np.cumsum(sums, axis=1)
     targets = _targets(params.uniforms, totals=running[:, -1])
     columns = _first_above(running, targets=targets)
     rows = np.arange(len(logits))
-    before = running[rows, columns] - weights.columns[rows, columns]
-    lanes = weights.values.reshape(len(logits), LANES, -1)[rows, :, columns]
-    inside = np.cumsum(lanes, axis=1, dtype=np.float64)
+    before = running[rows, columns] - sums[rows, columns]
+    inside = np.cumsum(weights.reshape(len(logits), LANES, -1)[rows, :, columns], axis=1, dtype=np.float64)
     rest = np.clip(targets - before, 0.0, np.nextafter(inside[:, -1], 0.0))
-    tokens: Ints = _first_above(inside, targets=rest) * weights.columns.shape[1] + columns
+    tokens: Ints = _first_above(inside, targets=rest) * sums.shape[1] + columns
     return tokens
 
 
-def _draw_ordered(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
-    """Draw from the likeliest tokens down, looking at more candidates while some rows need more."""
+def _draw_from_candidates(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Draw from the likeliest tokens down; `UNDECIDED` where a nucleus is larger than a few candidates."""
     vocab_size = logits.shape[1]
-    totals = _totals(logits, highest=highest, params=params)
-    tokens = np.empty(len(logits), np.int64)
+    has_top_k = top_k_lengths(params.top_k, vocab_size=vocab_size) < EVERYTHING
+    totals = np.zeros(len(logits), np.float64)
+    _add_totals(totals, rows=np.flatnonzero(~has_top_k), logits=logits, highest=highest, params=params)
+    tokens = np.full(len(logits), UNDECIDED, np.int64)
     rows = np.arange(len(logits))
-    for num_candidates in (*CANDIDATE_STAGES, vocab_size):
+    for num_candidates in (FEW_CANDIDATES, MANY_CANDIDATES, vocab_size):
         candidates = top_candidates(logits[rows], k=num_candidates)
         kept = _keep(candidates, totals=totals[rows], params=params.take(rows), vocab_size=vocab_size)
         known = kept.lengths <= candidates.num
         tokens[rows[known]] = _pick(candidates, kept=kept, uniforms=params.uniforms[rows])[known]
-        rows = rows[~known]
+        rows = rows[~known & has_top_k[rows]]
         if not len(rows):
             break
     return tokens
 
 
-def _totals(logits: Floats, *, highest: Floats, params: DrawParams) -> Doubles:
-    """[rows]: the mass of the whole row where top-p needs it, else 0."""
-    totals = np.zeros(len(logits), np.float64)
-    rows = np.flatnonzero(top_k_lengths(params.top_k, vocab_size=logits.shape[1]) == EVERYTHING)
+def _add_totals(totals: Doubles, *, rows: Ints, logits: Floats, highest: Floats, params: DrawParams) -> None:
+    """Write the whole mass of some rows into `totals`."""
     if len(rows):
-        whole = logits if len(rows) == len(logits) else logits[rows]
-        weights = softmax_weights(whole, highest=highest[rows], temperatures=params.temperatures[rows])
-        totals[rows] = weights.totals
-    return totals
+        weights = softmax_weights(logits[rows], highest=highest[rows], temperatures=params.temperatures[rows])
+        totals[rows] = column_sums(weights).sum(axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +151,9 @@ class _Kept:
 
 def _keep(candidates: Candidates, *, totals: Doubles, params: DrawParams, vocab_size: int) -> _Kept:
     """Apply top-k, top-p, min-p to the candidates, which may or may not be enough to tell."""
-    spread = (candidates.values - candidates.values[:, :1]).astype(np.float64)
-    weights = np.exp(spread / params.temperatures[:, None])
+    weights = np.subtract(candidates.values, candidates.values[:, :1], dtype=np.float64)
+    weights /= params.temperatures[:, None]
+    np.exp(weights, out=weights)
     mass = np.cumsum(weights, axis=1)
     k_lengths = top_k_lengths(params.top_k, vocab_size=vocab_size)
     last = np.minimum(k_lengths, candidates.num) - 1

@@ -6,14 +6,14 @@ Ranks follow the one order of tokens (logit falling, then id rising), 1 being th
 import numpy as np
 
 from penstock.core.text import TokenLogprob, TokenLogprobs
-from penstock.engine.sampling.vocabulary import Floats, softmax_weights, top_candidates
+from penstock.engine.sampling.vocabulary import Floats, column_sums, softmax_weights, top_candidates
 
 
 def _log_total(row: Floats) -> float:
     """log(sum(exp(row))), natural logarithm."""
     highest = row.max(keepdims=True)
     weights = softmax_weights(row[None], highest=highest, temperatures=np.ones(1))
-    return float(highest[0] + np.log(weights.totals[0]))
+    return float(highest[0] + np.log(column_sums(weights).sum()))
 
 
 def _rank(row: Floats, *, token_id: int) -> int:

@@ -34,9 +34,9 @@ from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.sampling.vocabulary import Floats, Ints
 from penstock.engine.scheduler.plan import NewSequence, SampledToken, SampleSpec, SequenceFailure
 
-CHUNK_ELEMENTS: Final = 1 << 19
-"""Logits worked on at a time (2 MiB): a copy and its weights stay in a core's cache, and no temporary is
-ever as large as the batch's logits."""
+CHUNK_ELEMENTS: Final = 1 << 16
+"""Logits worked on at a time (256 KiB, or one row): temporaries stay in a core's cache and are small enough
+that the allocator keeps their pages; a fresh page costs more than all arithmetic on it."""
 
 Outcome = SampledToken | SequenceFailure
 
