@@ -275,7 +275,9 @@ class SubprocessEngine:
         self._table.fail_all(error)
 
     async def close(self) -> None:
-        """End the engine; requests in flight end with `EngineDeadError`."""
+        """End the engine; requests in flight end with `EngineDeadError`. Closing twice does nothing more."""
+        if self._state == "closed":
+            return
         self._state = "closed"
         self._table.fail_all(EngineDeadError("the server is shutting down", code="shutting_down"))
         if self._process is not None:
@@ -335,7 +337,8 @@ class SubprocessEngine:
             self._started.set_result(None)
 
     def _on_fatal(self, error: PenstockError) -> None:
-        log.error("the engine reported: %s", error.message)
+        if self._info is not None:  # at the first start, `start` raises it
+            log.error("the engine reported: %s", error.message)
         if self._started is not None and not self._started.done():
             self._started.set_exception(error)
 
