@@ -20,6 +20,7 @@ from penstock.engine.supervisor import SubprocessEngine
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.keys import KeyRing
 from penstock.observe.clock import SystemClock
+from penstock.observe.logs import Fanout, RequestLog
 from penstock.observe.metrics import Metrics
 from penstock.server.admin import make_admin_app
 from penstock.server.app import make_app, make_services
@@ -148,10 +149,11 @@ def build_house(
     """
     clock = SystemClock()
     metrics = Metrics([source.name], clock=clock)
+    events = Fanout(metrics, RequestLog())
     catalog = Catalog()
     admins: dict[ModelName, EngineAdmin] = {}
     config = engine_config(settings, model_path=source.path, model_revision=source.revision)
-    engine = SubprocessEngine(config, name=source.name, events=metrics, clock=clock, on_progress=on_progress)
+    engine = SubprocessEngine(config, name=source.name, events=events, clock=clock, on_progress=on_progress)
     services = make_services(
         catalog,
         clock=clock,
@@ -165,7 +167,7 @@ def build_house(
         source,
         catalog=catalog,
         admins=admins,
-        events=metrics,
+        events=events,
         clock=clock,
         chat_template=settings.chat_template,
     )

@@ -53,7 +53,7 @@ def _pool_reason(settings: ServeSettings) -> str:
         return "num_kv_blocks"
     if settings.kv_cache_memory_bytes is not None:
         return "kv_cache_memory_bytes"
-    return "a share of the free memory, at most what max_num_seqs full contexts could use"
+    return "a share of the free memory, or all that max_num_seqs full contexts need"
 
 
 def _asked(value: object, *, otherwise: str) -> str:

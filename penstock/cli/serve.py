@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from typing import Final
 
 from rich.console import Console
 
@@ -11,8 +12,11 @@ from penstock.cli.resolved import resolved_choices
 from penstock.cli.settings import ServeSettings
 from penstock.cli.start_table import LoadingBar, print_address, print_choices
 from penstock.core.ids import ModelName
+from penstock.observe.logs import LogWriter
 from penstock.server import lifecycle
 from penstock.server.lifecycle import Addresses, ServerConfig
+
+PLAIN_WIDTH: Final = 120
 
 log = logging.getLogger("penstock.cli")
 
@@ -23,7 +27,22 @@ def serve_forever(model: str | None, *, settings: ServeSettings) -> int:
     Raises:
         StartupError: the server cannot start like this.
     """
+    writer = LogWriter(level=logging.getLevelNamesMapping()[settings.log_level.upper()])
+    writer.start()
+    try:
+        _serve(model, settings=settings, console=_console())
+    finally:
+        writer.stop()
+    return 0
+
+
+def _console() -> Console:
+    """Standard error; wide enough for the table where no terminal says how wide it is."""
     console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
+
+
+def _serve(model: str | None, *, settings: ServeSettings, console: Console) -> None:
     with LoadingBar(console, model=model or "the embedded model") as bar:
         source = _named(find_model(model, revision=settings.revision, on_progress=bar.update), settings)
         house = build_house(settings, source, on_progress=bar.update)
@@ -42,7 +61,6 @@ def serve_forever(model: str | None, *, settings: ServeSettings) -> int:
                 on_ready=on_ready,
             )
         )
-    return 0
 
 
 def _named(source: ModelSource, settings: ServeSettings) -> ModelSource:

@@ -69,8 +69,6 @@ def curl_line(address: str, *, model: str, has_key: bool) -> str:
 
 def print_address(console: Console, *, address: str, model: str, has_key: bool) -> None:
     """Where the server is and how to ask it; the last thing printed before requests are served."""
-    console.print(
-        f"\nready at {address}  (docs {address}/docs, metrics {address}/metrics)\n", highlight=False
-    )
+    console.print(f"\nready at {address}, documentation at {address}/docs\n", highlight=False, soft_wrap=True)
     line = curl_line(address, model=model, has_key=has_key)
     console.print(line, highlight=False, markup=False, soft_wrap=True)
