@@ -1,0 +1,83 @@
+"""Cost model: it learns a linear law, stays non-negative, forgets and shrugs off outliers."""
+
+import random
+
+import pytest
+
+from penstock.engine.scheduler.cost import CostModel, StepLoad
+
+
+def law(load: StepLoad) -> float:
+    return 0.004 + 0.0001 * load.num_tokens + 0.0002 * load.num_seqs + 1e-6 * load.num_kv_tokens
+
+
+def loads(count: int, seed: int = 0) -> list[StepLoad]:
+    rng = random.Random(seed)
+    return [
+        StepLoad(rng.choice((8, 64, 512)) + rng.randrange(8), rng.randint(1, 64), rng.randrange(30_000))
+        for _ in range(count)
+    ]
+
+
+def test_it_learns_the_law_of_the_steps():
+    model = CostModel()
+    for load in loads(200):
+        model.observe(load, step_time_s=law(load))
+    for load in loads(20, seed=1):
+        assert model.predict(load) == pytest.approx(law(load), rel=0.05)
+
+
+def test_no_coefficient_is_negative_whatever_it_sees():
+    model = CostModel()
+    rng = random.Random(3)
+    for load in loads(100):
+        model.observe(load, step_time_s=rng.random())
+        assert min(model.coefficients) >= 0.0
+
+
+def test_it_follows_a_machine_that_becomes_slower():
+    model = CostModel()
+    for load in loads(200):
+        model.observe(load, step_time_s=law(load))
+    for load in loads(400, seed=2):
+        model.observe(load, step_time_s=3 * law(load))
+    probe = StepLoad(256, 16, 8000)
+    assert model.predict(probe) == pytest.approx(3 * law(probe), rel=0.1)
+
+
+def test_one_hiccup_does_not_shrink_the_batch():
+    model = CostModel()
+    for load in loads(100):
+        model.observe(load, step_time_s=law(load))
+    before = model.token_budget(target_s=0.1, num_seqs=8, num_kv_tokens=1000)
+    model.observe(StepLoad(64, 8, 1000), step_time_s=30.0)
+    after = model.token_budget(target_s=0.1, num_seqs=8, num_kv_tokens=1000)
+    assert after > 0.5 * before
+
+
+def test_the_budget_is_what_still_fits_under_the_target():
+    model = CostModel()
+    for load in loads(300):
+        model.observe(load, step_time_s=law(load))
+    budget = model.token_budget(target_s=0.05, num_seqs=10, num_kv_tokens=5000)
+    assert model.predict(StepLoad(int(budget), 10, 5000)) <= 0.05
+    assert model.predict(StepLoad(int(budget) + 2, 10, 5000)) > 0.05
+
+
+def test_nothing_seen_means_no_bound_and_no_time():
+    model = CostModel()
+    assert model.token_budget(target_s=0.1, num_seqs=1, num_kv_tokens=0) == float("inf")
+    assert model.predict(StepLoad(100, 1, 0)) == 0.0
+
+
+def test_a_target_that_decodes_alone_exceed_leaves_no_budget():
+    model = CostModel()
+    for load in loads(100):
+        model.observe(load, step_time_s=law(load))
+    assert model.token_budget(target_s=0.001, num_seqs=64, num_kv_tokens=0) == 0.0
+
+
+def test_a_step_without_time_teaches_nothing():
+    model = CostModel()
+    model.observe(StepLoad(10, 1, 10), step_time_s=0.0)
+    assert model.coefficients == (0.0, 0.0, 0.0, 0.0)
