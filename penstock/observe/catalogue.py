@@ -159,7 +159,7 @@ METRICS: Final[tuple[Spec, ...]] = (
     _gauge("num_requests_waiting", "Requests that wait to be scheduled."),
     _gauge("num_tokens_waiting", "Tokens of the requests that wait."),
     _gauge("kv_cache_usage_perc", "KV blocks owned by requests over all blocks, 0 to 1."),
-    _gauge("kv_cache_blocks_total", "KV blocks in the pool."),
+    _gauge("kv_cache_blocks", "KV blocks in the pool."),
     _gauge("kv_cache_blocks_owned", "KV blocks owned by requests."),
     _gauge("kv_cache_blocks_cached", "KV blocks kept for prefix hits and owned by nobody."),
     _gauge("kv_cache_waste_ratio", "Owned slots that hold no token over owned slots, after the last step."),

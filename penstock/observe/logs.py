@@ -4,10 +4,13 @@ The event loop only puts records into a bounded queue; when a reader of the log 
 counted, requests never wait. `RequestLog` is the sink that writes one telemetry line per request.
 """
 
+import contextlib
+import json
 import logging
 import queue
 import sys
-from logging.handlers import QueueHandler, QueueListener
+import threading
+from logging.handlers import QueueHandler
 from typing import Final, TextIO
 
 import msgspec
@@ -17,37 +20,34 @@ from penstock.core.ports import EngineEvents, RequestRecord
 from penstock.core.tokens import StepStats
 
 _QUEUE_LINES: Final = 10_000
+_STOP_S: Final = 2.0
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskName"}
-_encode: Final = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; control characters are escaped, fields given by `extra` are kept."""
+    """A record as one line of JSON in ASCII, so that nothing in it can move a terminal.
+
+    Fields given by `extra` are kept.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """The line, without its end; DEL, which JSON leaves alone, is escaped too."""
         line: dict[str, object] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _clean(record.getMessage()),
+            "message": record.getMessage(),
         }
         line |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
         if record.exc_info:
-            line["exception"] = _clean(self.formatException(record.exc_info))
-        return _encode(line).decode()
-
-
-def _clean(text: str) -> str:
-    """Lone surrogates cannot be written; DEL and C1 controls would reach a terminal."""
-    safe = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(f"\\x{ord(each):02x}" if 0x7F <= ord(each) <= 0x9F else each for each in safe)
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str).replace("\x7f", "\\u007f")
 
 
 class _DroppingHandler(QueueHandler):
     """Puts records into the queue, or counts them as dropped."""
 
-    def __init__(self, records: "queue.Queue[logging.LogRecord]") -> None:
+    def __init__(self, records: "queue.Queue[logging.LogRecord | None]") -> None:
         super().__init__(records)
         self.num_dropped = 0
 
@@ -68,11 +68,11 @@ class LogWriter:
 
     def __init__(self, *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
         """Prepare to write to `stream` (standard error if None)."""
-        records: queue.Queue[logging.LogRecord] = queue.Queue(_QUEUE_LINES)
-        writer = logging.StreamHandler(stream or sys.stderr)
-        writer.setFormatter(JsonFormatter())
-        self._handler = _DroppingHandler(records)
-        self._listener = QueueListener(records, writer)
+        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(_QUEUE_LINES)
+        self._writer = logging.StreamHandler(stream or sys.stderr)
+        self._writer.setFormatter(JsonFormatter())
+        self._handler = _DroppingHandler(self._records)
+        self._thread: threading.Thread | None = None
         self._level = level
 
     @property
@@ -87,16 +87,25 @@ class LogWriter:
             logger.addHandler(self._handler)
             logger.setLevel(level)
             logger.propagate = False
-        self._listener.start()
+        self._thread = threading.Thread(target=self._write, name="penstock-log", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        while (record := self._records.get()) is not None:
+            self._writer.handle(record)
 
     def stop(self) -> None:
-        """Write what is left and let the loggers go."""
-        self._listener.stop()
+        """Let the loggers go and write what is left, for two seconds at most."""
         for name in ("penstock", "uvicorn.error"):
             logger = logging.getLogger(name)
             logger.removeHandler(self._handler)
             logger.setLevel(logging.NOTSET)
             logger.propagate = True
+        if self._thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._records.put(None, timeout=_STOP_S)
+            self._thread.join(timeout=_STOP_S)
+            self._thread = None
 
 
 class RequestLog:

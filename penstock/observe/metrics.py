@@ -128,7 +128,7 @@ class Metrics:
         values["num_requests_waiting"] = stats.num_waiting
         values["num_tokens_waiting"] = stats.num_waiting_tokens
         values["kv_cache_usage_perc"] = stats.num_blocks_owned / max(1, stats.num_blocks)
-        values["kv_cache_blocks_total"] = stats.num_blocks
+        values["kv_cache_blocks"] = stats.num_blocks
         values["kv_cache_blocks_owned"] = stats.num_blocks_owned
         values["kv_cache_blocks_cached"] = stats.num_blocks_cached
         values["kv_cache_waste_ratio"] = _waste(stats)

@@ -17,6 +17,13 @@ from penstock.server.services import Call
 Json = dict[str, Any]  # Any: free-form JSON of the OpenAPI standard
 
 _REF: Final = "#/components/schemas/"
+_EVENTS: Final = "text/event-stream"
+_EVENT: Final[Json] = {
+    "description": "data is JSON, or [DONE] after the last event; the event `error` holds an ErrorAnswer.",
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
 _WORDS: Final = {
     400: "A field is wrong; the message names it.",
     401: "No API key, or a wrong one.",
@@ -63,12 +70,12 @@ def _statuses(route: Route) -> set[int]:
 
 
 def _answer_content(document: Document) -> Json:
-    schema: Json = {"type": "string"}
+    schema: Json = {} if document.media_type == "application/json" else {"type": "string"}
     if document.answer is not None:
         schema = {"$ref": _REF + document.answer.__name__}
     content: Json = {document.media_type: {"schema": schema}}
-    if document.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if document.streams or document.media_type == _EVENTS:
+        content[_EVENTS] = {"schema": _EVENT}
     return content
 
 
@@ -103,7 +110,7 @@ def _not_null(schema: Json) -> Json:
     return branches[0] if branches else schema
 
 
-def _operation(route: Route, method: str) -> Json:
+def _operation(route: Route, method: str, *, asks_keys: bool) -> Json:
     operation: Json = {
         "summary": route.document.summary,
         "operationId": f"{method.lower()}_{route.serve.__name__}",
@@ -114,7 +121,7 @@ def _operation(route: Route, method: str) -> Json:
     if method == "POST" and route.body is not None:
         schema = {"$ref": _REF + route.body.__name__}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if route.access is not Access.PUBLIC:
+    if asks_keys and route.access is not Access.PUBLIC:
         operation["security"] = [{"key": []}]
     return operation
 
@@ -131,13 +138,13 @@ def _schemas(routes: tuple[Route, ...]) -> Json:
     return dict(sorted(definitions.items()))
 
 
-def openapi(routes: tuple[Route, ...], *, title: str) -> Json:
-    """The OpenAPI 3.1 document of a table."""
+def openapi(routes: tuple[Route, ...], *, title: str, asks_keys: bool) -> Json:
+    """The OpenAPI 3.1 document of a table; `asks_keys` is false where no key is configured."""
     paths: Json = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
         for method in route.methods:
-            paths.setdefault(path, {})[method.lower()] = _operation(route, method)
+            paths.setdefault(path, {})[method.lower()] = _operation(route, method, asks_keys=asks_keys)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": "1"},
@@ -187,11 +194,11 @@ def page(routes: tuple[Route, ...], *, title: str) -> bytes:
 
 def routes_for(routes: tuple[Route, ...], *, title: str, access: Access) -> tuple[Route, ...]:
     """The two rows that describe a table, themselves included in what they describe."""
-    machine: bytes
+    machine: dict[bool, bytes] = {}
     people: bytes
 
-    async def openapi_json(_: Call) -> Reply | StreamReply:
-        return Reply(body=machine)
+    async def openapi_json(call: Call) -> Reply | StreamReply:
+        return Reply(body=machine[access is Access.ADMIN or not call.services.user_keys.is_empty])
 
     async def docs(_: Call) -> Reply | StreamReply:
         return Reply(body=people, content_type=HTML_TYPE, headers=((b"content-security-policy", _CSP),))
@@ -212,6 +219,8 @@ def routes_for(routes: tuple[Route, ...], *, title: str, access: Access) -> tupl
             document=Document(summary="This API, for people", media_type="text/html"),
         ),
     )
-    machine = msgspec.json.encode(openapi((*routes, *rows), title=title))
+    for asks_keys in (False, True):
+        document = openapi((*routes, *rows), title=title, asks_keys=asks_keys)
+        machine[asks_keys] = msgspec.json.encode(document)
     people = page((*routes, *rows), title=title)
     return rows

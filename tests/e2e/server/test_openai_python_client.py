@@ -106,18 +106,20 @@ async def test_refusals_are_the_sdks_exceptions(client, change, raised):
     ],
 )
 async def test_faults_of_the_server_are_the_sdks_exceptions(error, raised):
-    async with running(FakeModelClient(refusal=error)) as server, AsyncOpenAI(
-        base_url=server.addresses.public + "/v1", api_key="x", max_retries=0
-    ) as client:
+    async with (
+        running(FakeModelClient(refusal=error)) as server,
+        AsyncOpenAI(base_url=server.addresses.public + "/v1", api_key="x", max_retries=0) as client,
+    ):
         with pytest.raises(raised):
             await client.chat.completions.create(model="fake", messages=HELLO)
 
 
 async def test_a_stream_that_fails_raises_the_sdks_error():
     model = FakeModelClient(failure=core.EngineDeadError("x"), fail_after=2)
-    async with running(model) as server, AsyncOpenAI(
-        base_url=server.addresses.public + "/v1", api_key="x", max_retries=0
-    ) as client:
+    async with (
+        running(model) as server,
+        AsyncOpenAI(base_url=server.addresses.public + "/v1", api_key="x", max_retries=0) as client,
+    ):
         stream = await client.chat.completions.create(model="fake", messages=HELLO, stream=True)
         with pytest.raises(openai.APIError, match="restarted"):
             async for _ in stream:

@@ -1,0 +1,81 @@
+"""The API document is true: it names every route and field, and requests made from it never break the server."""
+
+import json
+
+import jsonschema_rs
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+
+from penstock.server.app import PUBLIC_ROUTES, make_app
+from penstock.server.document import openapi
+from penstock.server.limits import Limits
+from tests.fakes.http_server import bench, services_for
+from tests.fakes.model_client import FakeModelClient
+
+DOCUMENT = openapi(PUBLIC_ROUTES, title="Penstock", asks_keys=False)
+
+
+async def test_the_document_is_served_and_names_every_route():
+    async with bench() as b:
+        document = (await b.http.get("/openapi.json")).json()
+        page = await b.http.get("/docs")
+    assert document == json.loads(json.dumps(DOCUMENT))
+    for route in PUBLIC_ROUTES:
+        path = route.path.replace(":path", "")
+        assert set(document["paths"][path]) == {method.lower() for method in route.methods}
+        assert path in page.text
+
+
+async def test_the_page_loads_nothing_and_runs_nothing():
+    async with bench() as b:
+        page = await b.http.get("/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text
+    assert "http" not in page.text.replace("http://127.0.0.1:8000", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["ChatAnswer", "CompletionAnswer", "ErrorAnswer", "ModelList", "PlainAnswer"]
+)
+async def test_answers_fit_their_schemas(name):
+    asked = {
+        "ChatAnswer": (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "logprobs": True},
+        ),
+        "CompletionAnswer": ("/v1/completions", {"prompt": "x", "logprobs": 1}),
+        "ErrorAnswer": ("/v1/completions", {}),
+        "PlainAnswer": ("/generate", {"prompt": "x"}),
+    }
+    async with bench() as b:
+        if name == "ModelList":
+            reply = await b.http.get("/v1/models")
+        else:
+            url, body = asked[name]
+            reply = await b.http.post(url, json=body)
+    wanted = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
+    jsonschema_rs.validate(wanted, reply.json())
+
+
+_model = FakeModelClient()
+_app = make_app(services_for(_model, limits=Limits(thread_bytes_min=1 << 30)))
+schema = schemathesis.openapi.from_asgi("/openapi.json", _app)
+
+
+@schema.parametrize()
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_no_request_made_from_the_document_breaks_the_server(case):
+    _model.requests.clear()
+    response = case.call()
+    assert response.status_code < 500, (case.body, response.text)
+    # Fields that contradict each other (min_tokens beyond max_tokens) fit the schema and are refused rightly.
+    case.validate_response(response, excluded_checks=[schemathesis.checks.positive_data_acceptance])
+    assert _model.num_open == 0
