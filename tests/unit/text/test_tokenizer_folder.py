@@ -5,6 +5,7 @@ import json
 import pytest
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
+from penstock.text.detokenizer import Detokenizer
 from penstock.text.tokenizer import Tokenizer
 from tests.unit.text.tiny_vocabularies import STYLES, make_backend, make_tokenizer, write_folder
 
@@ -125,6 +126,20 @@ def test_token_bytes_are_exact():
     assert spaced.token_bytes(spaced._backend.token_to_id("\u2581")) == b" "
     assert plain.token_bytes(3) == b"<|im_start|>"
     assert plain.token_bytes(10**6) == plain.token_bytes(-1) == plain.token_bytes(2**40) == b""
+
+
+def test_an_added_token_of_a_byte_level_vocabulary_stands_for_its_own_text(tmp_path):
+    config = {"added_tokens_decoder": {"600": {"content": "\u00e9\u0120"}}}
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, tokenizer_config=config))
+    (token_id,) = tokenizer.encode("\u00e9\u0120", add_special_tokens=False)
+    assert tokenizer.token_bytes(token_id) == "\u00e9\u0120".encode()
+
+
+def test_a_token_without_bytes_does_not_begin_the_text():
+    tokenizer = make_tokenizer("llama")
+    ids = [10**6, *tokenizer.encode("hello", add_special_tokens=False)]
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=True, at_start=True)
+    assert "".join(map(detokenizer.push, ids)) == tokenizer.decode(ids) == "hello"
 
 
 def test_all_bytes_of_the_byte_level_alphabet_are_told_apart():
