@@ -13,6 +13,7 @@ from penstock.core.tokens import EngineRequest, StepStats, TokenDelta
 from penstock.engine.kv.block_table import SequenceBlocks
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.kv.prefix_tree import NO_BLOCK, PrefixTree, TreeNode
+from penstock.engine.scheduler.policy import PROMPT_WEIGHT, FairPolicy
 from penstock.engine.scheduler.request import GroupState, SequenceGroup, derive_seed
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.sim.runner import START, draw_token, next_digest, require
@@ -107,6 +108,26 @@ def check_order(
             require(
                 not same_queue or other.arrival_idx > group.arrival_idx, "a younger request started first"
             )
+
+
+def check_fairness(
+    policy: FairPolicy, started: Iterable[SequenceGroup], waiting: Iterable[SequenceGroup]
+) -> None:
+    """Who started belongs to a tenant that had received no more service than any who still waits.
+
+    Compared are counters before the step's own charges, within one tier; whoever is held back for a prefix
+    is exempt.
+    """
+    waiting = [group for group in waiting if not group.num_deferrals]
+    charged: Counter[str] = Counter()
+    for group in started:
+        charged[group.request.tenant_id] += group.num_prompt_tokens - group.num_cached_tokens
+    for group in started:
+        tenant_id = group.request.tenant_id
+        served_before = policy.served(tenant_id) - PROMPT_WEIGHT * charged[tenant_id]
+        for other in waiting:
+            is_passed = other.tier == group.tier and served_before > policy.served(other.request.tenant_id)
+            require(not is_passed, f"{tenant_id} was served before {other.request.tenant_id}, who had less")
 
 
 def check_stats(stats: StepStats) -> None:

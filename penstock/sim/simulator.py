@@ -9,10 +9,12 @@ from penstock.core.ids import RequestId
 from penstock.core.tokens import TokenDelta
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.plan import StepPlan, StepResult
+from penstock.engine.scheduler.policy import FairPolicy
 from penstock.engine.scheduler.request import GroupState, SequenceGroup
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.sim.checkers import (
     AnswerBook,
+    check_fairness,
     check_groups,
     check_order,
     check_pool,
@@ -174,6 +176,9 @@ class Simulator:
         started = [group for group in before if group.state is not GroupState.WAITING]
         by_tenant = self._setting.config.policy == "fair"
         check_order(started, self._waiting(), by_tenant=by_tenant)
+        policy = self._scheduler.policy
+        if isinstance(policy, FairPolicy):
+            check_fairness(policy, started, self._waiting())
 
     def _check(self) -> None:
         groups = self._scheduler.groups

@@ -73,11 +73,11 @@ def make_workload(seed: int) -> Workload:
     rng = random.Random(seed)  # noqa: S311 - a simulation, not a secret
     layout = make_cache_layout(rng.choice(LAYOUTS))
     block_size = rng.choice((1, 2, 4, 4, 8))
-    max_prompt, max_outputs = rng.choice(((12, 6), (24, 8), (40, 12), (8, 30), (4, 40)))
+    max_prompt, max_outputs = rng.choice(((12, 6), (24, 8), (40, 12), (8, 30), (4, 40), (4, 40)))
     longest = num_blocks_needed(
         max_prompt + max_outputs - 1,
         num_shared_tokens=max_prompt,
-        n=rng.choice((1, 2, 3)),
+        n=rng.choice((1, 1, 2, 3)),
         windows=layout.windows,
         block_size=block_size,
     )

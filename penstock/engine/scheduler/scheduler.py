@@ -90,7 +90,7 @@ class Scheduler:
         self._kv = kv
         self._clock = clock
         self._rng = rng
-        self._policy = make_policy(config.policy)
+        self.policy = make_policy(config.policy)
         self._transfers = KvTransfers(connector, kv=kv)
         self.cost = CostModel()
         self._limits = AdmissionLimits(
@@ -147,7 +147,7 @@ class Scheduler:
         group = self._make_group(request)
         self._groups[request.request_id] = group
         self._num_waiting_tokens += num_prompt_tokens
-        self._policy.add(group)
+        self.policy.add(group)
         if request.max_tokens == 0:
             self._close_answers(group, FinishReason.LENGTH)
             self._end(group)
@@ -182,7 +182,7 @@ class Scheduler:
             request=request,
             arrival_idx=self._num_arrivals,
             arrival_s=self._clock.monotonic(),
-            tier=self._policy.tier_of(int(request.priority)),
+            tier=self.policy.tier_of(int(request.priority)),
             num_prompt_tokens=len(request.prompt_token_ids),
             num_blocks_max=num_blocks_max(request, limits=self._limits),
         )
@@ -379,7 +379,7 @@ class Scheduler:
         self._leave_running(group)
         group.move_to(GroupState.WAITING)
         self._num_waiting_tokens += group.num_prompt_tokens
-        self._policy.push(group)
+        self.policy.push(group)
 
     def _restart_contaminated(self, draft: StepDraft) -> None:
         """Recompute groups that share blocks which a failed sequence computed; not counted as preemption."""
@@ -408,7 +408,7 @@ class Scheduler:
         """
         held_back: list[SequenceGroup] = []
         while draft.num_tokens_left > 0 and len(held_back) < self._config.max_num_seqs:
-            group = self._policy.pop()
+            group = self.policy.pop()
             if group is None:
                 break
             leader = group.live[0]
@@ -423,7 +423,7 @@ class Scheduler:
                 held_back.append(group)
                 break
         for group in held_back:
-            self._policy.push(group)
+            self.policy.push(group)
 
     def _is_held_back(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         blocks = group.live[0].blocks
@@ -498,7 +498,7 @@ class Scheduler:
         draft.counts.num_prefix_hit_tokens += num_hit
         group.first_scheduled_s = self._clock.monotonic()
         group.num_cached_tokens = num_hit
-        self._policy.charge(group, num_prompt_tokens=group.num_prompt_tokens - num_hit)
+        self.policy.charge(group, num_prompt_tokens=group.num_prompt_tokens - num_hit)
 
     def _finish_plan(self, draft: StepDraft) -> StepPlan:
         self._last_step_id += 1
@@ -609,7 +609,7 @@ class Scheduler:
         if ending.keeps_token:
             seq.token_ids.append(sampled.token_id)
             group.num_generated_tokens += 1
-            self._policy.charge(group, num_output_tokens=1)
+            self.policy.charge(group, num_output_tokens=1)
         is_last = ending.finish_reason is not None and len(group.live) == 1
         stats = group.stats(now_s=self._clock.monotonic()) if is_last else None
         self._deltas.append(token_delta(seq, sampled, ending, stats=stats))
@@ -632,13 +632,13 @@ class Scheduler:
     def _end(self, group: SequenceGroup) -> None:
         """The request is over: free all now, or once the step or load under way is done."""
         if group.state is GroupState.WAITING:
-            self._policy.remove(group)
+            self.policy.remove(group)
             self._num_waiting_tokens -= group.num_prompt_tokens
         else:
             self._leave_running(group)
         group.move_to(GroupState.FINISHED)
         del self._groups[group.request.request_id]
-        self._policy.end(group)
+        self.policy.end(group)
         self._closing.append(group)
         self._free_closed()
 

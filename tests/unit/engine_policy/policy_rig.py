@@ -18,9 +18,13 @@ from penstock.sim.clock import VirtualClock
 TokenSource = Callable[[int, int], int]
 
 
-def request(name: str, prompt: list[int], *, max_tokens: int = 4, tenant: str = "t", **kwargs) -> EngineRequest:
+def request(
+    name: str, prompt: list[int], *, max_tokens: int = 4, tenant: str = "t", **kwargs
+) -> EngineRequest:
     """A request; keyword arguments that are not its own are sampling parameters."""
-    own = {key: kwargs.pop(key) for key in ("eos_token_ids", "cache_salt", "adapter_revision") if key in kwargs}
+    own = {
+        key: kwargs.pop(key) for key in ("eos_token_ids", "cache_salt", "adapter_revision") if key in kwargs
+    }
     return EngineRequest(
         request_id=RequestId(name),
         prompt_token_ids=prompt,
@@ -75,7 +79,9 @@ class Rig:
         """Apply a plan with the given outcome."""
         failures = failures or {}
         tokens = [
-            SampledToken(spec.seq_id, token if isinstance(token, int) else token(spec.seq_id, spec.output_idx))
+            SampledToken(
+                spec.seq_id, token if isinstance(token, int) else token(spec.seq_id, spec.output_idx)
+            )
             for entry in plan.sequences
             for spec in entry.samples
             if spec.seq_id not in failures

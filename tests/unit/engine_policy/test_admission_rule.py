@@ -71,9 +71,7 @@ def test_max_tokens_must_be_a_number_here():
 
 
 def queue(num_requests: int, num_tokens: int) -> QueueLoad:
-    return QueueLoad(
-        num_requests=num_requests, num_tokens=num_tokens, max_num_requests=2, max_num_tokens=100
-    )
+    return QueueLoad(num_requests=num_requests, num_tokens=num_tokens, max_num_requests=2, max_num_tokens=100)
 
 
 def test_a_full_queue_says_when_to_come_again():

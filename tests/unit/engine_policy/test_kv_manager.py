@@ -5,7 +5,9 @@ from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager, num_blocks_needed
 
 
-def make_kv(num_blocks: int = 8, windows: tuple[int | None, ...] = (None,), caching: bool = True) -> KvManager:
+def make_kv(
+    num_blocks: int = 8, windows: tuple[int | None, ...] = (None,), caching: bool = True
+) -> KvManager:
     return KvManager(
         make_cache_layout(windows), num_blocks=num_blocks, block_size=4, enable_prefix_caching=caching
     )

@@ -26,7 +26,9 @@ def order(policy: Policy) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fcfs", FcfsPolicy), ("priority", PriorityPolicy), ("fair", FairPolicy)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fcfs", FcfsPolicy), ("priority", PriorityPolicy), ("fair", FairPolicy)]
+)
 def test_a_name_makes_its_policy(name, kind):
     assert isinstance(make_policy(name), kind)
 

@@ -35,7 +35,9 @@ def test_no_block_leaks_over_ten_thousand_requests_of_which_a_third_is_cut_off()
 
 def test_less_than_four_percent_of_owned_slots_hold_no_token():
     """Time average with prompts of 32 to 512 and answers of 16 to 256 tokens."""
-    rig = Rig(num_blocks=2048, block_size=16, max_num_seqs=48, max_num_batched_tokens=2048, max_model_len=1024)
+    rig = Rig(
+        num_blocks=2048, block_size=16, max_num_seqs=48, max_num_batched_tokens=2048, max_model_len=1024
+    )
     rng = random.Random(6)
     for idx in range(120):
         prompt = [rng.randrange(1000) for _ in range(rng.randint(32, 512))]
@@ -73,7 +75,9 @@ def test_every_tenant_without_a_flood_gets_an_equal_share():
 
 
 def test_planning_and_applying_a_step_of_64_decodes_stays_below_a_millisecond():
-    rig = Rig(num_blocks=4096, block_size=16, max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=1024)
+    rig = Rig(
+        num_blocks=4096, block_size=16, max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=1024
+    )
     for idx in range(64):
         rig.add(f"r{idx}", [idx] * 100, max_tokens=200)
     best_s = float("inf")

@@ -1,0 +1,176 @@
+"""The simulator finds bugs: each sabotage of the real code is caught within a few seeds."""
+
+import pytest
+
+from penstock.engine.kv.block_pool import BlockPool
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler import answer, scheduler
+from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
+from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.sim import __main__ as command
+from penstock.sim.simulator import simulate
+from penstock.sim.workload import make_workload
+
+NUM_SEEDS = 120
+
+
+def is_caught() -> bool:
+    for seed in range(NUM_SEEDS):
+        try:
+            simulate(seed)
+        except (AssertionError, LookupError, ValueError):
+            return True
+    return False
+
+
+def forget_to_copy(monkeypatch):
+    monkeypatch.setattr(KvManager, "_shared_partials", lambda self, blocks, *, start: [])
+
+
+def forget_to_zero(monkeypatch):
+    monkeypatch.setattr(BlockPool, "take_blocks_to_zero", lambda self: [])
+
+
+def leak_a_block(monkeypatch):
+    original = KvManager._release_all
+
+    def leaky(self, blocks):
+        if blocks.num_blocks > 3:
+            blocks.tables[0].pop()
+            blocks.tables[0].append(-1)
+        original(self, blocks)
+
+    monkeypatch.setattr(KvManager, "_release_all", leaky)
+
+
+def free_the_window_too_early(monkeypatch):
+    original = KvManager.free_behind_window
+
+    def early(self, blocks, *, num_computed_tokens):
+        original(self, blocks, num_computed_tokens=num_computed_tokens + self.block_size)
+
+    monkeypatch.setattr(KvManager, "free_behind_window", early)
+
+
+def mix_up_prefixes(monkeypatch):
+    monkeypatch.setattr(
+        "penstock.engine.kv.block_table.block_keys",
+        lambda ids, *, block_size: [bytes([sum(ids) % 2])] * (len(ids) // block_size),
+    )
+
+
+def release_parents_first(monkeypatch):
+    def wrong(self, blocks):
+        for table in blocks.tables:
+            for block in table:
+                if block != -1:
+                    self.pool.release(block)
+            table.clear()
+        blocks.heads[:] = [0] * len(blocks.heads)
+
+    monkeypatch.setattr(KvManager, "_release_all", wrong)
+
+
+def end_twice(monkeypatch):
+    original = Scheduler._end_failed
+
+    def twice(self, failures):
+        failures = list(failures)
+        original(self, failures)
+        self._deltas.extend(self._deltas[-1:] if failures else [])
+
+    monkeypatch.setattr(Scheduler, "_end_failed", twice)
+
+
+def serve_the_youngest(monkeypatch):
+    def pop(self):
+        youngest = max((entry for entry in self._heap if entry[0] in self._members), default=None)
+        if youngest is None:
+            return None
+        self.remove(youngest[1])
+        return youngest[1]
+
+    monkeypatch.setattr(ArrivalQueue, "pop", pop)
+
+
+def serve_who_had_most(monkeypatch):
+    def pop(self):
+        tier = min((key[0] for key in self._queues), default=None)
+        keys = [key for key in self._queues if key[0] == tier]
+        if not keys:
+            return None
+        key = max(keys, key=lambda key: self._served[key[1]])
+        group = self._queues[key].pop()
+        self._renew_entry(key)
+        return group
+
+    monkeypatch.setattr(FairPolicy, "pop", pop)
+
+
+def free_while_in_flight(monkeypatch):
+    monkeypatch.setattr(scheduler.SequenceGroup, "is_busy", property(lambda self: False))
+
+
+def ignore_the_limit_of_preemptions(monkeypatch):
+    monkeypatch.setattr(Scheduler, "_is_protected", lambda self, group: False)
+
+
+def cut_answers_short(monkeypatch):
+    original = answer.judge_token
+
+    def short(seq, token_id, *, max_model_len):
+        return original(seq, token_id, max_model_len=max_model_len - 1)
+
+    monkeypatch.setattr(scheduler, "judge_token", short)
+
+
+def keep_bad_blocks_in_the_tree(monkeypatch):
+    monkeypatch.setattr(KvManager, "_taint", lambda self, blocks: None)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        forget_to_copy,
+        forget_to_zero,
+        leak_a_block,
+        free_the_window_too_early,
+        mix_up_prefixes,
+        release_parents_first,
+        end_twice,
+        serve_the_youngest,
+        serve_who_had_most,
+        free_while_in_flight,
+        ignore_the_limit_of_preemptions,
+        cut_answers_short,
+        keep_bad_blocks_in_the_tree,
+    ],
+)
+def test_a_sabotage_is_caught(sabotage, monkeypatch):
+    sabotage(monkeypatch)
+    assert is_caught()
+
+
+def test_a_seed_means_the_same_workload_and_outcome():
+    assert make_workload(7) == make_workload(7)
+    assert simulate(7) == simulate(7)
+
+
+def test_the_seeds_cover_what_they_are_for():
+    settings = [make_workload(seed).setting for seed in range(200)]
+    outcomes = [simulate(seed) for seed in range(60)]
+    assert {setting.config.policy for setting in settings} == {"fcfs", "priority", "fair"}
+    assert any(None not in setting.layout.windows for setting in settings)
+    assert any(setting.overlaps for setting in settings)
+    assert any(setting.has_connector for setting in settings)
+    assert sum(outcome.num_preemptions for outcome in outcomes) > 10
+    assert sum(outcome.num_hit_tokens for outcome in outcomes) > 100
+    assert sum(outcome.num_failures for outcome in outcomes) > 5
+
+
+def test_the_command_replays_a_seed_and_says_how_on_failure(monkeypatch, capsys):
+    assert command.main(["--seed", "3", "--count", "2"]) == 0
+    assert "seed=3" in capsys.readouterr().out
+    forget_to_copy(monkeypatch)
+    assert command.main(["--count", str(NUM_SEEDS)]) == 1
+    assert "replay: python -m penstock.sim --seed" in capsys.readouterr().out
