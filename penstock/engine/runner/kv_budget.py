@@ -3,11 +3,13 @@
 Pure arithmetic: what is free is read by `memory`, what one block costs by `kv_pool`. `engine/build` calls it.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 from penstock.core.errors import StartupError
 from penstock.engine.config import KvConfig, SchedulerConfig
 from penstock.engine.kv.cache_groups import CacheLayout
+from penstock.engine.kv.kv_manager import num_blocks_needed
 
 GIB: Final = 1 << 30
 DEFAULT_BYTES_MAX: Final = 2 * GIB
@@ -17,13 +19,43 @@ MEMORY_SHARE: Final = 0.5
 MIN_BLOCKS: Final = 2
 
 
-def blocks_per_context(layout: CacheLayout, *, block_size: int, max_model_len: int) -> int:
-    """Blocks that one sequence of `max_model_len` tokens owns at most.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvNeeds:
+    """What the model and the limits ask of the pool."""
 
-    A window group is counted like the others: a long prompt may be computed in one chunk, and only then are
-    the blocks behind the window given back.
-    """
-    return len(layout.groups) * -(-max_model_len // block_size)
+    layout: CacheLayout
+    bytes_per_block: int
+    """Of one block in all slabs."""
+    max_model_len: int
+    """Tokens of the longest context, as resolved."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+    @property
+    def blocks_per_context(self) -> int:
+        """Blocks that one sequence of `max_model_len` tokens holds at most, as admission counts them."""
+        return num_blocks_needed(
+            self.max_model_len,
+            num_shared_tokens=0,
+            n=1,
+            windows=self.layout.windows,
+            block_size=self.block_size,
+        )
+
+    @property
+    def least_blocks(self) -> int:
+        """One full context and a block per cache group."""
+        return max(MIN_BLOCKS, self.blocks_per_context + len(self.layout.groups))
+
+    @property
+    def usable_blocks(self) -> int:
+        """What `max_num_seqs` full contexts hold, and in window groups a step's tokens, freed after it."""
+        num_windowed = sum(window is not None for window in self.layout.windows)
+        step_blocks = -(-self.max_num_batched_tokens // self.block_size)
+        return max(
+            self.least_blocks, self.max_num_seqs * self.blocks_per_context + num_windowed * step_blocks
+        )
 
 
 def resolve_num_blocks(
@@ -43,7 +75,7 @@ def resolve_num_blocks(
 
     Args:
         config: what was asked for.
-        scheduler: its `max_num_seqs` bounds what can be used.
+        scheduler: its `max_num_seqs` and `max_num_batched_tokens` bound what can be used.
         layout: how layers share blocks.
         bytes_per_block: of one block in all slabs.
         free_memory_bytes: what could be allocated now, or None if unknown.
@@ -53,33 +85,54 @@ def resolve_num_blocks(
         At least one full context and one block per cache group.
 
     Raises:
-        StartupError: not even that fits; the message has the numbers.
+        StartupError: not even that fits, or more is asked for than is free; the message has the numbers.
     """
-    per_context = blocks_per_context(layout, block_size=config.block_size, max_model_len=max_model_len)
-    least = max(MIN_BLOCKS, per_context + len(layout.groups))
-    room = _share_of_free(free_memory_bytes, bytes_per_block=bytes_per_block)
+    needs = KvNeeds(
+        layout=layout,
+        bytes_per_block=bytes_per_block,
+        max_model_len=max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        block_size=config.block_size,
+    )
     if config.num_blocks is not None:
-        field, num_blocks = f"num_blocks={config.num_blocks}", config.num_blocks
+        source, num_blocks = f"num_blocks={config.num_blocks}", config.num_blocks
     elif config.kv_cache_memory_bytes is not None:
-        field = f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+        source = f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
         num_blocks = config.kv_cache_memory_bytes // bytes_per_block
     else:
-        field = f"half of the free memory ({free_memory_bytes} bytes)"
-        usable = max(least, scheduler.max_num_seqs * per_context)
-        num_blocks = min(usable, max(least, DEFAULT_BYTES_MAX // bytes_per_block))
-        num_blocks = num_blocks if room is None else min(num_blocks, room)
-    if num_blocks < least:
-        raise StartupError(
-            f"{field} holds {num_blocks} KV blocks, but one context of max_model_len={max_model_len} needs "
-            f"{least} ({least * bytes_per_block} bytes, {bytes_per_block} a block): lower max_model_len or "
-            "give more memory",
-            code="kv_memory",
-            param="num_blocks" if config.num_blocks is not None else "kv_cache_memory_bytes",
-        )
+        source = f"half of the free memory ({free_memory_bytes} bytes)"
+        num_blocks = _default_blocks(needs, free_memory_bytes=free_memory_bytes)
+    param = "num_blocks" if config.num_blocks is not None else "kv_cache_memory_bytes"
+    _check_enough(num_blocks, needs=needs, source=source, param=param)
+    _check_free(num_blocks * bytes_per_block, free_memory_bytes=free_memory_bytes, source=source, param=param)
     return num_blocks
 
 
-def _share_of_free(free_memory_bytes: int | None, *, bytes_per_block: int) -> int | None:
+def _default_blocks(needs: KvNeeds, *, free_memory_bytes: int | None) -> int:
+    capped = max(needs.least_blocks, DEFAULT_BYTES_MAX // needs.bytes_per_block)
+    wanted = min(needs.usable_blocks, capped)
     if free_memory_bytes is None:
-        return None
-    return int(free_memory_bytes * MEMORY_SHARE) // bytes_per_block
+        return wanted
+    return min(wanted, int(free_memory_bytes * MEMORY_SHARE) // needs.bytes_per_block)
+
+
+def _check_enough(num_blocks: int, *, needs: KvNeeds, source: str, param: str) -> None:
+    if num_blocks < needs.least_blocks:
+        raise StartupError(
+            f"{source} holds {num_blocks} KV blocks, but one context of max_model_len={needs.max_model_len} "
+            f"needs {needs.least_blocks} ({needs.least_blocks * needs.bytes_per_block} bytes, "
+            f"{needs.bytes_per_block} a block): lower max_model_len or give more memory",
+            code="kv_memory",
+            param=param,
+        )
+
+
+def _check_free(num_bytes: int, *, free_memory_bytes: int | None, source: str, param: str) -> None:
+    """Pages are touched on demand: too large a pool would end in mid-service, by the kernel's hand."""
+    if free_memory_bytes is not None and num_bytes > free_memory_bytes:
+        raise StartupError(
+            f"{source} asks for {num_bytes} bytes of KV blocks, but only {free_memory_bytes} bytes are free",
+            code="kv_memory",
+            param=param,
+        )

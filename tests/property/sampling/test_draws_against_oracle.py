@@ -47,7 +47,9 @@ def oracle(row, *, temperature, top_k, top_p, min_p, uniform):
     uniform=st.floats(0.0, 1.0, exclude_max=True),
 )
 @settings(max_examples=300, deadline=None)
-def test_top_k_top_p_and_min_p_together_equal_the_sorted_definition(row, temperature, top_k, top_p, min_p, uniform):
+def test_top_k_top_p_and_min_p_together_equal_the_sorted_definition(
+    row, temperature, top_k, top_p, min_p, uniform
+):
     """Exact: both sides do the same float64 arithmetic in the same order."""
     if top_k >= len(row):
         top_k = max(1, len(row) - 1)
@@ -116,7 +118,8 @@ def test_a_token_depends_on_no_neighbour_and_no_order(params, vocab_size, seed, 
     logits = (rng.standard_normal((len(params), vocab_size)) * 3).astype(np.float32)
     sampler = Sampler()
     sampler.add(
-        NewSequence(seq_id=i, params=one, seed=seed + i, prompt_token_ids=[i, 3, 5]) for i, one in enumerate(params)
+        NewSequence(seq_id=i, params=one, seed=seed + i, prompt_token_ids=[i, 3, 5])
+        for i, one in enumerate(params)
     )
     specs = [SampleSpec(i, 4 * i) for i in range(len(params))]
     together = sampler.sample(logits, specs=specs)

@@ -31,9 +31,17 @@ def oracle_kept(row, *, temperature, top_k, top_p, min_p):
 @pytest.mark.parametrize("vocab_size", [50, 300, 9000])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(0.7, 0, 0.9, 0.0), (1.0, 20, 1.0, 0.0), (1.4, 0, 1.0, 0.07), (0.8, 40, 0.85, 0.0), (1.2, 45, 0.95, 0.05)],
+    [
+        (0.7, 0, 0.9, 0.0),
+        (1.0, 20, 1.0, 0.0),
+        (1.4, 0, 1.0, 0.07),
+        (0.8, 40, 0.85, 0.0),
+        (1.2, 45, 0.95, 0.05),
+    ],
 )
-def test_draws_at_every_quantile_are_those_of_the_warped_distribution(vocab_size, temperature, top_k, top_p, min_p):
+def test_draws_at_every_quantile_are_those_of_the_warped_distribution(
+    vocab_size, temperature, top_k, top_p, min_p
+):
     """A CDF over any order of the kept tokens gives each the share of quantiles that is its probability."""
     rng = np.random.default_rng(vocab_size)
     row = (rng.standard_normal(vocab_size) * 3).astype(np.float32)
@@ -70,6 +78,8 @@ def test_the_repetition_penalty_is_theirs(penalty):
     )
     for token_id in answer:
         state.commit(token_id)
-    theirs = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + answer]), torch.tensor(row)[None])
+    theirs = processors.RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([prompt + answer]), torch.tensor(row)[None]
+    )
     alter_row(row, state=state, output_idx=len(answer))
     np.testing.assert_allclose(row, theirs[0].numpy(), rtol=1e-6)

@@ -71,7 +71,14 @@ def test_draws_follow_the_filtered_softmax(kwargs):
 @pytest.mark.parametrize("vocab_size", [10_000, 40_000])
 @pytest.mark.parametrize(
     "kwargs",
-    [{"top_k": 50}, {"top_k": 1000}, {"top_k": 3000, "top_p": 0.9}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.9, "min_p": 0.5}],
+    [
+        {"top_k": 50},
+        {"top_k": 1000},
+        {"top_k": 3000, "top_p": 0.9},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"top_p": 0.9, "min_p": 0.5},
+    ],
     ids=str,
 )
 def test_large_vocabularies_keep_the_same_tokens_by_every_way_of_finding_them(vocab_size, kwargs):

@@ -29,6 +29,8 @@ def test_top_p_does_not_tell_when_the_candidates_hold_too_little_mass():
     assert lengths.tolist() == [EVERYTHING]
 
 
-@pytest.mark.parametrize(("min_p", "kept"), [(0.0, EVERYTHING), (0.25, EVERYTHING), (0.26, 2), (0.5, 2), (1.0, 1)])
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.0, EVERYTHING), (0.25, EVERYTHING), (0.26, 2), (0.5, 2), (1.0, 1)]
+)
 def test_min_p_keeps_what_is_at_least_that_fraction_of_the_likeliest(min_p, kept):
     assert min_p_lengths(WEIGHTS, min_p=np.array([min_p])).tolist() == [kept]

@@ -94,7 +94,9 @@ def test_frequency_penalty_grows_with_each_committed_token():
 
 def test_sampling_changes_neither_logits_nor_states_so_it_can_be_repeated():
     sampler = Sampler()
-    sampler.add([new(1, seed=5, logit_bias={0: 1.0}, repetition_penalty=1.5, prompt=(1,), frequency_penalty=1.0)])
+    sampler.add(
+        [new(1, seed=5, logit_bias={0: 1.0}, repetition_penalty=1.5, prompt=(1,), frequency_penalty=1.0)]
+    )
     logits = np.array([[1, 2, 3, 4]], np.float32)
     before = logits.copy()
     spec = [SampleSpec(1, 7)]
@@ -135,7 +137,9 @@ def test_logprobs_are_of_the_raw_logits_whatever_penalties_and_temperature_do():
     assert outcome.token_id == 1
     assert outcome.logprobs.sampled == TokenLogprob(1, pytest.approx(1 - log_total, abs=1e-6), 2)
     assert [(top.token_id, top.rank) for top in outcome.logprobs.top] == [(0, 1), (1, 2), (2, 3)]
-    assert [top.logprob for top in outcome.logprobs.top] == pytest.approx([2 - log_total] + 2 * [1 - log_total], abs=1e-6)
+    assert [top.logprob for top in outcome.logprobs.top] == pytest.approx(
+        [2 - log_total] + 2 * [1 - log_total], abs=1e-6
+    )
 
 
 def test_rank_of_the_sampled_token_counts_lower_ids_among_equals_first():

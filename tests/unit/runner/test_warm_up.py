@@ -1,0 +1,55 @@
+"""Warm-up runs the largest steps within the limits and leaves nothing behind."""
+
+import pytest
+from fake_model import make_runner
+
+from penstock.engine.runner.warmup import WarmUpLimits, largest_steps
+
+
+def warmed(
+    *, layer_windows=(None,), num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40, max_model_len=1000
+):
+    runner, model = make_runner(layer_windows=layer_windows, num_blocks=num_blocks)
+    held = runner.buffer_bytes
+    runner.warm_up(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len
+    )
+    return runner, model, held
+
+
+def shapes(model):
+    return [(len(batch.groups[0].seq_lens), len(batch.token_ids)) for batch in model.batches]
+
+
+def test_the_largest_chunk_and_the_largest_decode_batch_run_once_each():
+    _, model, _ = warmed()
+    assert shapes(model) == [(1, 40), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_model_len": 10}, [(1, 10), (8, 8)]),
+        ({"num_blocks": 4, "max_num_batched_tokens": 999}, [(1, 16), (4, 4)]),
+        ({"num_blocks": 9, "layer_windows": (None, 4, 4, 4)}, [(1, 8), (2, 2)]),
+    ],
+    ids=str,
+)
+def test_steps_are_cut_to_the_context_and_to_the_pool(limits, expected):
+    _, model, _ = warmed(**limits)
+    assert shapes(model) == expected
+
+
+def test_the_pool_is_clean_and_no_sequence_is_remembered():
+    runner, _, held = warmed(layer_windows=(None, 4))
+    assert not runner._pool._storage.any()
+    assert runner._sampler.num_sequences == 0
+    assert runner.buffer_bytes <= held + 12 * 2 * 64
+
+
+def test_sequences_of_one_step_share_no_block():
+    limits = WarmUpLimits(max_num_seqs=5, max_num_tokens=30, num_groups=3, num_blocks=20, block_size=4)
+    for plan in largest_steps(limits):
+        blocks = [block for seq in plan.sequences for table in seq.block_tables for block in table]
+        assert len(blocks) == len(set(blocks))
+        assert max(blocks) < 20
