@@ -27,6 +27,11 @@ LAYOUTS: Final[tuple[tuple[int | None, ...], ...]] = (
     (4, 9),
     (None, 4, 10),
 )
+SIZES: Final = ((12, 6), (24, 8), (40, 12), (8, 30))
+"""Longest prompt and longest answer, in tokens."""
+STORM_SIZES: Final = (4, 40)
+"""Many short prompts start together and outgrow the pool together."""
+STORM_RATE: Final = 0.3
 IMPOSSIBLE_RATE: Final = 0.05
 
 
@@ -73,11 +78,12 @@ def make_workload(seed: int) -> Workload:
     rng = random.Random(seed)  # noqa: S311 - a simulation, not a secret
     layout = make_cache_layout(rng.choice(LAYOUTS))
     block_size = rng.choice((1, 2, 4, 4, 8))
-    max_prompt, max_outputs = rng.choice(((12, 6), (24, 8), (40, 12), (8, 30), (4, 40), (4, 40)))
+    is_storm = rng.random() < STORM_RATE
+    max_prompt, max_outputs = STORM_SIZES if is_storm else rng.choice(SIZES)
     longest = num_blocks_needed(
         max_prompt + max_outputs - 1,
         num_shared_tokens=max_prompt,
-        n=rng.choice((1, 1, 2, 3)),
+        n=1 if is_storm else rng.choice((1, 2, 3)),
         windows=layout.windows,
         block_size=block_size,
     )
@@ -85,7 +91,7 @@ def make_workload(seed: int) -> Workload:
         rng,
         layout=layout,
         block_size=block_size,
-        num_blocks=max(2, int(longest * rng.choice((1.0, 1.0, 1.3, 2.0, 5.0)))),
+        num_blocks=max(2, int(longest * (1.3 if is_storm else rng.choice((1.0, 1.3, 2.0, 5.0))))),
         max_model_len=max_prompt + max_outputs,
     )
     arrivals = _make_arrivals(rng, setting=setting, max_prompt=max_prompt, max_outputs=max_outputs)
@@ -95,7 +101,7 @@ def make_workload(seed: int) -> Workload:
 def _make_setting(
     rng: random.Random, *, layout: CacheLayout, block_size: int, num_blocks: int, max_model_len: int
 ) -> Setting:
-    max_num_seqs = rng.choice((1, 2, 4, 8))
+    max_num_seqs = rng.choice((1, 2, 4, 8, 8))
     config = SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_seqs, rng.choice((1, 7, 16, 64))),
@@ -103,7 +109,7 @@ def _make_setting(
         step_time_target_ms=rng.choice((1.0, 4.0, 1000.0)),
         max_num_queued_reqs=rng.choice((3, 100, 100, 100)),
         enable_prefix_caching=rng.random() < 0.8,
-        max_preemptions=rng.choice((0, 1, 3)),
+        max_preemptions=rng.choice((0, 1, 3, 3)),
         policy=rng.choice(("fcfs", "priority", "fair")),
     )
     has_faults = rng.random() < 0.3

@@ -259,7 +259,8 @@ class Scheduler:
                 continue
             leader = group.live[0]
             leader.num_computed_tokens += num_tokens
-            group.num_cached_tokens = max(group.num_cached_tokens, leader.num_computed_tokens)
+            if not group.num_preemptions and not group.num_generated_tokens:
+                group.num_cached_tokens = leader.num_computed_tokens
             group.move_to(GroupState.RUNNING)
             self._settle_blocks(leader)
         self._free_closed()
