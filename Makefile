@@ -33,7 +33,7 @@ test: lint type ## Install, lint, type-check and pass every test (about 4 minute
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not node'
 
 test-clients: $(VENV)/.installed-dev ## Tests that need Node.js: the unmodified OpenAI client for JavaScript
-	npm --prefix tests/e2e/clients install --no-audit --no-fund --silent
+	npm --prefix tests/clients/node ci --no-audit --no-fund
 	$(BIN)/python -m pytest -m node
 
 fmt: $(VENV)/.installed-dev ## Format the code and fix what can be fixed

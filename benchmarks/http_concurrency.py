@@ -1,6 +1,6 @@
 """200 concurrent streaming requests over HTTP: none lost, no error; tokens per second, TTFT, ITL.
 
-Every stream must have text, exactly one finish reason, a usage that equals the tokens asked for, and `[DONE]`.
+Every stream must have text, one finish reason, a usage that equals the tokens asked for, and `[DONE]`.
 """
 
 import asyncio
