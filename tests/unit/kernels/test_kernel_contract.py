@@ -1,0 +1,264 @@
+"""Every home computes every operation as plain float64 math does, within a stated tolerance."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.kernels import ops
+from penstock.kernels.batch import KvSlab
+from penstock.kernels.registry import HOMES
+from tests.unit.kernels.attention_case import make_case
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""A few roundings of values of order 1: float32 keeps 24 bits, bfloat16 8."""
+EXACT = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+"""The reference rounds once: half a unit in the last place of values up to about 4."""
+
+
+@pytest.fixture(params=list(HOMES))
+def kernels(request: pytest.FixtureRequest) -> ops.KernelSet:
+    return HOMES[request.param].build()
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def rand(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(got: Tensor, expected: Tensor, kernels: ops.KernelSet, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype
+    tolerance = (EXACT if kernels.name == "reference" else TOLERANCE)[dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_divides_by_root_mean_square(
+    kernels: ops.KernelSet, dtype: torch.dtype, offset: float
+) -> None:
+    x, weight = rand(5, 3, 24, dtype=dtype), rand(24, dtype=dtype, seed=1)
+    got = ops.rms_norm(kernels, x, weight, eps=1e-5, weight_offset=offset)
+    check(got, plain_rms_norm(x, weight, 1e-5, offset), kernels, dtype)
+
+
+def test_add_rms_norm_returns_norm_and_sum_and_keeps_its_inputs(
+    kernels: ops.KernelSet, dtype: torch.dtype
+) -> None:
+    x, residual, weight = (rand(7, 24, dtype=dtype, seed=i) for i in range(3))
+    weight = weight[0]
+    kept = residual.clone()
+    normed, summed = ops.add_rms_norm(kernels, x, residual, weight, eps=1e-5)
+    assert torch.equal(residual, kept)
+    assert torch.equal(summed, x + residual)
+    check(normed, plain_rms_norm(x + residual, weight, 1e-5, 0.0), kernels, dtype)
+
+
+def test_layer_norm_centres_and_scales(kernels: ops.KernelSet, dtype: torch.dtype) -> None:
+    x, weight, bias = rand(6, 20, dtype=dtype), rand(20, dtype=dtype, seed=1), rand(20, dtype=dtype, seed=2)
+    wide = x.double()
+    expected = (wide - wide.mean(-1, keepdim=True)) / (
+        wide.var(-1, keepdim=True, unbiased=False) + 1e-5
+    ).sqrt()
+    check(
+        ops.layer_norm(kernels, x, weight, bias, eps=1e-5),
+        expected * weight.double() + bias.double(),
+        kernels,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 4, 2])
+def test_rope_turns_pairs_half_a_rotated_part_apart(
+    kernels: ops.KernelSet, dtype: torch.dtype, rotary_dim: int
+) -> None:
+    x, angles = rand(5, 3, 8, dtype=dtype), rand(5, rotary_dim // 2, dtype=torch.float32, seed=1)
+    expected = x.double().clone()
+    for i in range(rotary_dim // 2):
+        a, b = x[..., i].double(), x[..., i + rotary_dim // 2].double()
+        cos, sin = (f(angles[:, i].double())[:, None] for f in (torch.cos, torch.sin))
+        expected[..., i], expected[..., i + rotary_dim // 2] = a * cos - b * sin, b * cos + a * sin
+    check(ops.rope(kernels, x, angles.cos(), angles.sin()), expected, kernels, dtype)
+
+
+def test_silu_and_mul(kernels: ops.KernelSet, dtype: torch.dtype) -> None:
+    gate, up = rand(5, 33, dtype=dtype), rand(5, 33, dtype=dtype, seed=1)
+    expected = gate.double() / (1 + (-gate.double()).exp()) * up.double()
+    check(ops.silu_and_mul(kernels, gate, up), expected, kernels, dtype)
+
+
+def plain_gelu(x: Tensor, *, tanh: bool) -> Tensor:
+    x = x.double()
+    if tanh:
+        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gelu_and_gelu_and_mul(kernels: ops.KernelSet, dtype: torch.dtype, tanh: bool) -> None:
+    gate, up = rand(5, 33, dtype=dtype), rand(5, 33, dtype=dtype, seed=1)
+    check(ops.gelu(kernels, gate, tanh=tanh), plain_gelu(gate, tanh=tanh), kernels, dtype)
+    expected = plain_gelu(gate, tanh=tanh) * up.double()
+    check(ops.gelu_and_mul(kernels, gate, up, tanh=tanh), expected, kernels, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_multiplies_by_the_transposed_weight(
+    kernels: ops.KernelSet, dtype: torch.dtype, rows: int, with_bias: bool
+) -> None:
+    x, weight = rand(rows, 24, dtype=dtype), rand(24, 10, dtype=dtype, seed=1).t() / 5
+    bias = rand(10, dtype=dtype, seed=2) if with_bias else None
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    check(ops.linear(kernels, x, weight, bias), expected, kernels, dtype)
+
+
+def test_linear_covers_vocabularies_larger_than_its_column_tile(kernels: ops.KernelSet) -> None:
+    x, weight = rand(3, 4, dtype=torch.float32), rand(20_000, 4, dtype=torch.float32, seed=1)
+    check(ops.linear(kernels, x, weight), x.double() @ weight.double().t(), kernels, torch.float32)
+
+
+def test_embedding_takes_rows(kernels: ops.KernelSet, dtype: torch.dtype) -> None:
+    weight = rand(9, 4, dtype=dtype)
+    got = ops.embedding(kernels, torch.tensor([8, 0, 8]), weight)
+    assert torch.equal(got, torch.stack([weight[8], weight[0], weight[8]]))
+    assert got.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_write_kv_stores_each_token_in_its_slot_and_nothing_else(
+    kernels: ops.KernelSet, strided: bool
+) -> None:
+    pool = torch.zeros(3, 2, 4, 2, 5)
+    slab = KvSlab(keys=pool[:, 0], values=pool[:, 1])
+    if not strided:
+        slab = KvSlab(keys=slab.keys.contiguous(), values=slab.values.contiguous())
+    keys, values = rand(2, 2, 5, dtype=torch.float32), rand(2, 2, 5, dtype=torch.float32, seed=1)
+    ops.write_kv(kernels, keys, values, slab, torch.tensor([9, 3]))
+    expected = torch.zeros(2, 3, 4, 2, 5)
+    expected[0, 2, 1], expected[0, 0, 3] = keys[0], keys[1]
+    expected[1, 2, 1], expected[1, 0, 3] = values[0], values[1]
+    assert torch.equal(torch.stack([slab.keys, slab.values]), expected)
+
+
+def plain_moe(x: Tensor, router: Tensor, experts: list[ops.ExpertWeights], shape: ops.MoeShape) -> Tensor:
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for row, token in enumerate(x.double()):
+        probabilities = torch.softmax(router.double() @ token, dim=0)
+        best = sorted(range(len(experts)), key=lambda i: -probabilities[i])[: shape.top_k]
+        total = sum(probabilities[i] for i in best) if shape.renormalize else 1.0
+        for i in best:
+            gate, up = experts[i].gate.double() @ token, experts[i].up.double() @ token
+            hidden = gate / (1 + (-gate).exp()) * up
+            out[row] += probabilities[i] / total * (experts[i].down.double() @ hidden)
+    return out
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("rows", "top_k"), [(1, 1), (9, 2), (3, 4)])
+def test_moe_sums_the_chosen_experts(
+    kernels: ops.KernelSet, dtype: torch.dtype, rows: int, top_k: int, renormalize: bool
+) -> None:
+    x, router = rand(rows, 8, dtype=dtype), rand(4, 8, dtype=dtype, seed=1)
+    experts = [
+        ops.ExpertWeights(
+            gate=rand(6, 8, dtype=dtype, seed=10 + i) / 2,
+            up=rand(6, 8, dtype=dtype, seed=20 + i) / 2,
+            down=rand(8, 6, dtype=dtype, seed=30 + i) / 2,
+        )
+        for i in range(4)
+    ]
+    shape = ops.MoeShape(top_k=top_k, renormalize=renormalize)
+    check(ops.moe(kernels, x, router, experts, shape), plain_moe(x, router, experts, shape), kernels, dtype)
+
+
+def test_copy_blocks_reads_all_before_it_writes(kernels: ops.KernelSet) -> None:
+    pool = torch.arange(5.0)[:, None].repeat(1, 3)
+    ops.copy_blocks(kernels, pool, torch.tensor([0, 3]), torch.tensor([3, 4]))
+    assert pool[:, 0].tolist() == [0, 1, 2, 0, 3]
+
+
+def test_zero_blocks_clears_nan(kernels: ops.KernelSet) -> None:
+    pool = torch.full((3, 2), torch.nan)
+    ops.zero_blocks(kernels, pool, torch.tensor([2, 0]))
+    assert pool.nan_to_num(7.0).tolist() == [[0, 0], [7, 7], [0, 0]]
+
+
+MIXES = {
+    "one decode": [(1, 9)],
+    "decodes of many lengths": [(1, length) for length in (1, 4, 5, 30, 31, 70, 8, 12)],
+    "whole prompts": [(5, 5), (12, 12), (1, 1), (8, 8)],
+    "chunks that continue a prefix": [(3, 11), (7, 20), (4, 12)],
+    "all at once": [(6, 6), (1, 17), (5, 21), (1, 3), (16, 40), (1, 64)],
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("mix", list(MIXES))
+def test_paged_attention_equals_dense_attention(
+    kernels: ops.KernelSet, dtype: torch.dtype, mix: str, window: int | None, softcap: float | None
+) -> None:
+    """Ragged lengths, blocks out of order, prefixes, windows and caps; unseen slots hold NaN."""
+    case = make_case(MIXES[mix], window=window, softcap=softcap, dtype=dtype)
+    got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
+    check(got, case.expected, kernels, dtype)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"), [((4, 4), 16, 1), ((6, 1), 5, 16), ((8, 2), 32, 3)]
+)
+def test_paged_attention_serves_all_head_and_block_sizes(
+    kernels: ops.KernelSet, heads: tuple[int, int], head_dim: int, block_size: int
+) -> None:
+    case = make_case(
+        MIXES["all at once"], heads=heads, head_dim=head_dim, block_size=block_size, strided=True
+    )
+    got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
+    check(got, case.expected, kernels, torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_paged_attention_of_random_mixes(kernels: ops.KernelSet, seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = []
+    for _ in range(rng.randint(1, 20)):
+        new = 1 if rng.random() < 0.5 else rng.randint(1, 40)
+        lengths.append((new, new + rng.choice([0, rng.randint(0, 90)])))
+    case = make_case(lengths, window=rng.choice([None, 5, 33]), softcap=rng.choice([None, 3.0]), seed=seed)
+    got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
+    check(got, case.expected, kernels, torch.float32)
+
+
+def test_nan_of_one_sequence_stays_in_its_rows(kernels: ops.KernelSet) -> None:
+    """Padding of a batched call reads the sequence's own blocks only."""
+    case = make_case([(1, 9), (1, 30), (1, 10), (2, 9), (3, 20)])
+    poisoned = case.batch.block_tables[1]
+    case.slab.keys[poisoned[poisoned >= 0].long()] = torch.nan
+    got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
+    assert got[1].isnan().any()
+    rest = [0, *range(2, len(got))]
+    check(got[rest], case.expected[rest], kernels, torch.float32)
+
+
+def test_reference_rows_do_not_depend_on_the_other_rows() -> None:
+    """Bit for bit, for every operation that mixes features; alignment and tile position included."""
+    kernels = HOMES["reference"].build()
+    x, weight = rand(40, 96, dtype=torch.float32), rand(70, 96, dtype=torch.float32, seed=1)
+    whole = ops.linear(kernels, x, weight)
+    normed = ops.rms_norm(kernels, x, weight[0], eps=1e-5)
+    activated = ops.silu_and_mul(kernels, x, x)
+    for start, end in ((0, 1), (3, 20), (17, 40)):
+        part = x[start:end].clone()
+        assert torch.equal(ops.linear(kernels, part, weight), whole[start:end])
+        assert torch.equal(ops.rms_norm(kernels, part, weight[0], eps=1e-5), normed[start:end])
+        assert torch.equal(ops.silu_and_mul(kernels, part, part), activated[start:end])
