@@ -282,11 +282,16 @@ class Scheduler:
         return prefills
 
     def _limit_chunks(self, draft: StepDraft) -> None:
-        """With decodes in the step, cut the budget to what ends within the target; one block at least."""
+        """With decodes in the step, cut the budget to what ends within the target; one block at least.
+
+        Where the decodes alone take more than half of the target (a large model on a slow machine), the step
+        may take twice their time: prompts that only get the crumbs would leave the batch half empty.
+        """
         if not draft.num_decodes:
             return
+        decodes = StepLoad(draft.num_decodes, draft.num_decodes, draft.num_kv_tokens)
         budget = self.cost.token_budget(
-            target_s=self._config.step_time_target_ms / 1000,
+            target_s=max(self._config.step_time_target_ms / 1000, 2 * self.cost.predict(decodes)),
             num_seqs=draft.num_decodes + 1,
             num_kv_tokens=draft.num_kv_tokens,
         )

@@ -69,10 +69,25 @@ def test_the_chunk_is_cut_to_the_time_target_while_others_decode():
 def test_a_chunk_of_one_block_is_always_made():
     rig = Rig(max_num_batched_tokens=64, step_time_target_ms=1.0, num_blocks=64)
     rig.add("a", [1] * 8, max_tokens=30)
-    rig.step(step_time_s=5.0)
+    rig.step(step_time_s=8.0)
+    for _ in range(10):
+        rig.step(step_time_s=1.0)
     rig.add("b", [2] * 40, max_tokens=2)
     plan, _ = rig.step(step_time_s=5.0)
-    assert shape(plan) == [(1, 8, 1), (2, 0, 4)]
+    # Tokens cost 1 s each: twice the decode's time is room for one token beside it.
+    assert shape(plan) == [(1, 18, 1), (2, 0, 4)]
+
+
+def test_where_decodes_alone_miss_the_target_prompts_get_as_much_time_as_they():
+    rig = Rig(max_num_batched_tokens=256, step_time_target_ms=1.0, block_size=4, num_blocks=256)
+    rig.add("a", [1] * 200, max_tokens=40)
+    rig.step(step_time_s=0.1 + 0.2)
+    for _ in range(20):
+        rig.step(step_time_s=0.1)
+    rig.add("b", [2] * 200, max_tokens=2)
+    plan, _ = rig.step(step_time_s=0.2)
+    # A step costs 100 ms and a token 1 ms: about 100 tokens take as long as the decode.
+    assert 80 <= shape(plan)[1][2] <= 120
 
 
 def test_seats_bound_the_number_of_sequences_and_n_counts_n():
