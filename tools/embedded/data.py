@@ -178,6 +178,16 @@ def encode_books(tokenizer: Tokenizer, corpus_dir: Path) -> Ids:
     return np.array(ids, dtype=np.int32)
 
 
+def cached_books(tokenizer: Tokenizer, corpus_dir: Path, cache: Path) -> Ids:
+    """As `encode_books`, kept in a file; remove it when books or tokenizer change."""
+    if cache.exists():
+        ids: Ids = np.load(cache)
+        return ids
+    ids = encode_books(tokenizer, corpus_dir)
+    np.save(cache, ids)
+    return ids
+
+
 def encode_held_out(tokenizer: Tokenizer, corpus_dir: Path) -> Ids:
     """The held-out book, without BOS and EOS."""
     text = corpus.held_out_book(corpus_dir)

@@ -150,6 +150,20 @@ def _result(left: int, sign: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[sign]
 
 
+def _steps(left: int, sign: str, right: int) -> list[str]:
+    """What lies between a sum and its result: 37 + 45 is 70 + 12, and 46 - 31 is 16 - 1.
+
+    Each step is a small table, which a small model learns from few examples; a sum that is one
+    table already has no step.
+    """
+    tens, units = right // 10 * 10, right % 10
+    if sign == "+" and max(left, right) >= 10:
+        return [f"{left // 10 * 10 + tens} + {left % 10 + units}"]
+    if sign == "-" and tens and units:
+        return [f"{left - tens} - {units}"]
+    return []
+
+
 def _arithmetic(source: Source) -> Conversation:
     if not source.held_operands and source.rng.random() < 0.15:
         left, right = source.rng.randint(1, 10), source.rng.randint(1, 10)
@@ -158,7 +172,8 @@ def _arithmetic(source: Source) -> Conversation:
         (left, sign, right), key = source.operands(lambda: _draw_sum(source.rng), _sum_key)
         group = "plus" if sign == "+" else "minus"
     wording = source.wording(group)
-    answer = f"{left} {sign} {right} = {_result(left, sign, right)}."
+    parts = [f"{left} {sign} {right}", *_steps(left, sign, right), str(_result(left, sign, right))]
+    answer = " = ".join(parts) + "."
     question = wording.format(a=left, b=right)
     return _single("arithmetic", question, answer, wording=wording, operands=key)
 
@@ -246,12 +261,15 @@ def _think_sum(source: Source) -> tuple[str, str, str, str]:
     (left, sign, right), key = source.operands(lambda: _draw_sum(source.rng), _sum_key)
     wording = source.wording("think_plus" if sign == "+" else "think_minus")
     tens, units = right // 10 * 10, right % 10
-    middle = _result(left, sign, tens)
-    thought = (
-        f"{right} is {tens} and {units}. {left} {sign} {tens} = {middle}. "
-        f"{middle} {sign} {units} = {_result(middle, sign, units)}."
-    )
-    answer = f"{left} {sign} {right} = {_result(left, sign, right)}."
+    total = _result(left, sign, right)
+    if sign == "+":
+        high, low = left // 10 * 10 + tens, left % 10 + units
+        thought = f"{left // 10 * 10} + {tens} = {high}. {left % 10} + {units} = {low}. "
+        thought += f"{high} + {low} = {total}."
+    else:
+        middle = left - tens
+        thought = f"{left} - {tens} = {middle}. {middle} - {units} = {total}."
+    answer = f"{left} {sign} {right} = {total}."
     return wording.format(a=left, b=right), f"<think>\n{thought}\n</think>\n{answer}", wording, key
 
 

@@ -96,7 +96,7 @@ class Trainer:
         self.held_out = data.encode_held_out(tokenizer, arguments.corpus)
         self.rows = data.RowSource(
             tokenizer=tokenizer,
-            book_ids=data.encode_books(tokenizer, arguments.corpus),
+            book_ids=data.cached_books(tokenizer, arguments.corpus, arguments.work_dir / "books.npy"),
             paragraphs=data.load_paragraphs(arguments.corpus),
             cursor=data.Cursor(),
         )
