@@ -103,7 +103,7 @@ def _entry(path: Path, name: str, fields: object, data_start: int, data_bytes: i
     if not isinstance(fields, dict):
         raise wrong("bad header: expected an object")
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise wrong(f"dtype {str(dtype)[:40]!r} is not known; known: {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or not all(_is_size(item) for item in shape) or len(shape) > 8:
         raise wrong(f"bad shape {str(shape)[:80]}")

@@ -79,7 +79,7 @@ def resolve_model(
         StartupError: it is neither a folder nor a valid id, or the hub has not got it or is out of reach.
     """
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    if name_or_path and folder.is_dir():
         if revision is not None:
             raise StartupError(
                 f"revision is {revision!r}, but {name_or_path!r} is a local folder", param="revision"

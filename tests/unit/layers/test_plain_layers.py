@@ -1,0 +1,67 @@
+"""The layers pass their parameters to the operations they stand for."""
+
+import pytest
+import torch
+
+from penstock.kernels.ops import AttentionShape
+from penstock.kernels.registry import select_kernels
+from penstock.layers.attention import PagedAttention
+from penstock.layers.embedding import Embedding, LmHead
+from penstock.layers.linear import Linear
+from penstock.layers.mlp import Activation, FusedGatedMlp, GatedMlp
+from tests.unit.kernels.attention_case import make_case
+
+KERNELS = select_kernels("eager", device="cpu", dtype=torch.float32)
+
+
+def linear(rows: list[list[float]]) -> Linear:
+    return Linear(kernels=KERNELS, weight=torch.tensor(rows))
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_fused_gate_and_up_are_the_two_halves_of_one_weight_gate_first(activation: Activation) -> None:
+    gate, up, down = [[1.0, 2.0]], [[0.5, -1.0]], [[2.0], [3.0]]
+    x = torch.tensor([[0.3, -0.2], [1.0, 1.0]])
+    apart = GatedMlp(gate=linear(gate), up=linear(up), down=linear(down), activation=activation)
+    fused = FusedGatedMlp(gate_up=linear([*gate, *up]), down=linear(down), activation=activation)
+    assert torch.allclose(apart(x), fused(x))
+
+
+def test_the_three_activations_differ() -> None:
+    gate, up = torch.tensor([[0.7]]), torch.tensor([[1.0]])
+    assert len({float(activation.gated(KERNELS, gate, up)) for activation in Activation}) == 3
+
+
+def test_a_scaled_embedding_rounds_its_factor_to_the_weights_dtype() -> None:
+    """55.4256 becomes 55.5 in bfloat16, as it was when the model was trained."""
+    table = Embedding(kernels=KERNELS, weight=torch.ones(2, 1, dtype=torch.bfloat16))
+    assert table.scaled(torch.tensor([1]), 3072**0.5).item() == 55.5
+
+
+def test_capped_logits_stay_within_the_cap_and_are_float32() -> None:
+    head = LmHead(kernels=KERNELS, weight=torch.tensor([[100.0], [0.0]], dtype=torch.bfloat16), softcap=30.0)
+    logits = head(torch.ones(1, 1, dtype=torch.bfloat16))
+    assert logits.dtype == torch.float32
+    assert logits[0].tolist() == pytest.approx([30 * torch.tanh(torch.tensor(100 / 30)).item(), 0.0])
+
+
+def test_attention_writes_before_it_reads() -> None:
+    """A token sees its own key and value of this step."""
+    from penstock.kernels.batch import ForwardBatch
+
+    case = make_case([(3, 3)])
+    keys, values = (
+        x.flatten(0, 1)[case.batch.slot_mapping].clone() for x in (case.slab.keys, case.slab.values)
+    )
+    case.slab.keys[case.batch.block_tables[0, 0]] = 0
+    batch = ForwardBatch(
+        token_ids=torch.zeros(3, dtype=torch.int64),
+        positions=torch.arange(3),
+        groups=(case.batch,),
+        layer_groups=(0,),
+        layer_slabs=(case.slab,),
+    )
+    layer = PagedAttention(kernels=KERNELS, layer_idx=0, shape=AttentionShape(scale=case.shape.scale))
+    got = layer(case.query, keys, values, batch)
+    assert got.shape == (3, 32)
+    torch.testing.assert_close(got.double(), case.expected.flatten(1), atol=1e-5, rtol=1e-5)
