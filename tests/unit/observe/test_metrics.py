@@ -165,6 +165,15 @@ def test_process_series(metrics):
     assert found[("process_resident_memory_bytes",)] > 1_000_000
 
 
+def test_scraping_without_measure_costs_ten_renderings_a_second(metrics, clock):
+    for _ in range(10):
+        metrics.exposition()
+    metrics.on_error("xyzzy")
+    assert b"xyzzy" not in metrics.exposition()[0]
+    clock.advance(1)
+    assert b"xyzzy" in metrics.exposition()[0]
+
+
 def test_every_metric_of_the_table_is_served_and_nothing_else(metrics):
     text = metrics.exposition()[0].decode()
     served = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
