@@ -4,11 +4,17 @@ It refuses what can never fit, with the numbers; whether there is room now is th
 by `scheduler` in the engine process and by `engine/client` in the API process, which has only `EngineInfo`.
 """
 
+from typing import Final
+
 import msgspec
 
 from penstock.core.errors import InvalidParameterError, QueueFullError
+from penstock.core.params import validate_sampling
 from penstock.core.tokens import EngineInfo, EngineRequest
 from penstock.engine.kv.kv_manager import num_blocks_needed
+
+MAX_TOKEN_IDS: Final = 1 << 32
+"""Keys of the prefix tree take 4 bytes for a token."""
 
 
 class AdmissionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +69,7 @@ def check_admissible(request: EngineRequest, *, limits: AdmissionLimits) -> None
     Raises:
         InvalidParameterError: names the field, its value and the limit.
     """
+    validate_sampling(request.params, vocab_size=limits.vocab_size, allow_zero_max_tokens=True)
     _check_prompt(request, limits=limits)
     _check_length(request, limits=limits)
     if request.params.n > limits.max_num_seqs:
@@ -85,12 +92,13 @@ def _check_prompt(request: EngineRequest, *, limits: AdmissionLimits) -> None:
     token_ids = request.prompt_token_ids
     if not token_ids:
         raise InvalidParameterError("the prompt has 0 tokens, it must have at least 1", param="prompt")
-    top = limits.vocab_size
+    num_ids = MAX_TOKEN_IDS if limits.vocab_size is None else limits.vocab_size
     least, most = min(token_ids), max(token_ids)
-    if least < 0 or (top is not None and most >= top):
-        bad = least if least < 0 else most
-        limit = "at least 0" if top is None else f"from 0 to {top - 1}"
-        raise InvalidParameterError(f"the prompt holds token id {bad}, ids must be {limit}", param="prompt")
+    if least < 0 or most >= num_ids:
+        raise InvalidParameterError(
+            f"the prompt holds token id {least if least < 0 else most}, it must be from 0 to {num_ids - 1}",
+            param="prompt",
+        )
 
 
 def _check_length(request: EngineRequest, *, limits: AdmissionLimits) -> None:

@@ -95,8 +95,8 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
 
     seq_id: SequenceId
     code: str
-    """`numerical_error` for NaN or infinite activations or logits, `step_error` for an exception traced to it,
-    `no_token_allowed` where masks and bans leave none."""
+    """`numerical_error` for NaN or infinite activations or logits, `step_error` for an exception traced
+    to the sequence, `no_token_allowed` where masks and bans leave none."""
     message: str
 
 

@@ -85,7 +85,18 @@ class Scheduler:
         clock: Clock,
         rng: Rng,
         connector: KvConnector | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        """Start with an empty queue.
+
+        Args:
+            config: limits, validated.
+            kv: the pool; the scheduler is its only user.
+            clock: intervals by `monotonic`.
+            rng: seeds of requests that bring none.
+            connector: moves KV in and out of the pool, or None.
+            vocab_size: when given, token ids of requests are checked against it.
+        """
         self._config = config
         self._kv = kv
         self._clock = clock
@@ -99,6 +110,7 @@ class Scheduler:
             num_blocks=kv.pool.num_blocks,
             block_size=kv.block_size,
             windows=kv.windows,
+            vocab_size=vocab_size,
         )
         self._groups: dict[RequestId, SequenceGroup] = {}
         self._running: dict[RequestId, SequenceGroup] = {}
@@ -321,7 +333,8 @@ class Scheduler:
         draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
         place = self._next_place(seq)
         if place is not None:
-            draft.being_computed.add(place)
+            tier = draft.being_computed.get(place, seq.group.tier)
+            draft.being_computed[place] = min(tier, seq.group.tier)
         return num_fit
 
     def _samples(self, seq: Sequence, *, end: int) -> tuple[SampleSpec, ...]:
@@ -409,8 +422,8 @@ class Scheduler:
     def _admit(self, draft: StepDraft) -> None:
         """Start waiting groups in the policy's order until tokens, seats or blocks run out.
 
-        A group whose next block a running one computes in this very step is held back: one step later it
-        finds that block in the tree. It keeps its place; only such groups are passed over.
+        A group whose next block a running one (of no lower tier) computes in this very step is held back:
+        one step later it finds that block in the tree. It keeps its place; only such groups are passed over.
         """
         held_back: list[SequenceGroup] = []
         while draft.num_tokens_left > 0 and len(held_back) < self._config.max_num_seqs:
@@ -436,7 +449,10 @@ class Scheduler:
         if match.num_blocks >= (group.target(group.live[0]) - 1) // self._kv.block_size:
             return False
         parent = match.path[-1] if match.path else blocks.namespace
-        if not blocks.keys or (parent, blocks.keys[match.num_blocks]) not in draft.being_computed:
+        if not blocks.can_cache:
+            return False
+        leader_tier = draft.being_computed.get((parent, blocks.keys[match.num_blocks]))
+        if leader_tier is None or leader_tier > group.tier:
             return False
         if match.num_blocks > group.num_deferred_blocks:
             group.num_deferred_blocks, group.num_deferrals = match.num_blocks, 0

@@ -30,8 +30,8 @@ class StepDraft:
     counts: StepCounts = field(default_factory=StepCounts)
     started: list[SequenceGroup] = field(default_factory=list)
     """Groups that run for the first time."""
-    being_computed: set[PrefixPlace] = field(default_factory=set)
-    """Next block of each prefill in this step."""
+    being_computed: dict[PrefixPlace, int] = field(default_factory=dict)
+    """Next block of each sequence in this step, and the best tier among those that compute it."""
 
     def add(self, seq: Sequence, *, num_tokens: int, samples: tuple[SampleSpec, ...]) -> None:
         """Put the next `num_tokens` of `seq` into the step."""

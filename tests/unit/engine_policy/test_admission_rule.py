@@ -49,6 +49,15 @@ def test_token_ids_are_checked_against_the_vocabulary():
     check_admissible(request("r", [9]), limits=limits)
 
 
+def test_a_token_id_that_no_key_can_hold_is_refused_without_a_vocabulary_too():
+    assert "4294967296" in refusal(prompt=[2**32]).message
+
+
+def test_parameters_are_checked_at_this_door_as_well():
+    assert refusal(prompt=[1], n=0).param == "n"
+    assert refusal(prompt=[1], temperature=float("nan")).param == "temperature"
+
+
 def test_more_answers_than_seats_are_refused():
     assert refusal(prompt=[1], n=5).param == "n"
 

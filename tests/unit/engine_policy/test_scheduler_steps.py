@@ -141,6 +141,15 @@ def test_who_waits_for_a_prefix_is_passed_by_others():
     assert shape(plan) == [(1, 0, 8), (3, 0, 5)]
 
 
+def test_a_higher_tier_does_not_wait_for_the_prefix_of_a_lower_one():
+    rig = Rig(max_num_batched_tokens=12, policy="priority")
+    rig.add("batch", [1] * 16, priority=Priority.BATCH, max_tokens=2)
+    rig.step()
+    rig.add("urgent", [1] * 16, priority=Priority.REALTIME, max_tokens=2)
+    plan, _ = rig.step()
+    assert shape(plan) == [(1, 12, 4), (2, 12, 4)]
+
+
 def test_waiting_for_a_prefix_ends_when_it_brings_nothing(monkeypatch):
     """The leader computes one block in many steps; the follower waits a bounded time only."""
     monkeypatch.setattr("penstock.engine.scheduler.scheduler.MAX_DEFERRALS", 2)
