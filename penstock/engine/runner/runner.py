@@ -72,6 +72,9 @@ class StepHandle:
     failures: Sequence[SequenceFailure]
     sample_order: Sequence[SequenceId]
     """Who draws, in plan order; also the order of `masks`."""
+    finished_seq_ids: Sequence[SequenceId]
+    """Forgotten when the step is collected: the step before it, collected later than this step's launch, may
+    still draw for them."""
     launch_time_s: float
 
 
@@ -144,7 +147,6 @@ class Runner:
                 `MAX_BARREN_STEPS` steps.
         """
         began_s = time.perf_counter()
-        self._sampler.forget(plan.finished_seq_ids)
         self._sampler.add(plan.new_sequences)
         self._pool.zero_blocks(plan.blocks_to_zero)
         self._pool.copy_blocks(plan.block_copies)
@@ -154,6 +156,7 @@ class Runner:
             passes=passes,
             failures=failures,
             sample_order=[spec.seq_id for seq in plan.sequences for spec in seq.samples],
+            finished_seq_ids=plan.finished_seq_ids,
             launch_time_s=time.perf_counter() - began_s,
         )
 
@@ -171,6 +174,7 @@ class Runner:
             samples that could not be computed. Tokens are in plan order.
         """
         began_s = time.perf_counter()
+        self._sampler.forget(handle.finished_seq_ids)
         mask_of = {} if masks is None else dict(zip(handle.sample_order, masks, strict=True))
         outcomes: list[Outcome] = list(handle.failures)
         for done in handle.passes:

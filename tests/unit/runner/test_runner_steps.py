@@ -104,6 +104,15 @@ def test_a_finished_sequence_is_forgotten_and_its_id_is_not_needed_again():
     assert runner.buffer_bytes < held
 
 
+def test_a_sequence_that_ends_while_its_step_is_under_way_is_still_sampled_in_it():
+    runner, _ = make_runner()
+    first = runner.launch(StepPlan(step_id=1, sequences=[seq(1, [4], 0, [4])], new_sequences=[new(1)]))
+    second = runner.launch(StepPlan(step_id=2, sequences=[], finished_seq_ids=[1]))
+    assert tokens(runner.collect(first)) == {1: 5}
+    runner.collect(second)
+    assert runner._sampler.num_sequences == 0
+
+
 def test_masks_belong_to_samples_in_plan_order():
     runner, _ = make_runner()
     masks = np.array([[1 << 3], [1 << 7]], np.int32)
