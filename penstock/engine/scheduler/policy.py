@@ -14,6 +14,7 @@ PROMPT_WEIGHT: Final = 1.0
 OUTPUT_WEIGHT: Final = 2.0
 """An output token costs a whole pass of its own; a prompt token shares one. As in the VTC paper."""
 MAX_IDLE_TENANTS: Final = 4096
+MAX_STALE_ENTRIES: Final = 64
 
 
 class ArrivalQueue:
@@ -216,6 +217,18 @@ class FairPolicy:
         tier, tenant_id = key
         entry = (tier, self._served[tenant_id], head.arrival_idx, self._last_version, tenant_id)
         heapq.heappush(self._order, entry)
+        if len(self._order) > 2 * len(self._queues) + MAX_STALE_ENTRIES:
+            self._drop_stale_entries()
+
+    def _drop_stale_entries(self) -> None:
+        # Entries of a low tier never come to the top while a higher one has work.
+        self._order = [entry for entry in self._order if self._versions.get((entry[0], entry[4])) == entry[3]]
+        heapq.heapify(self._order)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries in the order, stale ones included; for checkers."""
+        return len(self._order)
 
     def pop(self) -> SequenceGroup | None:
         """See `Policy`."""

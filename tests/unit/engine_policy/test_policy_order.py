@@ -134,6 +134,20 @@ def test_counters_of_idle_tenants_are_bounded(monkeypatch):
     assert known == [7, 8, 9]
 
 
+def test_the_order_stays_small_while_a_low_tier_never_runs():
+    policy = FairPolicy()
+    policy.add(group(0, priority=Priority.REALTIME))
+    for idx in range(1, 1000):
+        visitor = group(idx, priority=Priority.BATCH)
+        policy.add(visitor)
+        policy.push(policy.pop())
+        if idx > 1:
+            policy.remove(visitor)
+            policy.end(visitor)
+    assert policy.num_entries < 100
+    assert order(policy) == [0, 1]
+
+
 def test_a_flood_of_one_tenant_leaves_the_other_its_half():
     """Two tenants, one with 20 times the requests: service differs by at most one request."""
     policy = FairPolicy()
