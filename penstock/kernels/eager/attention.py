@@ -25,6 +25,12 @@ def write_kv(keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -
     slab.values.index_put_(slots, values)
 
 
+MIN_WIDE_PIECES = 4
+"""Sequences from which `_decode_bfloat16` wins over the fused attention (measured at 1 and 16)."""
+MAX_WIDE_KV_HEADS = 8
+"""Key/value heads up to which `_decode_bfloat16` wins in spite of its extra work (measured at 2 and 8)."""
+
+
 class Workspace:
     """Memory for gathered blocks, kept between calls: fresh pages for each would cost more than the copy.
 
@@ -94,6 +100,29 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, scale: f
     return out.transpose(1, 2).flatten(0, 1)
 
 
+def _is_wide(bucket: Bucket, keys: Tensor) -> bool:
+    # The extra calls cost a lone sequence 0.1 ms a layer, the extra work costs many heads too much.
+    is_decode = bucket.query_len == 1 and keys.dtype == torch.bfloat16
+    return is_decode and bucket.num_pieces >= MIN_WIDE_PIECES and keys.shape[1] <= MAX_WIDE_KV_HEADS
+
+
+def _decode_bfloat16(query: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, scale: float) -> Tensor:
+    # One matrix product over all heads of a token's keys side by side, N times the work of what is needed
+    # and yet 1.5 to 3 times faster than the fused attention: the gathered keys are read as they lie. Each
+    # query is spread over N times its width, zero but at its own key head: N = 2, G = 1: [a 0], [0 b].
+    pieces, num_kv_heads, num_keys, head_dim = keys.shape
+    spread = query.new_zeros(pieces, num_kv_heads, query.shape[1] // num_kv_heads, num_kv_heads, head_dim)
+    grouped = query.view(pieces, num_kv_heads, -1, head_dim)
+    spread.diagonal(dim1=1, dim2=3).copy_(grouped.permute(0, 2, 3, 1))
+    wide = (pieces, num_keys, num_kv_heads * head_dim)
+    keys, values = keys.transpose(1, 2).reshape(wide), values.transpose(1, 2).reshape(wide)
+    assert bucket.bias is not None
+    scores = torch.baddbmm(bucket.bias[:, 0], spread.flatten(1, 2).flatten(2), keys.mT, alpha=scale)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    out = torch.bmm(weights, values).view_as(spread)
+    return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(query.shape)
+
+
 def _capped(query: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, shape: AttentionShape) -> Tensor:
     # Torch's fused attention knows no soft-cap.
     assert shape.softcap is not None
@@ -119,6 +148,8 @@ def _attend(
     query = query.index_select(0, bucket.rows)
     if shape.softcap is not None:
         out = _capped(query, keys, values, bucket, shape)
+    elif _is_wide(bucket, keys):
+        out = _decode_bfloat16(query, keys, values, bucket, shape.scale)
     else:
         out = _fused(query, keys, values, bucket, shape.scale)
     return out if bucket.keep is None else out.index_select(0, bucket.keep)
