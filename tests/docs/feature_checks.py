@@ -1,0 +1,267 @@
+"""For each request feature: how to ask for it on top of a request, and the law that its run must obey.
+
+`apply(request, alone)` sees the run of the other feature alone, so that a stop string can be taken from its
+text. `check(run, alone, case)` may compare with that run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from penstock.core.ids import ModelName, RequestId
+from penstock.core.params import SamplingParams
+from penstock.core.text import FinishReason, GenerateRequest, Message, Priority
+from tests.docs.feature_engines import CHUNK, FeatureEngine, Run
+from tests.docs.tiny_model import EOS_IDS, VOCAB_SIZE
+
+MAX_TOKENS = 10
+MIN_TOKENS = 4
+PROMPT = "Hello, world"
+BANNED = dict.fromkeys(range(3, VOCAB_SIZE, 2), -100.0)
+BASE = GenerateRequest(
+    request_id=RequestId("base"),
+    model=ModelName("tiny"),
+    prompt=PROMPT,
+    params=SamplingParams(temperature=1.0, seed=11, max_tokens=MAX_TOKENS, ignore_eos=True),
+)
+"""Seeded, so that every run can be repeated; past the end of sequence, so that answers are long enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a check may look at besides the run."""
+
+    request: GenerateRequest
+    names: frozenset[str]
+    engine: FeatureEngine
+    cut_after: int | None
+
+    def again(self, request: GenerateRequest | None = None) -> Run:
+        """Run once more on the same engine."""
+        return self.engine.run(request or self.request, cut_after=self.cut_after)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.cut_after is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behaviour:
+    """How to ask for a feature, and its law."""
+
+    apply: Callable[[GenerateRequest, Run], GenerateRequest]
+    check: Callable[[Run, Run, Case], None]
+
+
+def _with(request: GenerateRequest, **changes: object) -> GenerateRequest:
+    return msgspec.structs.replace(request, params=msgspec.structs.replace(request.params, **changes))
+
+
+def _complete(run: Run, case: Case) -> None:
+    """Every answer ends exactly once, unless the request was cut off."""
+    if not case.is_cut:
+        for index in range(case.request.params.n):
+            assert run.end(index)[0] in {FinishReason.STOP, FinishReason.LENGTH}
+        assert run.usage is not None
+        assert run.usage.completion_tokens >= sum(len(run.tokens(i)) for i in range(case.request.params.n))
+
+
+def _streaming(run: Run, _: Run, case: Case) -> None:
+    if not case.is_cut and len(run.tokens()) > 1:
+        assert sum(delta.index == 0 for delta in run.deltas) > 1
+
+
+def _chat(run: Run, _: Run, case: Case) -> None:
+    if not case.is_cut:
+        assert run.usage is not None
+        assert run.usage.prompt_tokens == case.engine.num_prompt_tokens(case.request)
+
+
+def _n(run: Run, _: Run, case: Case) -> None:
+    assert {delta.index for delta in run.deltas} == {0, 1} or case.is_cut
+
+
+def _logprobs(run: Run, _: Run, case: Case) -> None:
+    for delta in run.deltas:
+        entries = delta.logprobs or ()
+        assert len(entries) == len(delta.token_ids)
+        assert [entry.token_id for entry in entries] == list(delta.token_ids)
+        assert all(entry.logprob <= 0 and len(entry.top) == 2 for entry in entries)
+
+
+def _filters(run: Run, alone: Run, case: Case) -> None:
+    """With top_k=1 every draw is the likeliest token, whatever the temperature."""
+    if case.is_cut or "n" not in case.names:
+        greedy = case.again(_with(case.request, temperature=0.0, top_p=1.0, min_p=0.0, top_k=0))
+        assert run.tokens() == greedy.tokens()
+    else:
+        assert run.tokens(0) == run.tokens(1)
+
+
+def _penalties(run: Run, alone: Run, case: Case) -> None:
+    if not (case.names & {"stop", "stop_token_ids", "min_tokens", "eos"}) and not case.is_cut:
+        assert run.tokens() != alone.tokens()
+    assert run.tokens() == case.again().tokens()
+
+
+def _logit_bias(run: Run, _: Run, case: Case) -> None:
+    assert not set(run.tokens()) & set(BANNED)
+
+
+def _seed(run: Run, alone: Run, case: Case) -> None:
+    assert run.tokens() == case.again().tokens()
+    if not case.is_cut and not case.names & {"filters", "stop", "stop_token_ids", "eos", "min_tokens"}:
+        assert run.tokens() != alone.tokens()
+
+
+def _stop_from(alone: Run) -> str:
+    text = alone.text()
+    return text[4:6] or text[-1:] or "x"
+
+
+def _stop(run: Run, alone: Run, case: Case) -> None:
+    (wanted,) = case.request.params.stop
+    text = run.text().removeprefix(PROMPT if "echo" in case.names else "")
+    if run.end()[1] == wanted:
+        assert run.end()[0] is FinishReason.STOP
+        assert wanted not in text[MIN_TOKENS if "min_tokens" in case.names else 0 :]
+    elif not case.is_cut:
+        assert wanted not in text[MIN_TOKENS if "min_tokens" in case.names else 0 :]
+        assert case.names != {"stop"}
+
+
+def _stop_token_from(alone: Run) -> int:
+    tokens = alone.tokens()
+    return tokens[min(4, len(tokens) - 1)] if tokens else 5
+
+
+def _stop_token_ids(run: Run, alone: Run, case: Case) -> None:
+    allowed_from = MIN_TOKENS if "min_tokens" in case.names else 0
+    for index in range(case.request.params.n):
+        assert not set(run.tokens(index)[allowed_from:]) & set(case.request.params.stop_token_ids)
+        reason, what = run.end(index)
+        if isinstance(what, int):
+            assert reason is FinishReason.STOP
+            assert what in case.request.params.stop_token_ids
+
+
+def _min_tokens(run: Run, _: Run, case: Case) -> None:
+    if case.is_cut:
+        return
+    for index in range(case.request.params.n):
+        tokens = run.tokens(index)
+        assert len(tokens) >= MIN_TOKENS
+        assert not set(tokens[:MIN_TOKENS]) & set(case.request.params.stop_token_ids)
+
+
+def _eos(run: Run, alone: Run, case: Case) -> None:
+    for index in range(case.request.params.n):
+        tokens = run.tokens(index)
+        assert not set(tokens) & set(EOS_IDS)
+        if not case.is_cut and len(tokens) < MAX_TOKENS:
+            assert run.end(index)[0] is FinishReason.STOP
+
+
+def _echo(run: Run, _: Run, case: Case) -> None:
+    for index in range(case.request.params.n):
+        if any(delta.index == index for delta in run.deltas):
+            assert run.text(index).startswith(PROMPT)
+
+
+def _priority(run: Run, alone: Run, case: Case) -> None:
+    assert run.tokens() == alone.tokens()
+
+
+def _cache_salt(run: Run, _: Run, case: Case) -> None:
+    """Under another salt nothing is shared, even straight after the same prompt."""
+    other = case.again(msgspec.structs.replace(case.request, cache_salt=f"{case.request.cache_salt}-other"))
+    if other.usage is not None and "prefix_caching" in case.names:
+        fresh = msgspec.structs.replace(case.request, cache_salt=f"{id(run)}-never-seen")
+        assert (case.again(fresh).usage or other.usage).cached_tokens == 0
+    assert other.tokens() == run.tokens()
+
+
+def _cancel(run: Run, _: Run, case: Case) -> None:
+    """Nothing is owned two steps after a client has left; the engine goes on."""
+    assert len(run.deltas) == case.cut_after or run.end()[0] is not None
+    whole = case.engine.run(case.request)
+    assert whole.num_owned_after == 0
+    assert whole.deltas[: len(run.deltas)] or not run.deltas
+
+
+def _same(request: GenerateRequest, _: Run) -> GenerateRequest:
+    return request
+
+
+def _chat_request(request: GenerateRequest, _: Run) -> GenerateRequest:
+    return msgspec.structs.replace(request, prompt=None, messages=(Message(role="user", content="Hi"),))
+
+
+BEHAVIOURS: dict[str, Behaviour] = {
+    "streaming": Behaviour(apply=_same, check=_streaming),
+    "chat": Behaviour(apply=_chat_request, check=_chat),
+    "n": Behaviour(apply=lambda request, _: _with(request, n=2), check=_n),
+    "logprobs": Behaviour(apply=lambda request, _: _with(request, logprobs=2), check=_logprobs),
+    "filters": Behaviour(
+        apply=lambda request, _: _with(request, temperature=1.7, top_k=1, top_p=0.9, min_p=0.01),
+        check=_filters,
+    ),
+    "penalties": Behaviour(
+        apply=lambda request, _: _with(
+            request, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=10.0
+        ),
+        check=_penalties,
+    ),
+    "logit_bias": Behaviour(apply=lambda request, _: _with(request, logit_bias=BANNED), check=_logit_bias),
+    "seed": Behaviour(apply=lambda request, _: _with(request, seed=29), check=_seed),
+    "stop": Behaviour(apply=lambda request, alone: _with(request, stop=(_stop_from(alone),)), check=_stop),
+    "stop_token_ids": Behaviour(
+        apply=lambda request, alone: _with(
+            request, stop_token_ids=(*request.params.stop_token_ids, _stop_token_from(alone))
+        ),
+        check=_stop_token_ids,
+    ),
+    "min_tokens": Behaviour(
+        apply=lambda request, alone: _with(
+            request,
+            min_tokens=MIN_TOKENS,
+            stop_token_ids=(*request.params.stop_token_ids, *alone.tokens()[:1]),
+        ),
+        check=_min_tokens,
+    ),
+    "eos": Behaviour(apply=lambda request, _: _with(request, ignore_eos=False), check=_eos),
+    "echo": Behaviour(apply=lambda request, _: msgspec.structs.replace(request, echo=True), check=_echo),
+    "priority": Behaviour(
+        apply=lambda request, _: msgspec.structs.replace(request, priority=Priority.BATCH), check=_priority
+    ),
+    "cache_salt": Behaviour(
+        apply=lambda request, _: msgspec.structs.replace(request, cache_salt="mine"), check=_cache_salt
+    ),
+    "cancel": Behaviour(apply=_same, check=_cancel),
+}
+
+
+def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
+    """The law of an engine feature: it is really at work, and changes no token.
+
+    Args:
+        name: the feature.
+        run: with it.
+        plain: the same request on the same kernels and model, without it.
+        case: what ran.
+    """
+    if name == "prefix_caching":
+        again = case.again()
+        assert again.tokens() == run.tokens()
+        assert case.is_cut or (again.usage is not None and again.usage.cached_tokens > 0)
+    if name == "chunked_prefill":
+        assert run.max_step_tokens <= CHUNK
+    if name == "preemption" and not case.is_cut:
+        assert run.num_preemptions > 0
+    if name != "eager_bfloat16" and "eager_bfloat16" not in case.names and name != "sliding_window":
+        assert run.tokens() == plain.tokens()
+        assert case.is_cut or run.end() == plain.end()
+    if name == "sliding_window" and not case.is_cut and "eager_bfloat16" not in case.names:
+        # without the window the same weights say something else once the window is passed
+        assert run.deltas

@@ -1,0 +1,155 @@
+"""The engines that the pairs run on: one for each combination of engine features, kept for the session."""
+
+from collections.abc import Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
+from penstock.cli.model_source import find_model
+from penstock.core.ids import RequestId
+from penstock.core.text import FinishReason, GenerateRequest, Priority, TextDelta, Usage
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from tests.docs.tiny_model import make_tiny_model
+
+BLOCK_SIZE = 4
+WINDOW = 8
+CHUNK = 5
+"""Tokens in a step with `chunked_prefill`: a prompt of 13 takes three steps."""
+FEW_BLOCKS = 16
+"""Blocks with `preemption`: the request and its neighbours need about thirty."""
+FEW_WINDOW_BLOCKS = 11
+"""As `FEW_BLOCKS`, where blocks behind the window are given back."""
+NUM_NEIGHBOURS = 3
+
+
+@dataclass(slots=True)
+class Run:
+    """What one request gave."""
+
+    deltas: list[TextDelta] = field(default_factory=list)
+    usage: Usage | None = None
+    num_preemptions: int = 0
+    num_prefill_steps: int = 0
+    max_step_tokens: int = 0
+    num_owned_after: int = 0
+
+    def text(self, index: int = 0) -> str:
+        return "".join(delta.text for delta in self.deltas if delta.index == index)
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [token for delta in self.deltas if delta.index == index for token in delta.token_ids]
+
+    def end(self, index: int = 0) -> tuple[FinishReason | None, int | str | None]:
+        """Finish reason and stop reason; (None, None) if the answer was cut off."""
+        ends = [(d.finish_reason, d.stop_reason) for d in self.deltas if d.index == index and d.finish_reason]
+        assert len(ends) <= 1, "exactly one terminal delta"
+        return ends[0] if ends else (None, None)
+
+
+class WatchedTotals(StepTotals):
+    """Also remembers the largest step."""
+
+    max_step_tokens = 0
+
+    def on_step(self, _model, stats) -> None:  # type: ignore[no-untyped-def]
+        super().on_step(_model, stats)
+        self.max_step_tokens = max(self.max_step_tokens, stats.num_batched_tokens)
+
+
+class FeatureEngine:
+    """One engine in this process with some engine features on."""
+
+    def __init__(self, folder: Path, features: frozenset[str]) -> None:
+        self._features = features
+        self._thread = LoopThread()
+        self._totals = WatchedTotals()
+        self._num_requests = 0
+        window = WINDOW if "sliding_window" in features else None
+        source = find_model(str(make_tiny_model(folder / f"window-{window}", window=window)))
+        self._local: LocalModel = self._thread.run(
+            open_local_model(source, _config(source.path, features), events=self._totals)
+        )
+
+    def close(self) -> None:
+        self._thread.run(self._local.close())
+        self._thread.close()
+
+    def run(self, request: GenerateRequest, *, cut_after: int | None = None) -> Run:
+        """One request, with neighbours where the engine is short of blocks."""
+        return self._thread.run(self._run(request, cut_after=cut_after))
+
+    def num_prompt_tokens(self, request: GenerateRequest) -> int:
+        """Tokens of the prompt or rendered conversation."""
+        is_text = request.messages is None
+        return len(self._thread.run(self._local.service.tokenize(request, add_special_tokens=is_text)))
+
+    async def _run(self, request: GenerateRequest, *, cut_after: int | None) -> Run:
+        run = Run()
+        preempted = self._totals.num_preemptions
+        self._totals.max_step_tokens = 0
+        neighbours = [await self._generate(each) for each in self._neighbours(request)]
+        async with aclosing(await self._generate(request)) as stream:
+            async for delta in stream:
+                run.deltas.append(delta)
+                run.usage = delta.usage or run.usage
+                if len(run.deltas) == cut_after:
+                    break
+        for each in neighbours:
+            async for _ in each:
+                pass
+        run.num_preemptions = self._totals.num_preemptions - preempted
+        run.max_step_tokens = self._totals.max_step_tokens
+        memory = await self._local.engine.memory()
+        run.num_owned_after = memory.kv_bytes_owned // self._local.info.bytes_per_block
+        return run
+
+    async def _generate(self, request: GenerateRequest):  # type: ignore[no-untyped-def]
+        self._num_requests += 1
+        fresh = msgspec.structs.replace(request, request_id=RequestId(str(self._num_requests)))
+        return await self._local.service.generate(fresh)
+
+    def _neighbours(self, request: GenerateRequest) -> Iterable[GenerateRequest]:
+        if "preemption" not in self._features:
+            return
+        params = msgspec.structs.replace(
+            request.params, n=1, max_tokens=20, ignore_eos=True, stop=(), logprobs=None
+        )
+        params = msgspec.structs.replace(params, stop_token_ids=(), min_tokens=0)
+        for number in range(NUM_NEIGHBOURS):
+            yield GenerateRequest(
+                request_id=request.request_id,
+                model=request.model,
+                prompt=f"neighbour {number}",
+                params=params,
+                priority=Priority.REALTIME,
+            )
+
+
+def _config(path: Path, features: frozenset[str]) -> EngineConfig:
+    is_eager = "eager_bfloat16" in features
+    return EngineConfig(
+        model_path=str(path),
+        dtype="bfloat16" if is_eager else "float32",
+        kernels="eager" if is_eager else "reference",
+        num_threads=1,
+        max_model_len=56,
+        warmup=False,
+        scheduler=SchedulerConfig(
+            max_num_seqs=NUM_NEIGHBOURS + 2,
+            max_num_batched_tokens=CHUNK if "chunked_prefill" in features else 256,
+            enable_prefix_caching="prefix_caching" in features,
+        ),
+        kv=KvConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=_num_blocks(features),
+        ),
+    )
+
+
+def _num_blocks(features: frozenset[str]) -> int:
+    if "preemption" not in features:
+        return 128
+    return FEW_WINDOW_BLOCKS if "sliding_window" in features else FEW_BLOCKS

@@ -1,0 +1,88 @@
+"""A random checkpoint of a few kilobytes with one token for each printable ASCII character."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+SPECIALS = ("<pad>", "<s>", "</s>")
+CHARACTERS = [chr(code) for code in range(0x20, 0x7F)]
+VOCAB_SIZE = len(SPECIALS) + len(CHARACTERS)
+EOS_IDS = [2, *range(3, VOCAB_SIZE, 8)]
+"""A good part of the vocabulary ends an answer, so that short answers meet it."""
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 32, 2, 4, 2, 8, 48
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ".replace(
+    "\n", " "
+)
+
+
+def _weights(*, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 0.3) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    weights = {
+        "model.embed_tokens.weight": normal(VOCAB_SIZE, HIDDEN, scale=1.0),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": normal(VOCAB_SIZE, HIDDEN),
+    }
+    shapes = {
+        "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+        "mlp.gate_proj": (MLP, HIDDEN),
+        "mlp.up_proj": (MLP, HIDDEN),
+        "mlp.down_proj": (HIDDEN, MLP),
+    }
+    for layer in range(LAYERS):
+        for name, shape in shapes.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = normal(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{name}.weight"] = torch.ones(HIDDEN)
+    return weights
+
+
+def _tokenizer() -> Tokenizer:
+    vocab = {text: index for index, text in enumerate([*SPECIALS, *CHARACTERS])}
+    spelled = {("\u0120" if text == " " else text): index for text, index in vocab.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=spelled, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    return tokenizer
+
+
+def make_tiny_model(folder: Path, *, window: int | None = None) -> Path:
+    """Write the checkpoint; with a window it calls itself Mistral."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+        "model_type": "mistral" if window else "llama",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": MLP,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": EOS_IDS,
+        **({"sliding_window": window} if window else {}),
+    }
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_IDS}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    save_file(_weights(seed=5), folder / "model.safetensors")
+    return folder

@@ -1,0 +1,122 @@
+"""Every feature of this version in one table: what is served, what is refused, which pairs exclude each other.
+
+Read by `tools/compatibility` (the page) and by `tests/docs/test_compatibility` (which runs every pair). A new
+feature is a row here, and a way to ask for it and to check it in `tests/docs/feature_checks`.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """One served feature."""
+
+    name: str
+    """Key, and part of test ids."""
+    label: str
+    kind: Literal["request", "engine"]
+    """Asked for by a request, or switched on when the engine starts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedFeature:
+    """One feature that is refused by name wherever it is asked for."""
+
+    name: str
+    """The request field, or the option of the command line and of `LLM`."""
+    label: str
+    kind: Literal["request", "engine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedPair:
+    """Two served features that exclude each other; the message names both words."""
+
+    first: str
+    second: str
+    words: tuple[str, str]
+    reason: str
+
+
+def _request(name: str, label: str) -> Feature:
+    return Feature(name=name, label=label, kind="request")
+
+
+def _engine(name: str, label: str) -> Feature:
+    return Feature(name=name, label=label, kind="engine")
+
+
+FEATURES: Final[tuple[Feature, ...]] = (
+    _request("streaming", "streaming"),
+    _request("chat", "chat template"),
+    _request("n", "n > 1"),
+    _request("logprobs", "logprobs"),
+    _request("filters", "temperature, top_k, top_p, min_p"),
+    _request("penalties", "presence, frequency and repetition penalties"),
+    _request("logit_bias", "logit_bias"),
+    _request("seed", "seed"),
+    _request("stop", "stop strings"),
+    _request("stop_token_ids", "stop_token_ids"),
+    _request("min_tokens", "min_tokens"),
+    _request("eos", "end of sequence (ignore_eos off)"),
+    _request("echo", "echo"),
+    _request("priority", "priorities"),
+    _request("cache_salt", "cache_salt"),
+    _request("cancel", "cancellation"),
+    _engine("prefix_caching", "prefix caching"),
+    _engine("chunked_prefill", "chunked prefill"),
+    _engine("preemption", "preemption"),
+    _engine("sliding_window", "sliding window"),
+    _engine("eager_bfloat16", "kernels eager, bfloat16"),
+)
+"""Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
+
+REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
+    RefusedPair(
+        first="chat",
+        second="echo",
+        words=("echo", "messages"),
+        reason="a conversation has no prompt text to repeat",
+    ),
+    RefusedPair(
+        first="logprobs",
+        second="echo",
+        words=("echo", "logprobs"),
+        reason="the prompt's logprobs are not computed",
+    ),
+)
+
+REFUSED: Final[tuple[RefusedFeature, ...]] = (
+    RefusedFeature(name="response_format", label="JSON output (response_format)", kind="request"),
+    RefusedFeature(name="guided_json", label="guided decoding", kind="request"),
+    RefusedFeature(name="tools", label="tool calls", kind="request"),
+    RefusedFeature(name="reasoning_effort", label="reasoning", kind="request"),
+    RefusedFeature(name="prompt_logprobs", label="prompt logprobs", kind="request"),
+    RefusedFeature(name="use_beam_search", label="beam search", kind="request"),
+    RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
+    RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),
+    RefusedFeature(name="speculative_config", label="speculative decoding", kind="engine"),
+    RefusedFeature(name="quantization", label="quantized weights", kind="engine"),
+    RefusedFeature(name="tensor_parallel_size", label="tensor parallelism", kind="engine"),
+    RefusedFeature(name="gpu_memory_utilization", label="GPU", kind="engine"),
+)
+"""Refused with every served feature, by name."""
+
+
+def served_pairs() -> list[tuple[Feature, Feature]]:
+    """Every pair that runs, in the order of the table; a feature with itself is the feature alone."""
+    refused = {(pair.first, pair.second) for pair in REFUSED_PAIRS}
+    return [
+        (first, second)
+        for index, first in enumerate(FEATURES)
+        for second in FEATURES[index:]
+        if (first.name, second.name) not in refused
+    ]
+
+
+def pair_id(first: str, second: str) -> str:
+    """The id of a pair's test, in the order of the table."""
+    order = [feature.name for feature in FEATURES]
+    low, high = sorted((first, second), key=order.index)
+    return f"{low}+{high}"
