@@ -15,8 +15,9 @@ from penstock.core.errors import InvalidParameterError, NotReadyError, PayloadTo
 from penstock.server.exchange import ClientGoneError
 from penstock.server.limits import Limits
 
-# A string (or the rest of the text, if it never ends), or one bracket. Possessive, hence linear.
-_STRING_OR_BRACKET: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+# A string, or the rest of the text if it never ends. Possessive, hence linear.
+_STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_NO_BRACKET: Final = bytes(set(range(256)) - set(b"[]{}"))
 _SUSPICIOUS_ESCAPE: Final = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _BAD_CHARACTER: Final = re.compile("[\x00\ud800-\udfff]")
 _MAX_PATH_CHARS: Final = 200
@@ -124,14 +125,10 @@ def _check_depth(body: bytes | bytearray, *, limit: int) -> None:
     if body.count(b"[") + body.count(b"{") <= limit:
         return
     depth = 0
-    for match in _STRING_OR_BRACKET.finditer(body):
-        first = body[match.start()]
-        if first in b"[{":
-            depth += 1
-            if depth > limit:
-                _refuse(f"the JSON body is nested deeper than the limit of {limit}")
-        elif first in b"]}":
-            depth -= 1
+    for bracket in _STRING.sub(b"", body).translate(None, _NO_BRACKET):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > limit:
+            _refuse(f"the JSON body is nested deeper than the limit of {limit}")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

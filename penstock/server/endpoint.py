@@ -174,7 +174,8 @@ class Endpoint(Response):
         try:
             if len(raw) < services.limits.thread_bytes_min:
                 return self._parse(raw, model)
-            return await asyncio.to_thread(self._parse, raw, model)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(services.parsers, self._parse, raw, model)
         finally:
             services.budget.free(len(raw))
 

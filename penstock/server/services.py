@@ -1,8 +1,9 @@
 """What the routes may use, joined once at start, and the one call object that each of them gets."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from pydantic import BaseModel
 
@@ -14,6 +15,8 @@ from penstock.gateway.keys import FailureLimit, KeyRing
 from penstock.server.body import BodyBudget
 from penstock.server.exchange import InFlight
 from penstock.server.limits import Limits
+
+_PARSER_THREADS: Final = 2
 
 
 class HttpEvents(Protocol):
@@ -57,6 +60,10 @@ class Gate:
             raise NotReadyError(f"the server is {self.closed_reason}", retry_after_s=self.retry_after_s)
 
 
+def _parsers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="penstock-body")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """Everything that outlives a request."""
@@ -73,6 +80,8 @@ class Services:
     gate: Gate = field(default_factory=Gate)
     in_flight: InFlight = field(default_factory=InFlight)
     budget: BodyBudget
+    parsers: ThreadPoolExecutor = field(default_factory=_parsers)
+    """Reads long bodies; its own, so that they never keep tokenizing from its threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

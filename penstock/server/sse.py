@@ -98,6 +98,8 @@ class EventStream:
         except (ClientGoneError, SlowReaderError) as error:
             on_error(error)
             scope.get("extensions", {}).get(ABORT_EXTENSION, _nothing)()
+            # Lets the transport tell the protocol, which else takes the end of the app for a fault.
+            await asyncio.sleep(0)
             return
         except Exception as error:  # noqa: BLE001  the edge of a request: counted, logged and told to the client
             on_error(error)
