@@ -63,11 +63,11 @@ class TensorEntry:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # parsed JSON, checked by the callers
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice[:80]!r} stands there twice")
+    fields: dict[str, Any] = {}  # as the pairs
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"key {name[:80]!r} stands there twice")
+        fields[name] = value
     return fields
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 from penstock.core.errors import StartupError
 
 ALLOWED_FILES: Final = (
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
     "tokenizer.json",

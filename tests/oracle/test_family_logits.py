@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from penstock.models.loader import load_model
 from tests.oracle.checkpoints import FAMILIES, VARIANTS, tiny_model
@@ -52,6 +53,20 @@ def test_logits_of_chunked_mixed_batches_equal_those_of_transformers(family: str
                 rtol=TOLERANCE,
                 msg=lambda m, name=name, kernels=kernels: f"{kernels} {name}: {m}",
             )
+
+
+def test_gpt2_of_old_exports_without_prefix_and_with_mask_buffers(tmp_path: Path) -> None:
+    """As the first releases on the hub are stored."""
+    oracle = tiny_model("gpt2", vocab_size=VOCAB_SIZE)
+    oracle.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**renamed, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "model.safetensors")
+    tokens = tokens_by_name()["a"]
+    driver = PagedDriver(load_model(tmp_path).model, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(driver.step([("a", tokens)])["a"], expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

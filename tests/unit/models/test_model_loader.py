@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from penstock.core.errors import CheckpointError, StartupError, UnsupportedModelError
+from penstock.models.checkpoint import read_entries
+from penstock.models.llama import LlamaForCausalLM
 from penstock.models.loader import load_model
 from tests.unit.models.safetensors_file import write
 
@@ -81,6 +83,16 @@ def test_dtype_is_the_checkpoints_or_the_one_asked_for(
     loaded = load_model(checkpoint(tmp_path, weights=tensors(stored)), dtype=asked)
     assert loaded.dtype == used
     assert loaded.weights_bytes == NUM_PARAMETERS * used.itemsize
+
+
+def test_weights_of_the_models_dtype_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+    """No second copy: tensors lie in memory as far apart as in the file."""
+    model = load_model(checkpoint(tmp_path)).model
+    assert isinstance(model, LlamaForCausalLM)
+    start = {name: entry.start for name, entry in read_entries(tmp_path / "model.safetensors").items()}
+    apart = start["model.norm.weight"] - start["model.embed_tokens.weight"]
+    assert model.norm.weight.data_ptr() - model.embedding.weight.data_ptr() == apart
+    assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
 
 
 def test_progress_counts_the_bytes_of_the_files_up_to_the_whole(tmp_path: Path) -> None:
