@@ -1,4 +1,4 @@
-"""Every feature of this version in one table: what is served, what is refused, which pairs exclude each other.
+"""Every feature of this version: what is served, what is refused, and which pairs exclude each other.
 
 Read by `tools/compatibility` (the page) and by `tests/docs/test_compatibility` (which runs every pair). A new
 feature is a row here, and a way to ask for it and to check it in `tests/docs/feature_checks`.

@@ -15,7 +15,7 @@ from penstock.core.text import FinishReason, GenerateRequest, Message, Priority
 from tests.docs.feature_engines import CHUNK, FeatureEngine, Run
 from tests.docs.tiny_model import EOS_IDS, VOCAB_SIZE
 
-MAX_TOKENS = 10
+MAX_TOKENS = 8
 MIN_TOKENS = 4
 PROMPT = "Hello, world"
 BANNED = dict.fromkeys(range(3, VOCAB_SIZE, 2), -100.0)
@@ -58,7 +58,7 @@ def _with(request: GenerateRequest, **changes: object) -> GenerateRequest:
     return msgspec.structs.replace(request, params=msgspec.structs.replace(request.params, **changes))
 
 
-def _complete(run: Run, case: Case) -> None:
+def check_complete(run: Run, case: Case) -> None:
     """Every answer ends exactly once, unless the request was cut off."""
     if not case.is_cut:
         for index in range(case.request.params.n):
@@ -254,7 +254,9 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
     if name == "prefix_caching":
         again = case.again()
         assert again.tokens() == run.tokens()
-        assert case.is_cut or (again.usage is not None and again.usage.cached_tokens > 0)
+        if not case.is_cut and "preemption" not in case.names:  # there the neighbours evict what was cached
+            assert again.usage is not None
+            assert again.usage.cached_tokens > 0
     if name == "chunked_prefill":
         assert run.max_step_tokens <= CHUNK
     if name == "preemption" and not case.is_cut:

@@ -9,9 +9,10 @@ import pytest
 from penstock import LLM
 from penstock.cli.refused import refuse_flags
 from penstock.core.errors import InvalidParameterError, PenstockError, StartupError
+from penstock.core.text import GenerateRequest
 from penstock.server.app import PUBLIC_ROUTES
 from penstock.server.validation import validate
-from tests.docs.feature_checks import BASE, BEHAVIOURS, Case, _complete, check_engine_feature
+from tests.docs.feature_checks import BASE, BEHAVIOURS, Case, check_complete, check_engine_feature
 from tests.docs.feature_engines import FeatureEngine, Run
 from tools.features import FEATURES, REFUSED, REFUSED_PAIRS, Feature, RefusedPair, pair_id, served_pairs
 
@@ -35,17 +36,29 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
         each.close()
 
 
+class AloneRuns:
+    """The base request with one request feature, or none, on each engine; run once."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self._made: dict[object, tuple[GenerateRequest, Run]] = {}
+
+    def __call__(
+        self, engine_names: frozenset[str], name: str | None, *, cut_after: int | None
+    ) -> tuple[GenerateRequest, Run]:
+        key = (engine_names, name, cut_after)
+        if key not in self._made:
+            request = BASE
+            if name is not None:
+                base_run = self(engine_names, None, cut_after=None)[1]
+                request = BEHAVIOURS[name].apply(BASE, base_run)
+            self._made[key] = (request, self._engines(engine_names).run(request, cut_after=cut_after))
+        return self._made[key]
+
+
 @pytest.fixture(scope="module")
-def plain_runs(engines: Engines) -> Callable[[frozenset[str]], Run]:
-    """The base request on an engine, run once."""
-    made: dict[frozenset[str], Run] = {}
-
-    def run(features: frozenset[str]) -> Run:
-        if features not in made:
-            made[features] = engines(features).run(BASE)
-        return made[features]
-
-    return run
+def alone_runs(engines: Engines) -> AloneRuns:
+    return AloneRuns(engines)
 
 
 def _ids(pair: tuple[Feature, Feature]) -> str:
@@ -53,31 +66,30 @@ def _ids(pair: tuple[Feature, Feature]) -> str:
 
 
 @pytest.mark.parametrize("pair", served_pairs(), ids=_ids)
-def test_pair(
-    pair: tuple[Feature, Feature], engines: Engines, plain_runs: Callable[[frozenset[str]], Run]
-) -> None:
+def test_pair(pair: tuple[Feature, Feature], engines: Engines, alone_runs: AloneRuns) -> None:
     """Both features keep their law when used together."""
     names = frozenset(feature.name for feature in pair)
-    engine_names, request_names = names & ENGINE_FEATURES, [n for n in REQUEST_FEATURES if n in names]
-    engine = engines(engine_names)
+    engine_names = names & ENGINE_FEATURES
+    request_names = [name for name in REQUEST_FEATURES if name in names]
     cut_after = CUT_AFTER if "cancel" in names else None
-    request, alone = BASE, plain_runs(engine_names)
-    alones: dict[str, Run] = {}
-    for name in request_names:
-        alones[name] = alone
-        request = BEHAVIOURS[name].apply(request, alone)
-        alone = engine.run(request, cut_after=cut_after)
-    if len(request_names) == 2:  # the first one's law compares with the second alone
-        other = BEHAVIOURS[request_names[1]].apply(BASE, plain_runs(engine_names))
-        alones[request_names[0]] = engine.run(other, cut_after=cut_after)
+    first = request_names[0] if request_names else None
+    second = request_names[1] if len(request_names) == 2 else None
+    request, alone_of_second = alone_runs(engine_names, first, cut_after=cut_after)
+    alone_of_first = alone_runs(engine_names, second, cut_after=cut_after)[1]
+    if second is not None:
+        request = BEHAVIOURS[second].apply(request, alone_of_second)
+    engine = engines(engine_names)
     run = engine.run(request, cut_after=cut_after)
     case = Case(request=request, names=names, engine=engine, cut_after=cut_after)
-    _complete(run, case)
-    for name in request_names:
-        BEHAVIOURS[name].check(run, alones[name], case)
+    check_complete(run, case)
+    if first is not None:
+        BEHAVIOURS[first].check(run, alone_of_first, case)
+    if second is not None:
+        BEHAVIOURS[second].check(run, alone_of_second, case)
     for name in engine_names:
-        plain = engines(engine_names - {name}).run(request, cut_after=cut_after)
-        check_engine_feature(name, run, plain, case)
+        check_engine_feature(
+            name, run, engines(engine_names - {name}).run(request, cut_after=cut_after), case
+        )
 
 
 @pytest.mark.parametrize("pair", REFUSED_PAIRS, ids=lambda pair: pair_id(pair.first, pair.second))
