@@ -165,7 +165,7 @@ class KvTransfer(msgspec.Struct, frozen=True, kw_only=True):
     first_block: int
     """Index of the first block moved; those before it stay where they are."""
     block_ids: tuple[list[int], ...]
-    """Per cache group the blocks from `first_block` on; -1 where the group's window has none."""
+    """Per cache group the blocks from `first_block` on."""
 
 
 class KvTransferEnd(msgspec.Struct, frozen=True, array_like=True):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from penstock.core.ports import KvTransfer, KvTransferEnd
-from penstock.engine.kv.prefix_tree import NO_BLOCK
 from penstock.sim.runner import FakeRunner, require
 
 MAX_POLLS: Final = 4
@@ -88,8 +87,6 @@ class FakeConnector:
     def _save(self, transfer: KvTransfer) -> None:
         for idx, key in enumerate(self._keys(transfer)):
             blocks = [table[idx] for table in transfer.block_ids]
-            if NO_BLOCK in blocks:
-                continue
             contents = [self._runner.read_block(block) for block in blocks]
             expected = list(key[1][-self._block_size :])
             require(all(tokens == expected for tokens, _ in contents), "a block changed while it was saved")

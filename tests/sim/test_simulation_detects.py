@@ -8,6 +8,7 @@ from penstock.engine.scheduler import answer, scheduler
 from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.sim import __main__ as command
+from penstock.sim.clock import VirtualClock
 from penstock.sim.simulator import simulate
 from penstock.sim.workload import make_workload
 
@@ -149,6 +150,13 @@ def keep_bad_blocks_in_the_tree(monkeypatch):
 def test_a_sabotage_is_caught(sabotage, monkeypatch):
     sabotage(monkeypatch)
     assert is_caught()
+
+
+def test_virtual_time_moves_only_when_told():
+    clock = VirtualClock()
+    before = clock.wall()
+    clock.advance(1.5)
+    assert (clock.monotonic(), clock.wall() - before) == (1.5, 1.5)
 
 
 def test_a_seed_means_the_same_workload_and_outcome():

@@ -289,8 +289,7 @@ class KvManager:
 
     def _share_block(self, node: TreeNode, *, group: int, table: list[int], block_idx: int) -> None:
         own, shared = table[block_idx], node.blocks[group]
-        if own in (NO_BLOCK, shared):
-            return
+        assert own != NO_BLOCK, "a block enters the tree before it leaves the window"
         if shared == NO_BLOCK:
             self.tree.put_block(node, group, own)
             return

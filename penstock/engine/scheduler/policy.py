@@ -1,7 +1,7 @@
 """The order in which waiting requests are admitted: fcfs, priority, or fair among tenants.
 
 A policy holds the waiting groups and says who is next; it decides neither whether there is room nor what a
-step computes. Called by `scheduler`. All operations are O(log n) amortised; removal is lazy.
+step computes. Called by `scheduler`. All operations are O(log n) amortised but `remove`, which is O(n).
 """
 
 import heapq
@@ -24,9 +24,6 @@ class ArrivalQueue:
         self._heap: list[tuple[int, SequenceGroup]] = []
         self._members: set[int] = set()
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     def push(self, group: SequenceGroup) -> None:
         """Add a group that is not in the queue."""
         assert group.arrival_idx not in self._members, "the group waits already"
@@ -35,8 +32,6 @@ class ArrivalQueue:
 
     def peek(self) -> SequenceGroup | None:
         """The oldest group, or None."""
-        while self._heap and self._heap[0][0] not in self._members:
-            heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
     def pop(self) -> SequenceGroup | None:
@@ -48,7 +43,7 @@ class ArrivalQueue:
         return group
 
     def remove(self, group: SequenceGroup) -> None:
-        """Take a group out, wherever it stands; no-op if it is not there."""
+        """Take a group out, wherever it stands; no-op if it is not there. O(length)."""
         if group.arrival_idx not in self._members:
             return
         self._members.discard(group.arrival_idx)

@@ -284,7 +284,7 @@ class Scheduler:
             needs_fork = group.needs_fork
             for seq in group.active:
                 # Preemption for an earlier one may have taken this group out of the running set meanwhile.
-                if group.state is not GroupState.RUNNING:
+                if group.state is not GroupState.RUNNING or seq.blocks.has_lost_path:
                     break
                 gap = len(seq.token_ids) - seq.num_computed_tokens - seq.num_inflight_tokens
                 if needs_fork or gap > 1 or (gap == 1 and seq.num_outputs == 0):
@@ -401,7 +401,10 @@ class Scheduler:
         self.policy.push(group)
 
     def _restart_contaminated(self, draft: StepDraft) -> None:
-        """Recompute groups that share blocks which a failed sequence computed; not counted as preemption."""
+        """Recompute groups that share blocks which a failed sequence computed; not counted as preemption.
+
+        One that is in flight gets no further work until that step is applied.
+        """
         self._must_recheck_paths = False
         for group in list(self._running.values()):
             if not any(seq.blocks.has_lost_path for seq in group.active):

@@ -203,6 +203,19 @@ def test_who_shares_blocks_of_a_failed_sequence_is_computed_again():
     assert rig.of("sharer")[-1].stats.num_preemptions == 0
 
 
+def test_who_shares_bad_blocks_and_is_in_flight_is_computed_again_after_that_step():
+    rig = Rig(max_num_batched_tokens=6)
+    rig.add("bad", [1] * 5, max_tokens=9)
+    rig.step()
+    rig.add("sharer", [1] * 4 + [3] * 20, max_tokens=2)
+    one, two = rig.scheduler.schedule(), rig.scheduler.schedule()
+    assert [shape(plan) for plan in (one, two)] == [[(1, 5, 1), (2, 4, 5)], [(2, 9, 6)]]
+    rig.finish(one, failures={1: "numerical_error"})
+    assert not rig.scheduler.schedule().has_work
+    rig.finish(two)
+    assert shape(rig.scheduler.schedule()) == [(2, 0, 6)]
+
+
 def test_abort_while_waiting():
     rig = Rig(max_num_seqs=1)
     rig.add("a", [1], max_tokens=5)
