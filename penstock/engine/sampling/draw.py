@@ -1,9 +1,9 @@
 """One draw per row by inverse CDF: filters decide what stays, one uniform number decides what comes.
 
-Rows are drawn by the cheapest way that gives the exact answer. Rows without top-k and top-p need no order:
-one pass of weights. The others look at a bounded number of candidates first, and at more only where those
-do not hold the mass that the row keeps. Which way a row takes depends on that row alone, and sums run one
-token after the other, so the neighbours never matter. `sampler` calls it.
+Rows are drawn by the cheapest way that gives the exact answer: without top-k and top-p by one pass of
+weights, with top-k from a bounded number of candidates, with top-p from candidates where those hold the
+nucleus and else from whole rows. Which way a row takes depends on that row alone, and so does every sum, so
+the neighbours never matter. `sampler` calls it.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from penstock.engine.sampling.vocabulary import (
     top_candidates,
 )
 
-UNDECIDED: Final = -1
 FEW_CANDIDATES: Final = 128
 """Looked at first: they hold the usual top-k and the nucleus of a confident model."""
 MANY_CANDIDATES: Final = 2048
@@ -70,15 +69,19 @@ def draw(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
     Returns:
         [rows] token ids; a token of weight 0 is never drawn.
     """
-    vocab_size = logits.shape[1]
-    has_top_k = top_k_lengths(params.top_k, vocab_size=vocab_size) < EVERYTHING
-    in_order = has_top_k | ((params.top_p < 1.0) & (vocab_size > SMALL_VOCAB))
-    tokens = np.full(len(logits), UNDECIDED, np.int64)
-    for select, way in ((in_order, _draw_from_candidates), (None, _draw_from_rows)):
-        rows = np.flatnonzero(tokens == UNDECIDED if select is None else select)
+    has_top_k = top_k_lengths(params.top_k, vocab_size=logits.shape[1]) < EVERYTHING
+    has_nucleus = ~has_top_k & (params.top_p < 1.0)
+    ways = (
+        (has_top_k, _draw_with_top_k),
+        (has_nucleus, _draw_with_top_p),
+        (~has_top_k & ~has_nucleus, _draw_from_all),
+    )
+    tokens = np.empty(len(logits), np.int64)
+    for select, way in ways:
+        rows = np.flatnonzero(select)
         if len(rows) == len(logits):
-            tokens = way(logits, highest=highest, params=params)
-        elif len(rows):
+            return way(logits, highest=highest, params=params)
+        if len(rows):
             tokens[rows] = way(logits[rows], highest=highest[rows], params=params.take(rows))
     return tokens
 
@@ -94,49 +97,68 @@ def _first_above(running: Doubles, *, targets: Doubles) -> Ints:
     return indices
 
 
-def _draw_from_rows(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
-    """Draw from whole rows without top-k: first the column that holds the target, then the token in it."""
+def _draw_from_all(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Neither top-k nor top-p: whole rows."""
     weights = softmax_weights(logits, highest=highest, temperatures=params.temperatures)
-    if (params.top_p < 1.0).any():
+    return _draw_by_weights(weights, params=params)
+
+
+def _draw_with_top_p(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Top-p without top-k: from a few candidates if they hold the nucleus, else from whole rows."""
+    vocab_size = logits.shape[1]
+    weights = softmax_weights(logits, highest=highest, temperatures=params.temperatures)
+    if vocab_size <= SMALL_VOCAB:
         keep_nucleus(weights, top_p=params.top_p)
+        return _draw_by_weights(weights, params=params)
+    candidates = top_candidates(logits, k=FEW_CANDIDATES)
+    totals = column_sums(weights).sum(axis=1)
+    kept = _keep(candidates, totals=totals, params=params, vocab_size=vocab_size)
+    tokens = _pick(candidates, kept=kept, uniforms=params.uniforms)
+    rows = np.flatnonzero(kept.lengths > candidates.num)
+    if len(rows):
+        spread = weights[rows]
+        keep_nucleus(spread, top_p=params.top_p[rows])
+        tokens[rows] = _draw_by_weights(spread, params=params.take(rows))
+    return tokens
+
+
+def _draw_with_top_k(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
+    """Top-k: from the likeliest tokens down, looking at more candidates while some rows need more."""
+    del highest  # the first candidate
+    vocab_size = logits.shape[1]
+    tokens = np.empty(len(logits), np.int64)
+    rows = np.arange(len(logits))
+    for num_candidates in (FEW_CANDIDATES, MANY_CANDIDATES, vocab_size):
+        candidates = top_candidates(logits[rows], k=num_candidates)
+        # top-p takes its share of the k likeliest here, so the whole row's mass is not asked for
+        kept = _keep(candidates, totals=np.zeros(len(rows)), params=params.take(rows), vocab_size=vocab_size)
+        known = kept.lengths <= candidates.num
+        tokens[rows[known]] = _pick(candidates, kept=kept, uniforms=params.uniforms[rows])[known]
+        rows = rows[~known]
+        if not len(rows):
+            break
+    return tokens
+
+
+def _draw_by_weights(weights: Floats, *, params: DrawParams) -> Ints:
+    """First the column that holds the target, then the token in it.
+
+    Args:
+        weights: [rows, width] from `softmax_weights`, 0 where a filter dropped a token; changed in place.
+        params: the rows' numbers.
+    """
     if params.min_p.any():
         weights *= weights >= params.min_p[:, None]
     sums = column_sums(weights)
     running = np.cumsum(sums, axis=1)
     targets = _targets(params.uniforms, totals=running[:, -1])
     columns = _first_above(running, targets=targets)
-    rows = np.arange(len(logits))
+    rows = np.arange(len(weights))
     before = running[rows, columns] - sums[rows, columns]
-    inside = np.cumsum(weights.reshape(len(logits), LANES, -1)[rows, :, columns], axis=1, dtype=np.float64)
+    inside = np.cumsum(weights.reshape(len(weights), LANES, -1)[rows, :, columns], axis=1, dtype=np.float64)
     rest = np.clip(targets - before, 0.0, np.nextafter(inside[:, -1], 0.0))
     tokens: Ints = _first_above(inside, targets=rest) * sums.shape[1] + columns
     return tokens
-
-
-def _draw_from_candidates(logits: Floats, *, highest: Floats, params: DrawParams) -> Ints:
-    """Draw from the likeliest tokens down; `UNDECIDED` where a nucleus is larger than a few candidates."""
-    vocab_size = logits.shape[1]
-    has_top_k = top_k_lengths(params.top_k, vocab_size=vocab_size) < EVERYTHING
-    totals = np.zeros(len(logits), np.float64)
-    _add_totals(totals, rows=np.flatnonzero(~has_top_k), logits=logits, highest=highest, params=params)
-    tokens = np.full(len(logits), UNDECIDED, np.int64)
-    rows = np.arange(len(logits))
-    for num_candidates in (FEW_CANDIDATES, MANY_CANDIDATES, vocab_size):
-        candidates = top_candidates(logits[rows], k=num_candidates)
-        kept = _keep(candidates, totals=totals[rows], params=params.take(rows), vocab_size=vocab_size)
-        known = kept.lengths <= candidates.num
-        tokens[rows[known]] = _pick(candidates, kept=kept, uniforms=params.uniforms[rows])[known]
-        rows = rows[~known & has_top_k[rows]]
-        if not len(rows):
-            break
-    return tokens
-
-
-def _add_totals(totals: Doubles, *, rows: Ints, logits: Floats, highest: Floats, params: DrawParams) -> None:
-    """Write the whole mass of some rows into `totals`."""
-    if len(rows):
-        weights = softmax_weights(logits[rows], highest=highest[rows], temperatures=params.temperatures[rows])
-        totals[rows] = column_sums(weights).sum(axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
