@@ -364,11 +364,14 @@ class Scheduler:
         """Lowest tier, then newest, of those that may be preempted: not protected, not in flight."""
         worst: SequenceGroup | None = None
         for group in self._running.values():
-            if group.state is not GroupState.RUNNING or self._is_protected(group) or group.is_busy:
-                continue
-            if worst is None or (group.tier, group.arrival_idx) > (worst.tier, worst.arrival_idx):
+            is_worse = worst is None or (group.tier, group.arrival_idx) > (worst.tier, worst.arrival_idx)
+            if is_worse and self._is_preemptible(group):
                 worst = group
         return worst
+
+    def _is_preemptible(self, group: SequenceGroup) -> bool:
+        is_running = group.state is GroupState.RUNNING
+        return is_running and not group.is_busy and not self._is_protected(group)
 
     def _make_room(self, draft: StepDraft, group: SequenceGroup) -> bool:
         """Preempt somebody for `group`; False if `group` itself had to go or has to wait.
@@ -464,18 +467,31 @@ class Scheduler:
 
     def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""
+        if not self._can_be_reserved(group):
+            return False
         while not self._has_room(draft, group, match):
             victim = self._worst_running()
-            if victim is None or victim.tier <= group.tier:
+            if victim is None or victim.tier <= group.tier or not self._could_get_seats(group):
                 return False
             self._preempt(draft, victim)
         return True
 
+    def _can_be_reserved(self, group: SequenceGroup) -> bool:
+        """A protected group starts only if all protected ones together fit the pool at their largest."""
+        num_reserved = self._num_reserved_blocks + group.num_blocks_max
+        return not self._is_protected(group) or num_reserved <= self._kv.pool.num_blocks
+
+    def _could_get_seats(self, group: SequenceGroup) -> bool:
+        """True if preempting lower tiers can give `group` its seats: else it would hurt and not help."""
+        num_others = sum(
+            len(other.live)
+            for other in self._running.values()
+            if other.tier <= group.tier or not self._is_preemptible(other)
+        )
+        return num_others + len(group.live) <= self._config.max_num_seqs
+
     def _has_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         if self._num_running_seqs + len(group.live) > self._config.max_num_seqs:
-            return False
-        num_blocks = self._kv.pool.num_blocks
-        if self._is_protected(group) and self._num_reserved_blocks + group.num_blocks_max > num_blocks:
             return False
         num_known = max(seq.num_tokens for seq in group.live)
         num_needed = self._kv.num_blocks_needed(

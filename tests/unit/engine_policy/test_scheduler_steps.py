@@ -201,6 +201,17 @@ def test_a_higher_tier_takes_the_seat_of_a_lower_one():
     assert rig.of("batch")[-1].stats.num_preemptions == 1
 
 
+def test_nobody_is_preempted_for_seats_that_would_not_suffice():
+    rig = Rig(max_num_seqs=3, policy="priority")
+    rig.add("peer", [1] * 3, n=2, max_tokens=8)
+    rig.add("batch", [2] * 3, priority=Priority.BATCH, max_tokens=8)
+    rig.step()
+    rig.add("two seats", [3] * 3, n=2, max_tokens=8)
+    assert rig.step()[1].stats.num_preemptions == 0
+    rig.add("one seat", [4] * 3, max_tokens=2, priority=Priority.REALTIME)
+    assert rig.step()[1].stats.num_preemptions == 1
+
+
 def test_equal_tiers_do_not_take_each_others_seats():
     rig = Rig(max_num_seqs=1, policy="priority")
     rig.add("a", [1] * 3, max_tokens=8)
