@@ -7,7 +7,6 @@ cannot reach it by rebinding its own name to this machine.
 from typing import Final
 
 from fastapi import FastAPI
-from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.core.errors import InvalidParameterError, PenstockError
@@ -20,12 +19,13 @@ from penstock.server.errors import error_reply
 from penstock.server.replies import Reply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call, Services
+from penstock.server.validation import AnswerModel
 
 TITLE: Final = "Penstock administration"
 LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
 
 
-class ModelMemory(BaseModel):
+class ModelMemory(AnswerModel):
     """Who holds which bytes in one model's engine process."""
 
     model: str
@@ -40,7 +40,7 @@ class ModelMemory(BaseModel):
     process_rss_bytes: int
 
 
-class MemoryAnswer(BaseModel):
+class MemoryAnswer(AnswerModel):
     """Answer of `/admin/memory`."""
 
     process_rss_bytes: int
@@ -48,7 +48,7 @@ class MemoryAnswer(BaseModel):
     models: list[ModelMemory]
 
 
-class RequestEntry(BaseModel):
+class RequestEntry(AnswerModel):
     """One request in an engine; never its text."""
 
     model: str
@@ -64,7 +64,7 @@ class RequestEntry(BaseModel):
     age_s: float
 
 
-class RequestsAnswer(BaseModel):
+class RequestsAnswer(AnswerModel):
     """Answer of `/admin/requests`."""
 
     requests: list[RequestEntry]

@@ -7,12 +7,12 @@ import html
 from typing import Any, Final
 
 import msgspec
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from penstock.server.replies import HTML_TYPE, Reply, StreamReply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call
+from penstock.server.validation import AnswerModel
 
 Json = dict[str, Any]  # Any: free-form JSON of the OpenAPI standard
 
@@ -43,7 +43,7 @@ _STYLE: Final = (
 )
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(AnswerModel):
     """What went wrong."""
 
     message: str
@@ -52,7 +52,7 @@ class ErrorDetail(BaseModel):
     code: str
 
 
-class ErrorAnswer(BaseModel):
+class ErrorAnswer(AnswerModel):
     """Every error of every route."""
 
     error: ErrorDetail

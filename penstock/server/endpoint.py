@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from penstock.core.errors import AuthenticationError, InvalidParameterError, PenstockError
+from penstock.core.errors import AuthenticationError, EngineError, InvalidParameterError, PenstockError
 from penstock.core.ids import DEFAULT_TENANT, RequestId, TenantId
 from penstock.gateway.keys import KeyRing
 from penstock.server.body import check_content_type, parse_json, read_body
@@ -210,6 +210,11 @@ class Endpoint(Response):
         events = self._services.events
         if isinstance(error, PenstockError):
             events.on_error(error.code)
+            if isinstance(error, EngineError):
+                logger.warning(
+                    "engine error",
+                    extra={"request_id": request_id, "code": error.code, "detail": error.message},
+                )
         elif isinstance(error, ClientGoneError):
             events.on_connection_closed("client_gone")
         elif isinstance(error, SlowReaderError):

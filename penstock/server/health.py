@@ -7,20 +7,19 @@ is up and steps, its queue has room, and the server is not about to leave.
 import asyncio
 from typing import Final, Literal
 
-from pydantic import BaseModel
-
 from penstock.core.errors import PenstockError
 from penstock.core.ports import EngineAdmin
 from penstock.observe.memory import resident_bytes
 from penstock.server.replies import Reply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call, Services
+from penstock.server.validation import AnswerModel
 
 _ENGINE_ANSWER_S: Final = 0.25
 """How long `/health` waits for an engine's figures; an engine that hangs must not make it hang."""
 
 
-class EngineMemory(BaseModel):
+class EngineMemory(AnswerModel):
     """Bytes in one model's engine process."""
 
     model: str
@@ -32,7 +31,7 @@ class EngineMemory(BaseModel):
     process_rss_bytes: int
 
 
-class Memory(BaseModel):
+class Memory(AnswerModel):
     """Bytes in this process and in the engines that answered in time."""
 
     process_rss_bytes: int
@@ -40,7 +39,7 @@ class Memory(BaseModel):
     engines: list[EngineMemory]
 
 
-class Health(BaseModel):
+class Health(AnswerModel):
     """Answer of `/health`."""
 
     status: Literal["alive"] = "alive"
@@ -48,7 +47,7 @@ class Health(BaseModel):
     memory: Memory
 
 
-class Readiness(BaseModel):
+class Readiness(AnswerModel):
     """Answer of `/health/ready`; 503 unless ready."""
 
     status: Literal["ready", "not_ready"]

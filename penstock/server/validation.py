@@ -32,7 +32,13 @@ Flag = Annotated[bool, Field(strict=True)]
 class WireModel(BaseModel):
     """A request's body: fields that it does not know are refused by name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class AnswerModel(BaseModel):
+    """An answer; if a fault of ours makes one that does not fit, the log does not get its text."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
 
 _WANTED: Final[dict[str, str]] = {

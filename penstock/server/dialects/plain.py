@@ -8,7 +8,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Final
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX, SamplingParams, validate_sampling
@@ -18,7 +18,7 @@ from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call
 from penstock.server.sse import encode_text, frame
-from penstock.server.validation import Integer, Number, Text, WireModel
+from penstock.server.validation import AnswerModel, Integer, Number, Text, WireModel
 
 _NUMBERS: Final[dict[str, type[int] | type[float]]] = {"max_tokens": int, "temperature": float}
 _MAX_DIGITS: Final = 32
@@ -34,7 +34,7 @@ class PlainRequest(WireModel):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(default=None, description="Default 1.")
 
 
-class PlainUsage(BaseModel):
+class PlainUsage(AnswerModel):
     """Tokens consumed."""
 
     prompt_tokens: int
@@ -42,7 +42,7 @@ class PlainUsage(BaseModel):
     total_tokens: int
 
 
-class PlainAnswer(BaseModel):
+class PlainAnswer(AnswerModel):
     """Answer of `/generate`; `text` and `response` are the same string."""
 
     text: str

@@ -51,7 +51,7 @@ def test_every_error_class_has_a_status():
 
 
 @pytest.mark.parametrize("after", [0, 2])
-async def test_a_failure_in_the_middle_of_a_stream_is_an_error_event_and_the_end(after):
+async def test_a_failure_in_the_middle_of_a_stream_is_an_error_event_and_the_end(after, caplog):
     model = FakeModelClient(failure=core.EngineDeadError("secret reason"), fail_after=after)
     async with bench(model) as b:
         reply = await b.http.post(CHAT, json=HELLO | {"stream": True})
@@ -59,6 +59,8 @@ async def test_a_failure_in_the_middle_of_a_stream_is_an_error_event_and_the_end
     assert json.loads(tail)["error"]["code"] == "engine_restarting"
     assert "[DONE]" not in reply.text
     assert "secret" not in reply.text
+    (record,) = [record for record in caplog.records if record.getMessage() == "engine error"]
+    assert (record.detail, record.request_id) == ("secret reason", reply.headers["x-request-id"])
 
 
 async def test_a_failure_without_streaming_is_a_503_and_can_be_retried():

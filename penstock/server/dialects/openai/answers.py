@@ -2,10 +2,9 @@
 
 from typing import Final, Literal
 
-from pydantic import BaseModel
-
 from penstock.core.errors import GenerateError
 from penstock.core.text import FinishReason, TextLogprob, Usage
+from penstock.server.validation import AnswerModel
 
 _LOGPROB_MIN: Final = -9999.0
 """JSON has no minus infinity."""
@@ -13,13 +12,13 @@ _LOGPROB_MIN: Final = -9999.0
 Finish = Literal["stop", "length", "content_filter"]
 
 
-class PromptTokensDetails(BaseModel):
+class PromptTokensDetails(AnswerModel):
     """Of the prompt's tokens, those that did not have to be computed."""
 
     cached_tokens: int
 
 
-class UsageAnswer(BaseModel):
+class UsageAnswer(AnswerModel):
     """Tokens consumed."""
 
     prompt_tokens: int
@@ -28,7 +27,7 @@ class UsageAnswer(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(AnswerModel):
     """A token that could have come."""
 
     token: str
@@ -42,14 +41,14 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(AnswerModel):
     """Log-probabilities, chat style."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
-class CompletionLogprobs(BaseModel):
+class CompletionLogprobs(AnswerModel):
     """Log-probabilities, completions style: four lists of equal length."""
 
     text_offset: list[int]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX
@@ -30,7 +30,7 @@ from penstock.server.dialects.openai.fields import (
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
 from penstock.server.sse import DONE, encode, encode_text
-from penstock.server.validation import Flag, Integer, Text, WireModel
+from penstock.server.validation import AnswerModel, Flag, Integer, Text, WireModel
 
 MAX_MESSAGES: Final = 1024
 MAX_PARTS: Final = 256
@@ -96,7 +96,7 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: Flag | None = Field(default=None, description="Means nothing without tools.")
 
 
-class ChatAnswerMessage(BaseModel):
+class ChatAnswerMessage(AnswerModel):
     """The model's turn."""
 
     role: Literal["assistant"] = "assistant"
@@ -104,7 +104,7 @@ class ChatAnswerMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(AnswerModel):
     """One of n answers."""
 
     index: int
@@ -114,7 +114,7 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None = None
 
 
-class ChatAnswer(BaseModel):
+class ChatAnswer(AnswerModel):
     """Answer of `POST /v1/chat/completions`."""
 
     id: str

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated, Final, Literal, cast
 
 from msgspec.structs import replace
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import RequestId
@@ -31,7 +31,7 @@ from penstock.server.dialects.openai.fields import (
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
 from penstock.server.sse import DONE, encode, encode_text
-from penstock.server.validation import Flag, Integer, Text
+from penstock.server.validation import AnswerModel, Flag, Integer, Text
 
 MAX_PROMPTS: Final = 32
 _DEFAULT_MAX_TOKENS: Final = 16
@@ -65,7 +65,7 @@ class CompletionRequest(SamplingFields):
     )
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(AnswerModel):
     """One of n answers to one of the prompts."""
 
     index: int
@@ -75,7 +75,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = None
 
 
-class CompletionAnswer(BaseModel):
+class CompletionAnswer(AnswerModel):
     """Answer of `POST /v1/completions`; `index` is prompt times n plus answer."""
 
     id: str

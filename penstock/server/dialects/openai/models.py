@@ -2,15 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
-
 from penstock.core.ids import ModelName
 from penstock.core.text import ModelCard
 from penstock.server.replies import Reply, json_reply
 from penstock.server.services import Call
+from penstock.server.validation import AnswerModel
 
 
-class ModelAnswer(BaseModel):
+class ModelAnswer(AnswerModel):
     """One model, as OpenAI writes it, with vLLM's extras."""
 
     id: str
@@ -22,7 +21,7 @@ class ModelAnswer(BaseModel):
     max_model_len: int
 
 
-class ModelList(BaseModel):
+class ModelList(AnswerModel):
     """All names of all models."""
 
     object: Literal["list"] = "list"

@@ -3,7 +3,7 @@
 from typing import Annotated, Final
 
 from msgspec.structs import replace
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import ModelName
@@ -12,7 +12,7 @@ from penstock.server.dialects.openai.chat import MAX_MESSAGES, ChatMessage, to_m
 from penstock.server.dialects.openai.fields import MAX_MODEL_CHARS, TokenId
 from penstock.server.replies import Reply, json_reply
 from penstock.server.services import Call
-from penstock.server.validation import Flag, Text, WireModel
+from penstock.server.validation import AnswerModel, Flag, Text, WireModel
 
 _MAX_IDS: Final = 1_048_576
 
@@ -31,7 +31,7 @@ class TokenizeRequest(WireModel):
     add_generation_prompt: Flag | None = Field(default=None, description="Default true; for messages only.")
 
 
-class TokenizeAnswer(BaseModel):
+class TokenizeAnswer(AnswerModel):
     """Token ids of the prompt or the rendered conversation."""
 
     count: int
@@ -46,7 +46,7 @@ class DetokenizeRequest(WireModel):
     tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=_MAX_IDS)]
 
 
-class DetokenizeAnswer(BaseModel):
+class DetokenizeAnswer(AnswerModel):
     """Text of the token ids, special tokens included."""
 
     prompt: str
