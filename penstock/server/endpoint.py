@@ -165,13 +165,18 @@ class Endpoint(Response):
         )
 
     async def _body(self, model: type[BaseModel], scope: Scope, receive: Receive) -> BaseModel:
+        takes_query = "GET" in self._route.methods
+        query = read_query(scope) if takes_query else {}
         if scope["method"] == "GET":
-            query = read_query(scope)
             return validate(self._route.from_query(query), model=model)
         check_content_type(scope)
         services = self._services
         raw = await read_body(scope, receive, limits=services.limits, budget=services.budget)
         try:
+            if query and not raw:
+                return validate(self._route.from_query(query), model=model)
+            if query:
+                raise InvalidParameterError("fields are in the query and in the body, use one of them")
             if len(raw) < services.limits.thread_bytes_min:
                 return self._parse(raw, model)
             loop = asyncio.get_running_loop()

@@ -203,6 +203,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._is_early and not self.parser.should_upgrade():
             self._in_head = False
             super().on_headers_complete()
+            if self.expect_100_continue:
+                # If the request is refused unread, nobody can tell its body from the next request.
+                self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:
         """Count chunks: many tiny ones cost more than they carry."""

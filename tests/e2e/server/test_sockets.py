@@ -244,6 +244,20 @@ async def test_a_huge_body_is_a_413_and_the_connection_can_be_used_again():
         writer.close()
 
 
+async def test_a_client_that_waits_for_continue_is_let_or_told_no_before_it_sends():
+    body = json.dumps({"prompt": "hi"}).encode()
+    head = "POST /generate HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n"
+    async with running() as server:
+        reader, writer = await connect(server)
+        writer.write((head % len(body)).encode())
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        writer.write(body)
+        assert (await read_all(reader)).startswith(b"HTTP/1.1 200")
+        writer.close()
+        answer = await exchange(server, (head % 10_000_000).encode())
+        assert answer.startswith(b"HTTP/1.1 413")
+
+
 async def test_connections_beyond_the_limit_are_told_so():
     async with running(limits=Limits(connections_max=2)) as server:
         kept = [await connect(server) for _ in range(2)]

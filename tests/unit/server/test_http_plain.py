@@ -23,6 +23,15 @@ async def test_text_and_response_are_the_same_string(method):
     assert b.model.requests[0].params.temperature == 0
 
 
+async def test_a_post_may_bring_its_fields_in_the_query_instead_of_a_body():
+    async with bench() as b:
+        reply = await b.http.post("/generate?prompt=hi&max_tokens=2")
+        both = await b.http.post("/generate?max_tokens=2", json={"prompt": "hi"})
+        neither = await b.http.post("/generate")
+    assert reply.json()["text"] == "Hello,"
+    assert (both.status_code, neither.status_code) == (400, 400)
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_stream_sends_updates_and_closes_with_the_usage(method):
     async with bench() as b:
