@@ -81,7 +81,13 @@ def _join(
     warmup_time_s = time.monotonic() - began_s
     kv = _kv_manager(config, loaded, layout, num_blocks)
     return EngineCore(
-        scheduler=Scheduler(limits, kv=kv, clock=SystemClock(), rng=random.SystemRandom()),
+        scheduler=Scheduler(
+            limits,
+            kv=kv,
+            clock=SystemClock(),
+            rng=random.SystemRandom(),
+            vocab_size=loaded.model.vocab_size,
+        ),
         kv=kv,
         ranks=ranks,
         info=_info(

@@ -19,6 +19,7 @@ are queued again, once, at the next engine.
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -58,6 +59,8 @@ STUCK_S: Final = 3.0
 """Readiness turns off when the engine has been silent for this long."""
 RESTART_BACKOFF_S: Final = (0.0, 0.5, 1.0, 2.0, 5.0)
 CLOSE_TIMEOUT_S: Final = 2.0
+CHILD_ENVIRONMENT: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""torch takes huge pages for its tensors: fresh 4 KiB pages made a 39 MB logits tensor cost 20 ms, not 6."""
 MAX_LAST_MESSAGES: Final = 1000
 """Messages read after a child's end before its socket is given up."""
 
@@ -86,7 +89,12 @@ class EngineProcess:
     async def spawn(self, config: EngineConfig) -> None:
         """Start the child and hand it its config; returns before it has loaded."""
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "penstock.engine.process", self._address, stdin=asyncio.subprocess.DEVNULL
+            sys.executable,
+            "-m",
+            "penstock.engine.process",
+            self._address,
+            stdin=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **CHILD_ENVIRONMENT},
         )
         self._reader = asyncio.create_task(self._read(), name="engine-reader")
         self.send(Start(config))
