@@ -91,8 +91,14 @@ class LogWriter:
         self._thread.start()
 
     def _write(self) -> None:
-        while (record := self._records.get()) is not None:
+        num_told, record = 0, self._records.get()
+        while record is not None:
             self._writer.handle(record)
+            # Told when the queue has been caught up with, and then once for all that were lost.
+            if self.num_dropped > num_told and self._records.qsize() <= 1:
+                self._writer.handle(_dropped(self.num_dropped - num_told))
+                num_told = self.num_dropped
+            record = self._records.get()
 
     def stop(self) -> None:
         """Let the loggers go and write what is left, for two seconds at most."""
@@ -106,6 +112,18 @@ class LogWriter:
                 self._records.put(None, timeout=_STOP_S)
             self._thread.join(timeout=_STOP_S)
             self._thread = None
+
+
+def _dropped(num_lines: int) -> logging.LogRecord:
+    return logging.makeLogRecord(
+        {
+            "name": "penstock.observe",
+            "levelno": logging.WARNING,
+            "levelname": "WARNING",
+            "msg": "log lines dropped, the reader of the log is too slow",
+            "num_dropped": num_lines,
+        }
+    )
 
 
 class RequestLog:

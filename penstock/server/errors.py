@@ -115,7 +115,6 @@ def error_reply(error: PenstockError, *, request_id: str) -> Reply:
         body=error_json(error, request_id=request_id),
         content_type=JSON_TYPE,
         headers=tuple(headers),
-        error_code=error.code,
     )
 
 

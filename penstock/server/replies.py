@@ -19,8 +19,6 @@ class Reply:
     status: int = 200
     content_type: bytes = JSON_TYPE
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    error_code: str | None = None
-    """Code of the error that this answer tells of, for the counters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

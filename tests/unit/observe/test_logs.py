@@ -80,22 +80,30 @@ class StuckStream(io.StringIO):
     def __init__(self, gate):
         super().__init__()
         self.gate = gate
+        self.told = threading.Event()
 
     def write(self, text: str) -> int:
         self.gate.wait(10)
-        return super().write(text)
+        written = super().write(text)
+        if "dropped" in text:
+            self.told.set()
+        return written
 
 
 def test_a_stuck_reader_costs_lines_and_never_a_wait():
     gate = threading.Event()
-    writer = LogWriter(stream=StuckStream(gate))
+    stream = StuckStream(gate)
+    writer = LogWriter(stream=stream)
     writer.start()
     logger = logging.getLogger("penstock.flood")
     for _ in range(10_100):
         logger.info("x")
     assert 90 <= writer.num_dropped <= 100
+    dropped = writer.num_dropped
     gate.set()
+    assert stream.told.wait(10)
     writer.stop()
+    assert json.loads(stream.getvalue().splitlines()[-1])["num_dropped"] == dropped
 
 
 def test_a_fanout_hands_every_event_to_every_sink():
