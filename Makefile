@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks and write benchmarks/results
 docs: $(VENV)/.installed-dev ## Generate the generated pages again
 	$(BIN)/python -m tools.compatibility --write
 	$(BIN)/python -m tools.reference --write
+	$(BIN)/python -m penstock.observe.catalogue > docs/metrics.md
 
 sim: $(VENV)/.installed-dev ## Run the simulator over 200 seeds
 	$(BIN)/python -m pytest -n 2 tests/sim

@@ -8,11 +8,7 @@ from rich.console import Console
 
 from penstock.cli.batch import Batch, BatchCounts
 from penstock.cli.chat import Chat, Conversation
-from penstock.cli.local_model import LocalModel, StepTotals, open_local_model
-from penstock.cli.model_source import find_model
-from penstock.cli.start_table import LoadingBar
 from penstock.cli.talk import ModelPartner, Partner, ServerPartner
-from penstock.engine.config import EngineConfig, SchedulerConfig
 from penstock.gateway.catalog import Catalog
 from penstock.observe.clock import SystemClock
 from penstock.observe.metrics import Metrics
@@ -34,7 +30,9 @@ def talk(model: str | None, *, url: str | None, api_key: str | None, conversatio
         if url is not None:
             partner = ServerPartner(url, model=model, api_key=api_key)
         else:
-            local = runner.run(_open(model, console=console))
+            from penstock.cli.local_model import open_named  # brings torch, which --url does not need
+
+            local = runner.run(open_named(model, console=console))
             partner = ModelPartner(local.service, close=local.close)
         try:
             Chat(partner, conversation=conversation, console=console).run(runner)
@@ -72,26 +70,6 @@ def run_batch(
     return 0
 
 
-async def _open(
-    model: str | None,
-    *,
-    console: Console,
-    dtype: str = "auto",
-    kernels: str = "auto",
-    max_num_seqs: int = 64,
-) -> LocalModel:
-    with LoadingBar(console, model=model or "the embedded model") as bar:
-        source = find_model(model, on_progress=bar.update)
-        config = EngineConfig(
-            model_path=str(source.path),
-            model_revision=source.revision,
-            dtype=dtype,
-            kernels=kernels,
-            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
-        )
-        return await open_local_model(source, config, events=StepTotals(), on_progress=bar.update)
-
-
 async def _run_batch(
     model: str | None,
     *,
@@ -102,11 +80,13 @@ async def _run_batch(
     kernels: str,
     max_num_seqs: int,
 ) -> BatchCounts:
+    from penstock.cli.local_model import open_named
+
     catalog = Catalog()
     clock = SystemClock()
     services = make_services(catalog, clock=clock, events=Metrics([], clock=clock))
     batch = Batch(services, source=source, target=target)  # looks at the files before the model is loaded
-    local = await _open(model, console=console, dtype=dtype, kernels=kernels, max_num_seqs=max_num_seqs)
+    local = await open_named(model, console=console, dtype=dtype, kernels=kernels, max_num_seqs=max_num_seqs)
     try:
         catalog.add(local.service, name=local.service.card.name)
         await batch.run(console, num_workers=WORKERS_PER_SEQ * max_num_seqs)

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
+
 from penstock.cli.build import make_text_service
-from penstock.cli.model_source import ModelSource
+from penstock.cli.model_source import ModelSource, find_model
+from penstock.cli.start_table import LoadingBar
 from penstock.core.ids import ModelName
 from penstock.core.ports import RequestRecord
 from penstock.core.tokens import EngineInfo, StepStats
-from penstock.engine.config import EngineConfig, validate_engine_config
+from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
 from penstock.engine.in_process import InProcessEngine
 from penstock.observe.clock import SystemClock
 from penstock.text.service import TextService
@@ -131,3 +134,28 @@ async def open_local_model(
         engine, source, events=events, clock=SystemClock(), chat_template=chat_template
     )
     return LocalModel(service=service, engine=engine)
+
+
+async def open_named(
+    model: str | None,
+    *,
+    console: Console,
+    dtype: str = "auto",
+    kernels: str = "auto",
+    max_num_seqs: int = 64,
+) -> LocalModel:
+    """Find a model by name and load it, with a bar on a terminal.
+
+    Raises:
+        StartupError: there is no such model, or it cannot be loaded.
+    """
+    with LoadingBar(console, model=model or "the embedded model") as bar:
+        source = find_model(model, on_progress=bar.update)
+        config = EngineConfig(
+            model_path=str(source.path),
+            model_revision=source.revision,
+            dtype=dtype,
+            kernels=kernels,
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
+        )
+        return await open_local_model(source, config, events=StepTotals(), on_progress=bar.update)

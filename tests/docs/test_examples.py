@@ -1,0 +1,127 @@
+"""The examples and the README's commands run as they stand, against a real server process."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}
+START_TIMEOUT_S = 90
+
+
+def _run(*command: str, timeout_s: float = 90) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRON, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, str]]:
+    """Address of `penstock serve`, and the curl line that it printed; ends with exit code 0."""
+    command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", "0", "--max-num-seqs", "8"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines: list[str] = []
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not any(line.startswith("curl ") for line in lines) and time.monotonic() < deadline_s:
+        line = process.stderr.readline()
+        assert line, "".join(lines)
+        lines.append(line)
+    url = re.search(r"ready at (\S+?),", "".join(lines))
+    assert url is not None, "".join(lines)
+    yield url[1], lines[-1].strip()
+    process.terminate()
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def test_the_printed_curl_line_gets_an_answer(server: tuple[str, str]) -> None:
+    _, line = server
+    answer = json.loads(_run(*shlex.split(line), "-fsS"))
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_the_openai_example_runs(server: tuple[str, str]) -> None:
+    out = _run(sys.executable, "examples/openai_client.py", server[0])
+    assert "answer: " in out
+    assert "stream: " in out
+
+
+def test_the_shell_example_streams(server: tuple[str, str]) -> None:
+    out = _run("bash", "examples/stream.sh", server[0])
+    assert "event: close" in out
+    assert "data: [DONE]" in out
+
+
+def test_the_readme_curl_command_runs(server: tuple[str, str]) -> None:
+    block = re.search(r"```bash\n(curl .*?)```", README, re.DOTALL)
+    assert block is not None
+    command = block[1].replace("http://127.0.0.1:8000", server[0])
+    answer = json.loads(_run("bash", "-c", command.strip() + " -fsS"))
+    assert answer["object"] == "chat.completion"
+
+
+def test_the_readme_python_client_runs(server: tuple[str, str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    client = next(block for block in blocks if "OpenAI" in block)
+    assert _run(sys.executable, "-c", client.replace("http://127.0.0.1:8000", server[0])).strip()
+
+
+def test_chat_talks_to_the_server(server: tuple[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.cli.main", "chat", "--url", server[0], "--max-tokens", "4"],
+        cwd=ROOT,
+        env=ENVIRON,
+        input="Hi\n/exit\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens" in done.stdout
+
+
+def test_the_server_shows_its_document(server: tuple[str, str]) -> None:
+    with urllib.request.urlopen(f"{server[0]}/docs", timeout=10) as reply:
+        assert reply.status == 200
+
+
+def test_the_offline_example_runs() -> None:
+    out = _run(sys.executable, "examples/offline_batch.py")
+    assert out.count("->") == 3
+    assert "chat:" in out
+
+
+def test_the_batch_example_is_answered_row_by_row(tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    _run(
+        sys.executable,
+        "-m",
+        "penstock.cli.main",
+        "run",
+        "examples/batch.jsonl",
+        str(target),
+        "--max-num-seqs",
+        "4",
+    )
+    rows = {row["custom_id"]: row for row in map(json.loads, target.read_text().splitlines())}
+    assert set(rows) == {"capital", "story", "row-3"}
+    assert all(row["error"] is None for row in rows.values())
+
+
+def test_every_example_is_run_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert all(f"examples/{path.name}" in source for path in (ROOT / "examples").iterdir() if path.is_file())
