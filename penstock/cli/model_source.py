@@ -16,6 +16,7 @@ from penstock.core.errors import CheckpointError
 from penstock.core.ids import ModelName
 from penstock.models.embedded_model import EMBEDDED_MODEL_NAME, embedded_path
 from penstock.models.hub import resolve_model
+from penstock.models.registry import check_architecture
 
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100_000_000
 
@@ -83,11 +84,13 @@ def check_folder(folder: Path, *, name: str) -> None:
 
     Raises:
         CheckpointError: a file is missing, is not JSON, or is shorter than its own header says.
+        UnsupportedModelError: the architecture is not known; the message lists what is.
     """
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
             raise CheckpointError(f"model {name!r}: {required} is missing")
-    _read_json(folder / "config.json", name=name)
+    for architecture in _architectures(_read_json(folder / "config.json", name=name)):
+        check_architecture(architecture)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"model {name!r}: there is no *.safetensors file")
@@ -100,6 +103,12 @@ def _read_json(path: Path, *, name: str) -> dict[str, object]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
     except (msgspec.MsgspecError, RecursionError, OSError) as error:
         raise CheckpointError(f"model {name!r}: {path.name} cannot be read: {error}") from error
+
+
+def _architectures(config: dict[str, object]) -> list[str]:
+    """What the config says it is, if it says so properly; the loader judges the rest."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 class _TensorEntry(msgspec.Struct):

@@ -30,6 +30,7 @@ from typing import Final, cast
 import zmq
 import zmq.asyncio
 
+from penstock.core.error_info import info_to_error
 from penstock.core.errors import EngineDeadError, NotReadyError, PenstockError, QueueFullError, StartupError
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineEvents
@@ -48,7 +49,6 @@ from penstock.engine.wire import (
     ToEngine,
     decode_from_engine,
     encode,
-    info_to_error,
 )
 
 PING_INTERVAL_S: Final = 1.0
@@ -110,8 +110,9 @@ class EngineProcess:
             sent.add_done_callback(self._unsent.discard)
 
     async def wait(self) -> int:
-        """Exit code of the child, after its last message has been read."""
-        assert self._process is not None
+        """Exit code of the child, after its last message has been read; 0 if it never came to be."""
+        if self._process is None:
+            return 0  # closed while it was being spawned
         code = await self._process.wait()
         await self._read_rest()
         return code

@@ -7,14 +7,17 @@ group `penstock.models` whose name is the architecture and whose object is its `
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 from penstock.core.errors import UnsupportedModelError
-from penstock.models.config import ConfigReader
-from penstock.models.interface import CausalLM
-from penstock.models.parts import Parts
 
-BuildModel = Callable[[ConfigReader, Parts], CausalLM]
+if TYPE_CHECKING:
+    # At run time these bring torch; the command line asks here which architectures are known without it.
+    from penstock.models.config import ConfigReader
+    from penstock.models.interface import CausalLM
+    from penstock.models.parts import Parts
+
+BuildModel: TypeAlias = "Callable[[ConfigReader, Parts], CausalLM]"
 """`build_model(config, parts)`: reads the config, then takes every tensor from `parts`."""
 
 ENTRY_POINT_GROUP: Final = "penstock.models"
@@ -44,19 +47,29 @@ def known_architectures() -> list[str]:
     return sorted({*ARCHITECTURES, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
+def check_architecture(architecture: str) -> None:
+    """Refuse an architecture that cannot be loaded, without importing any.
+
+    Raises:
+        UnsupportedModelError: it is not known; the message lists what is.
+    """
+    known = known_architectures()
+    if architecture not in known:
+        reason = f": {REFUSED[architecture]}" if architecture in REFUSED else ""
+        raise UnsupportedModelError(
+            f"architecture {architecture[:200]!r} is not supported{reason}; known: {', '.join(known)}",
+            param="architectures",
+        )
+
+
 def find_model(architecture: str) -> BuildModel:
     """The function that builds an architecture.
 
     Raises:
         UnsupportedModelError: it is not known; the message lists what is.
     """
+    check_architecture(architecture)
     if architecture in ARCHITECTURES:
         return cast("BuildModel", import_module(ARCHITECTURES[architecture]).build_model)
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=architecture):
-        return cast("BuildModel", point.load())
-    reason = f": {REFUSED[architecture]}" if architecture in REFUSED else ""
-    known = ", ".join(known_architectures())
-    raise UnsupportedModelError(
-        f"architecture {architecture[:200]!r} is not supported{reason}; known: {known}",
-        param="architectures",
-    )
+    point = next(iter(entry_points(group=ENTRY_POINT_GROUP, name=architecture)))
+    return cast("BuildModel", point.load())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from penstock.cli.main import main
+from tests.docs.tiny_model import make_tiny_model
 
 
 def _run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -57,16 +58,24 @@ def test_a_folder_without_a_model_ends_with_exit_code_3(
     assert err.count("\n") == 1
 
 
-def test_a_truncated_checkpoint_ends_with_exit_code_3_and_no_traceback(tmp_path: Path) -> None:
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b'{"a": {"dtype"')
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", (100).to_bytes(8, "little") + b'{"a": {"dtype"'),
+        ("tokenizer.json", b"{"),
+        ("config.json", b"{"),
+    ],
+)
+def test_a_broken_file_ends_with_exit_code_3_and_one_line(tmp_path: Path, file: str, content: bytes) -> None:
+    """Also when the engine process is just being started."""
+    make_tiny_model(tmp_path)
+    (tmp_path / file).write_bytes(content)
     done = subprocess.run(
         [sys.executable, "-m", "penstock.cli.main", "serve", str(tmp_path), "--port", "0"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 3
-    assert "model.safetensors" in done.stderr
+    assert done.returncode == 3, done.stderr
+    assert file in done.stderr
     assert done.stderr.count("\n") == 1

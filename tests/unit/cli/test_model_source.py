@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from penstock.cli.model_source import check_folder, find_model, folder_revision
-from penstock.core.errors import CheckpointError, StartupError
+from penstock.core.errors import CheckpointError, StartupError, UnsupportedModelError
 
 
 def _write_safetensors(path: Path, *, num_bytes: int, promised: int) -> None:
@@ -69,4 +69,10 @@ def test_a_file_that_is_no_safetensors_is_refused(folder: Path, data: bytes) -> 
 def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        check_folder(folder, name="m")
+
+
+def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones(folder: Path) -> None:
+    (folder / "config.json").write_text('{"architectures": ["FooForCausalLM"]}')
+    with pytest.raises(UnsupportedModelError, match="FooForCausalLM.*LlamaForCausalLM"):
         check_folder(folder, name="m")
