@@ -83,6 +83,8 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
     stats: RequestStats | None = None
     error: ErrorInfo | None = None
+    stats_so_far: RequestStats | None = None
+    """With the request's first token: what is known should the client end it early."""
 
     @property
     def is_last(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Final
 
+from penstock.core.error_info import info_to_error
 from penstock.core.errors import InvalidParameterError, NotReadyError, PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.ports import EngineEvents
@@ -25,7 +26,6 @@ from penstock.engine.wire import (
     Refused,
     Submit,
     ToEngine,
-    info_to_error,
 )
 
 ANSWER_TIMEOUT_S: Final = 10.0

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
+from penstock.core.error_info import error_to_info, info_to_error
 from penstock.core.errors import EngineDeadError, NotReadyError
 from penstock.core.ids import ModelName
 from penstock.core.ports import EngineEvents
@@ -15,7 +16,7 @@ from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, Reques
 from penstock.engine.client import StreamTable
 from penstock.engine.core import EngineCore
 from penstock.engine.loop import EngineLoop
-from penstock.engine.wire import Fatal, FromEngine, Shutdown, ToEngine, error_to_info, info_to_error
+from penstock.engine.wire import Fatal, FromEngine, Shutdown, ToEngine
 
 
 class _QueueChannel:

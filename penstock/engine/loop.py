@@ -7,6 +7,7 @@ difference is the `Channel`. It knows no asyncio.
 from collections.abc import Iterable
 from typing import Protocol
 
+from penstock.core.error_info import error_to_info
 from penstock.core.errors import PenstockError
 from penstock.engine.core import EngineCore
 from penstock.engine.wire import (
@@ -23,7 +24,6 @@ from penstock.engine.wire import (
     Start,
     Submit,
     ToEngine,
-    error_to_info,
 )
 
 

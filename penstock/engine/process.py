@@ -15,6 +15,7 @@ from typing import Final
 
 import zmq
 
+from penstock.core.error_info import error_to_info
 from penstock.core.errors import EngineDeadError, StartupError
 from penstock.engine.wire import (
     Fatal,
@@ -25,7 +26,6 @@ from penstock.engine.wire import (
     ToEngine,
     decode_to_engine,
     encode,
-    error_to_info,
 )
 
 EXIT_STARTUP: Final = 3

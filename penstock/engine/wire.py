@@ -1,4 +1,4 @@
-"""Messages between the API side and the engine side, and the errors they carry.
+"""Messages between the API side and the engine side.
 
 msgpack structs with closed tags: a message that is not in the union is refused by the decoder. Used by
 `client` and `supervisor` on one side, by `loop` and `process` on the other.
@@ -6,8 +6,6 @@ msgpack structs with closed tags: a message that is not in the union is refused 
 
 import msgspec
 
-from penstock.core import errors
-from penstock.core.errors import EngineError, PenstockError
 from penstock.core.ids import RequestId
 from penstock.core.tokens import (
     EngineInfo,
@@ -129,19 +127,3 @@ def decode_from_engine(data: bytes) -> FromEngine:
     """Read a message on the API side."""
     message: FromEngine = _from_engine.decode(data)
     return message
-
-
-def error_to_info(error: PenstockError) -> ErrorInfo:
-    """The wire form of an error."""
-    return ErrorInfo(type(error).__name__, error.message, error.code, error.param, error.retry_after_s)
-
-
-def info_to_error(info: ErrorInfo) -> PenstockError:
-    """The error that `info` stands for; an unknown kind becomes `EngineError`."""
-    kind = getattr(errors, info.kind, EngineError)
-    if not (isinstance(kind, type) and issubclass(kind, PenstockError)):
-        kind = EngineError
-    error: PenstockError = kind(
-        info.message, code=info.code, param=info.param, retry_after_s=info.retry_after_s
-    )
-    return error

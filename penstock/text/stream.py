@@ -11,12 +11,12 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Final
 
-from penstock.core import errors
+from penstock.core.error_info import info_to_error
 from penstock.core.errors import GenerateError, PenstockError
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineEvents, RequestRecord
 from penstock.core.text import FinishReason, GenerateRequest, TextDelta, Usage
-from penstock.core.tokens import ErrorInfo, RequestStats, TokenDelta
+from penstock.core.tokens import RequestStats, TokenDelta
 from penstock.text.answer import Answer
 
 logger: Final = logging.getLogger(__name__)
@@ -24,18 +24,20 @@ logger: Final = logging.getLogger(__name__)
 _NO_STATS: Final = RequestStats(0, 0, 0, 0.0, 0, 0.0, 0)
 
 
-def error_from_info(info: ErrorInfo) -> PenstockError:
-    """The exception that an engine's `ErrorInfo` describes; an unknown kind is a `GenerateError`."""
-    kind = getattr(errors, info.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, PenstockError)):
-        kind = GenerateError
-    return kind(info.message, code=info.code, param=info.param, retry_after_s=info.retry_after_s)
-
-
 class RequestMeter:
     """Times and counts of one request; emits its telemetry record once."""
 
-    __slots__ = ("_clock", "_events", "_gap_start_s", "_is_done", "_model", "_request", "_start_s", "ttft_s")
+    __slots__ = (
+        "_clock",
+        "_events",
+        "_gap_start_s",
+        "_is_done",
+        "_model",
+        "_request",
+        "_start_s",
+        "stats_so_far",
+        "ttft_s",
+    )
 
     def __init__(
         self, request: GenerateRequest, *, model: ModelName, events: EngineEvents, clock: Clock
@@ -48,6 +50,8 @@ class RequestMeter:
         self._gap_start_s: dict[int, float] = {}
         self._is_done = False
         self.ttft_s: float | None = None
+        self.stats_so_far = _NO_STATS
+        """Used when the request ends before the engine's last word, by a stop string or its client."""
 
     def on_tokens(self, index: int) -> None:
         """Tokens of answer `index` arrived."""
@@ -72,7 +76,7 @@ class RequestMeter:
             return
         self._is_done = True
         e2e_s = max(self._clock.monotonic() - self._start_s, 0.0)
-        known = stats or _NO_STATS
+        known = stats or self.stats_so_far
         self._events.on_request(
             RequestRecord(
                 request_id=self._request.request_id,
@@ -177,11 +181,13 @@ class TextStream(AsyncGenerator[TextDelta, None]):
         except StopAsyncIteration:
             raise GenerateError("the engine's answer ended early") from None
         if delta.error is not None:
-            raise error_from_info(delta.error)
+            raise info_to_error(delta.error)
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
             return
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+        if delta.stats_so_far is not None:
+            self._meter.stats_so_far = delta.stats_so_far
         if delta.token_ids:
             self._meter.on_tokens(delta.index)
         text = answer.push(delta)

@@ -39,7 +39,12 @@ def judge_token(seq: Sequence, token_id: int, *, max_model_len: int) -> Ending:
 
 
 def token_delta(
-    seq: Sequence, sampled: SampledToken, ending: Ending, *, stats: RequestStats | None
+    seq: Sequence,
+    sampled: SampledToken,
+    ending: Ending,
+    *,
+    stats: RequestStats | None,
+    stats_so_far: RequestStats | None = None,
 ) -> TokenDelta:
     """The delta for one sampled token."""
     has_logprobs = ending.keeps_token and sampled.logprobs is not None
@@ -52,6 +57,7 @@ def token_delta(
         ending.stop_token_id,
         seq.group.num_cached_tokens,
         stats,
+        stats_so_far=stats_so_far,
     )
 
 

@@ -647,13 +647,22 @@ class Scheduler:
             return 0
         group = seq.group
         ending = judge_token(seq, sampled.token_id, max_model_len=self._config.max_model_len)
+        is_first = group.num_generated_tokens == 0
         if ending.keeps_token:
             seq.token_ids.append(sampled.token_id)
             group.num_generated_tokens += 1
             self.policy.charge(group, num_output_tokens=1)
         is_last = ending.finish_reason is not None and len(group.live) == 1
-        stats = group.stats(now_s=self._clock.monotonic()) if is_last else None
-        self._deltas.append(token_delta(seq, sampled, ending, stats=stats))
+        stats = group.stats(now_s=self._clock.monotonic()) if is_last or is_first else None
+        self._deltas.append(
+            token_delta(
+                seq,
+                sampled,
+                ending,
+                stats=stats if is_last else None,
+                stats_so_far=stats if is_first else None,
+            )
+        )
         if ending.finish_reason is not None:
             self._end_answer(seq, ending)
         return int(ending.keeps_token)

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from penstock.core.error_info import error_to_info
 from penstock.core.errors import EngineDeadError, InvalidParameterError, QueueFullError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason
 from penstock.core.tokens import EngineRequest, RequestStats, TokenDelta
 from penstock.engine.client import StreamTable, TokenStream
-from penstock.engine.wire import Abort, Accepted, Output, Refused, Submit, ToEngine, error_to_info
+from penstock.engine.wire import Abort, Accepted, Output, Refused, Submit, ToEngine
 
 STATS = RequestStats(1, 0, 1, 0.0, 1, 0.0, 0)
 

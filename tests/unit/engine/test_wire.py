@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from penstock.core.error_info import error_to_info, info_to_error
 from penstock.core.errors import EngineError, InvalidParameterError, QueueFullError
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
@@ -17,8 +18,6 @@ from penstock.engine.wire import (
     decode_from_engine,
     decode_to_engine,
     encode,
-    error_to_info,
-    info_to_error,
 )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from penstock.core.errors import (
     EngineDeadError,
+    EngineError,
     GenerateError,
     InvalidParameterError,
     PenstockError,
@@ -18,7 +19,7 @@ from penstock.core.text import FinishReason, GenerateRequest, Message, TokenLogp
 from penstock.core.tokens import ErrorInfo
 from penstock.text.chat_template import ChatTemplate
 from penstock.text.service import TextService
-from tests.unit.text.scripted_engine import ScriptedEngine, Sink, TickingClock, last, make_info, tokens
+from tests.unit.text.scripted_engine import STATS, ScriptedEngine, Sink, TickingClock, last, make_info, tokens
 from tests.unit.text.tiny_vocabularies import make_tokenizer
 
 TOKENIZER = make_tokenizer("byte-level")
@@ -104,6 +105,14 @@ async def test_a_stop_string_across_tokens_ends_the_answer_and_the_engines_work(
     assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, "o wor")
     assert deltas[-1].usage.completion_tokens == 2
     assert (engine.num_played, engine.num_closed, len(sink.records)) == (2, 1, 1)
+
+
+async def test_the_record_of_a_request_that_a_stop_string_ends_holds_the_engines_figures():
+    first = tokens(ids_of("hello"), stats_so_far=STATS)
+    service, _, sink = make_service([first, *one_by_one(" world"), last()])
+    await collect(service, make_request(params=SamplingParams(stop=(" wor",))))
+    (record,) = sink.records
+    assert (record.queue_wait_s, record.batch_size, record.kv_usage) == (0.25, 4, 0.5)
 
 
 async def test_tokens_behind_a_stop_string_in_the_same_step_are_not_billed_nor_streamed():
@@ -359,8 +368,8 @@ async def test_the_engines_refusal_passes_through_and_is_recorded():
     [
         (EngineDeadError("the engine process died"), EngineDeadError, "engine_restarting"),
         (tokens((), error=ErrorInfo("GenerateError", "nan", "nan_logits")), GenerateError, "nan_logits"),
-        (tokens((), error=ErrorInfo("Nonsense", "x", "odd")), GenerateError, "odd"),
-        (tokens((), error=ErrorInfo("annotations", "x", "odd")), GenerateError, "odd"),
+        (tokens((), error=ErrorInfo("Nonsense", "x", "odd")), EngineError, "odd"),
+        (tokens((), error=ErrorInfo("annotations", "x", "odd")), EngineError, "odd"),
         (RuntimeError("secret"), GenerateError, "generate_error"),
         (tokens((1,), index=7), GenerateError, "generate_error"),
     ],
