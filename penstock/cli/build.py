@@ -1,4 +1,4 @@
-"""Makes the objects of the serving process and joins them: the only place that knows all rooms.
+"""Makes the objects of the serving process below HTTP and joins them; `http_side` makes the rest.
 
 The engine is a child process, so torch is never imported here.
 """
@@ -7,29 +7,21 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-from fastapi import FastAPI
 
 from penstock.cli.model_source import ModelSource
 from penstock.cli.settings import ServeSettings, engine_config
-from penstock.core.ids import DEFAULT_TENANT, ModelName, TenantId
+from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineAdmin, EngineClient, EngineEvents
 from penstock.core.tokens import EngineInfo
 from penstock.engine.supervisor import SubprocessEngine
 from penstock.gateway.catalog import Catalog
-from penstock.gateway.keys import KeyRing
 from penstock.observe.clock import SystemClock
 from penstock.observe.logs import Fanout, RequestLog
 from penstock.observe.metrics import Metrics
-from penstock.server.admin import make_admin_app
-from penstock.server.app import make_app, make_services
-from penstock.server.services import Services
 from penstock.text.chat_template import ChatTemplate
+from penstock.text.generation_defaults import read_default_sampling
 from penstock.text.service import TextService
 from penstock.text.tokenizer import Tokenizer
-
-ADMIN_TENANT: Final = TenantId("admin")
 
 
 def make_text_service(
@@ -50,7 +42,14 @@ def make_text_service(
         source.path, special_tokens=tokenizer.special_tokens, override=chat_template
     )
     return TextService(
-        engine, tokenizer, template, name=source.name, events=events, clock=clock, root=source.root
+        engine,
+        tokenizer,
+        template,
+        name=source.name,
+        events=events,
+        clock=clock,
+        root=source.root,
+        default_sampling=read_default_sampling(source.path),
     )
 
 
@@ -86,26 +85,27 @@ class ServedModel:
         self._clock = clock
         self._chat_template = chat_template
         self._service: TextService | None = None
+        self._starting: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> EngineInfo:
         """What the engine chose; valid after `start`."""
         return self._engine.info
 
+    def begin(self) -> None:
+        """Start the engine process now, so that it loads while the rest is put together."""
+        self._starting = asyncio.create_task(self._engine.start())
+
     async def start(self) -> None:
-        """Start the engine and, beside it, read tokenizer and template; then open the catalog.
+        """Wait for the engine and, meanwhile, read tokenizer and template; then open the catalog.
 
         Raises:
             StartupError: checkpoint, config or machine does not allow it.
         """
-        engine = asyncio.create_task(self._engine.start())
-        try:
-            self._service = await asyncio.to_thread(self._make_service)
-            await self._service.start()
-            await engine
-        finally:
-            engine.cancel()
-            await asyncio.gather(engine, return_exceptions=True)
+        assert self._starting is not None, "begin() has been called"
+        self._service = await asyncio.to_thread(self._make_service)
+        await self._service.start()
+        await self._starting
         self._admins[self._source.name] = self._engine
         self._catalog.add(self._service, name=self._source.name)
 
@@ -114,7 +114,10 @@ class ServedModel:
         await self._engine.drain(budget_s)
 
     async def close(self) -> None:
-        """End the engine and the template's processes."""
+        """End the engine and the template's processes; safe to call twice."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         await self._engine.close()
         if self._service is not None:
             await self._service.close()
@@ -130,40 +133,28 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class House:
-    """Everything that `serve` runs."""
+class ModelSide:
+    """The half of the server below HTTP."""
 
-    app: FastAPI
-    admin_app: FastAPI | None
-    services: Services
     backend: ServedModel
+    catalog: Catalog
+    admins: dict[ModelName, EngineAdmin]
+    metrics: Metrics
+    clock: Clock
 
 
-def build_house(
+def build_model_side(
     settings: ServeSettings, source: ModelSource, *, on_progress: Callable[[int, int], None]
-) -> House:
-    """Join the whole server for one model; nothing is started.
-
-    Raises:
-        StartupError: a setting or key is wrong.
-    """
+) -> ModelSide:
+    """Join engine, text service and catalog for one model; nothing is started."""
     clock = SystemClock()
     metrics = Metrics([source.name], clock=clock)
     events = Fanout(metrics, RequestLog())
     catalog = Catalog()
     admins: dict[ModelName, EngineAdmin] = {}
     config = engine_config(settings, model_path=source.path, model_revision=source.revision)
-    engine = SubprocessEngine(config, name=source.name, events=events, clock=clock, on_progress=on_progress)
-    services = make_services(
-        catalog,
-        clock=clock,
-        events=metrics,
-        user_keys=_ring(settings.api_key, tenant=DEFAULT_TENANT),
-        admin_keys=_ring(settings.admin_key, tenant=ADMIN_TENANT),
-        admins=admins,
-    )
     backend = ServedModel(
-        engine,
+        SubprocessEngine(config, name=source.name, events=events, clock=clock, on_progress=on_progress),
         source,
         catalog=catalog,
         admins=admins,
@@ -171,9 +162,4 @@ def build_house(
         clock=clock,
         chat_template=settings.chat_template,
     )
-    admin_app = make_admin_app(services) if settings.admin_key is not None else None
-    return House(app=make_app(services), admin_app=admin_app, services=services, backend=backend)
-
-
-def _ring(key: str | None, *, tenant: TenantId) -> KeyRing:
-    return KeyRing({} if key is None else {key: tenant})
+    return ModelSide(backend=backend, catalog=catalog, admins=admins, metrics=metrics, clock=clock)

@@ -28,8 +28,8 @@ from penstock.core.tokens import EngineInfo
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from penstock.text.service import TextService
 
-DEFAULT_PARAMS: Final = SamplingParams(max_tokens=16)
-"""When none are given, as at vLLM."""
+DEFAULT_MAX_TOKENS: Final = 16
+"""When no parameters are given, as at vLLM."""
 OFFLINE_STEP_TIME_TARGET_MS: Final = 10_000.0
 """Nobody watches the tokens come, so a prompt is not cut to keep the others flowing."""
 IN_FLIGHT_PER_SEQ: Final = 4
@@ -158,7 +158,8 @@ class LLM:
 
         Args:
             prompts: one or several; text, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`.
-            sampling_params: one for all or one for each; None takes `max_tokens=16` and the defaults.
+            sampling_params: one for all or one for each; None takes
+                `get_default_sampling_params`.
             use_tqdm: show progress on a terminal.
 
         Returns:
@@ -169,9 +170,15 @@ class LLM:
             EngineDeadError: the engine failed as a whole.
         """
         several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _one_each(sampling_params, num_prompts=len(several))
+        params = _one_each(sampling_params, num_prompts=len(several), default=self.get_default_sampling_params())
         requests = [self._request(each, prompt=_prompt(p)) for p, each in zip(several, params, strict=True)]
         return self._thread.run(self._answer_all(requests, show=use_tqdm))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used when no parameters are given: the model author's suggestion and 16 tokens."""
+        return msgspec.structs.replace(
+            self._model.service.card.default_sampling, max_tokens=DEFAULT_MAX_TOKENS
+        )
 
     def chat(
         self,
@@ -198,7 +205,7 @@ class LLM:
             InvalidParameterError: a turn or parameter is wrong; nothing is then answered.
         """
         several = _conversations(messages)
-        params = _one_each(sampling_params, num_prompts=len(several))
+        params = _one_each(sampling_params, num_prompts=len(several), default=self.get_default_sampling_params())
         requests = [
             self._request(
                 each,
@@ -330,10 +337,10 @@ def _refuse_arguments(
 
 
 def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, *, num_prompts: int
+    params: SamplingParams | Sequence[SamplingParams] | None, *, num_prompts: int, default: SamplingParams
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
-        return [DEFAULT_PARAMS if params is None else params] * num_prompts
+        return [default if params is None else params] * num_prompts
     if len(params) != num_prompts:
         raise InvalidParameterError(
             f"sampling_params has {len(params)} entries, there are {num_prompts} prompts",

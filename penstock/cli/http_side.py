@@ -1,0 +1,68 @@
+"""Makes the half of the server that speaks HTTP, and runs it over the model's half.
+
+Imported beside the start of the engine process, because the web framework takes as long to import as the
+engine's libraries do.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from fastapi import FastAPI
+
+from penstock.cli.build import ModelSide
+from penstock.cli.settings import ServeSettings
+from penstock.core.ids import DEFAULT_TENANT, TenantId
+from penstock.gateway.keys import KeyRing
+from penstock.server import lifecycle
+from penstock.server.admin import make_admin_app
+from penstock.server.app import make_app, make_services
+from penstock.server.lifecycle import Addresses, ServerConfig
+from penstock.server.services import Services
+
+ADMIN_TENANT: Final = TenantId("admin")
+
+
+class HttpSide:
+    """Both listeners over one model's half.
+
+    Raises:
+        StartupError: a key is malformed.
+    """
+
+    def __init__(self, settings: ServeSettings, side: ModelSide) -> None:
+        self._side = side
+        self._services: Services = make_services(
+            side.catalog,
+            clock=side.clock,
+            events=side.metrics,
+            user_keys=_ring(settings.api_key, tenant=DEFAULT_TENANT),
+            admin_keys=_ring(settings.admin_key, tenant=ADMIN_TENANT),
+            admins=side.admins,
+        )
+        self._app: FastAPI = make_app(self._services)
+        self._admin_app = None if settings.admin_key is None else make_admin_app(self._services)
+        self._config = ServerConfig(
+            host=settings.host,
+            port=settings.port,
+            admin_port=settings.admin_port,
+            shutdown_timeout_s=settings.shutdown_timeout,
+        )
+
+    async def serve(self, on_ready: Callable[[Addresses], None]) -> None:
+        """Serve until a signal.
+
+        Raises:
+            StartupError: a port is taken, or the model cannot start.
+        """
+        await lifecycle.serve(
+            self._app,
+            services=self._services,
+            backend=self._side.backend,
+            config=self._config,
+            admin_app=self._admin_app,
+            on_ready=on_ready,
+        )
+
+
+def _ring(key: str | None, *, tenant: TenantId) -> KeyRing:
+    return KeyRing({} if key is None else {key: tenant})
