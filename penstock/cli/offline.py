@@ -170,7 +170,9 @@ class LLM:
             EngineDeadError: the engine failed as a whole.
         """
         several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _one_each(sampling_params, num_prompts=len(several), default=self.get_default_sampling_params())
+        params = _one_each(
+            sampling_params, num_prompts=len(several), default=self.get_default_sampling_params()
+        )
         requests = [self._request(each, prompt=_prompt(p)) for p, each in zip(several, params, strict=True)]
         return self._thread.run(self._answer_all(requests, show=use_tqdm))
 
@@ -205,7 +207,9 @@ class LLM:
             InvalidParameterError: a turn or parameter is wrong; nothing is then answered.
         """
         several = _conversations(messages)
-        params = _one_each(sampling_params, num_prompts=len(several), default=self.get_default_sampling_params())
+        params = _one_each(
+            sampling_params, num_prompts=len(several), default=self.get_default_sampling_params()
+        )
         requests = [
             self._request(
                 each,

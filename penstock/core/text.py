@@ -137,3 +137,5 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     root: str = ""
     """Hub id or folder name the weights came from; never an absolute path."""
     parent: ModelName | None = None
+    default_sampling: SamplingParams = SamplingParams()
+    """For the fields that a client leaves out: what the model's author suggests."""

@@ -118,14 +118,6 @@ class ConfigReader:
             raise self.wrong(name, "a list of whole numbers from 0")
         return tuple(value)
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """A token id or a list of them; empty if absent or null."""
-        value = self._fields.get(name)
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_is_index(item) for item in items):
-            raise self.wrong(name, "a token id or a list of token ids")
-        return tuple(items)
-
     def mapping(self, name: str) -> dict[str, str]:
         """An object whose values are strings."""
         value = self._fields.get(name)

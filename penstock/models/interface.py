@@ -13,7 +13,6 @@ from torch import Tensor
 from penstock.kernels.batch import ForwardBatch
 from penstock.kernels.ops import KernelSet
 from penstock.models.config import DecoderShape
-from penstock.models.generation_config import GenerationDefaults
 
 
 class ModelConfig(Protocol):
@@ -93,5 +92,3 @@ class LoadedModel:
     """Of the tensors in use; they are mapped from the files where the dtype is theirs."""
     max_model_len: int
     """Longest context in tokens, prompt and answer together."""
-    generation: GenerationDefaults
-    """End-of-sequence ids and default sampling that the checkpoint suggests."""

@@ -14,7 +14,6 @@ from penstock.core.errors import CheckpointError, StartupError, UnsupportedModel
 from penstock.kernels.registry import select_kernels
 from penstock.models.checkpoint import Checkpoint, open_checkpoint
 from penstock.models.config import ConfigReader, read_json_config
-from penstock.models.generation_config import read_generation_defaults
 from penstock.models.interface import LoadedModel
 from penstock.models.parts import Parts, Weights
 from penstock.models.registry import find_model
@@ -110,7 +109,6 @@ def load_model(
         num_parameters=sum(tensor.numel() for tensor in weights.taken.values()),
         weights_bytes=sum(tensor.nbytes for tensor in weights.taken.values()),
         max_model_len=served_len,
-        generation=read_generation_defaults(path, reader),
     )
 
 

@@ -52,6 +52,7 @@ class TextService:
         clock: Clock,
         root: str = "",
         created_unix_s: int | None = None,
+        default_sampling: SamplingParams | None = None,
     ) -> None:
         """Join the parts; starts nothing.
 
@@ -64,6 +65,7 @@ class TextService:
             clock: for times.
             root: hub id or folder name of the weights, for the card.
             created_unix_s: for the card; now if None.
+            default_sampling: for the card; neutral if None.
         """
         self._engine = engine
         self._tokenizer = tokenizer
@@ -73,6 +75,7 @@ class TextService:
         self._clock = clock
         self._root = root
         self._created_unix_s = int(clock.wall()) if created_unix_s is None else created_unix_s
+        self._default_sampling = default_sampling or SamplingParams()
 
     async def start(self) -> None:
         """Start what rendering needs and wait until it is ready; without it the first conversation waits.
@@ -96,6 +99,7 @@ class TextService:
             created_unix_s=self._created_unix_s,
             max_model_len=self._engine.info.max_model_len,
             root=self._root,
+            default_sampling=self._default_sampling,
         )
 
     @property

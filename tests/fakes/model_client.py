@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from penstock.core.errors import PenstockError
 from penstock.core.ids import ModelName, RequestId
+from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, TextLogprob, Usage
 
 NAME = ModelName("fake")
@@ -29,6 +30,7 @@ class FakeModelClient:
     """How often `pieces` are said."""
     max_model_len: int = 4096
     not_ready: str | None = None
+    default_sampling: SamplingParams = field(default_factory=SamplingParams)
     resume: asyncio.Event = field(default_factory=asyncio.Event)
     held: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,7 +42,11 @@ class FakeModelClient:
     @property
     def card(self) -> ModelCard:
         return ModelCard(
-            name=self.name, created_unix_s=1_700_000_000, max_model_len=self.max_model_len, root="fake"
+            name=self.name,
+            created_unix_s=1_700_000_000,
+            max_model_len=self.max_model_len,
+            root="fake",
+            default_sampling=self.default_sampling,
         )
 
     @property

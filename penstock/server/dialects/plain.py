@@ -8,10 +8,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Final
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
-from penstock.core.params import INT64_MAX, SamplingParams, validate_sampling
+from penstock.core.params import INT64_MAX, validate_sampling
 from penstock.core.text import GenerateRequest, Usage
 from penstock.server.collect import Deltas, close_all, collect, submit
 from penstock.server.replies import Reply, StreamReply, json_reply
@@ -81,12 +82,14 @@ def from_query(query: dict[str, object]) -> object:
 def _to_request(call: Call) -> GenerateRequest:
     body = call.body
     assert isinstance(body, PlainRequest)
-    temperature = 1.0 if body.temperature is None else body.temperature
-    params = SamplingParams(max_tokens=body.max_tokens, temperature=temperature)
+    card = call.services.catalog.resolve(None).card
+    params = replace(card.default_sampling, max_tokens=body.max_tokens)
+    if body.temperature is not None:
+        params = replace(params, temperature=body.temperature)
     validate_sampling(params)
     return GenerateRequest(
         request_id=call.request_id,
-        model=call.services.catalog.resolve(None).card.name,
+        model=card.name,
         prompt=body.prompt,
         params=params,
         tenant_id=call.tenant_id,

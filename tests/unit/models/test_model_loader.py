@@ -62,7 +62,6 @@ def test_a_loaded_model_says_what_it_is(tmp_path: Path) -> None:
     assert loaded.weights_bytes == 4 * NUM_PARAMETERS
     assert loaded.max_model_len == 32
     assert loaded.kernels.name == "eager"
-    assert loaded.generation.eos_token_ids == (2,)
     assert (loaded.model.num_kv_heads, loaded.model.head_dim, loaded.model.vocab_size) == (1, 4, 11)
     assert loaded.model.layer_windows == (None,)
 
@@ -175,7 +174,6 @@ def test_a_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path) -> None
         ({"tie_word_embeddings": "yes"}, "expected true or false"),
         ({"rope_scaling": 3}, "field 'rope_scaling' is 3, expected an object"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: field 'factor' is missing"),
-        ({"eos_token_id": -1}, "field 'eos_token_id' is -1, expected a token id"),
     ],
 )
 def test_each_bad_config_field_is_named_with_its_value(

@@ -1,6 +1,5 @@
 """Where models come from: the registry, entry points, folders, the hub, the package itself."""
 
-import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ import pytest
 
 from penstock.core.errors import CheckpointError, StartupError, UnsupportedModelError
 from penstock.models import hub, registry
-from penstock.models.config import ConfigReader, read_json_config
+from penstock.models.config import read_json_config
 from penstock.models.embedded_model import embedded_path
-from penstock.models.generation_config import read_generation_defaults
 from penstock.models.llama import build_model
 from penstock.models.loader import load_model
 from penstock.models.registry import ARCHITECTURES, find_model, known_architectures
@@ -89,24 +87,6 @@ def test_fetched_bytes_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert seen[-1] == (10, 10)
 
 
-def test_generation_config_wins_over_config_and_both_may_be_silent(tmp_path: Path) -> None:
-    config = ConfigReader({"eos_token_id": 7, "bos_token_id": 1}, source="config.json")
-    assert read_generation_defaults(tmp_path, config).eos_token_ids == (7,)
-    (tmp_path / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [4, 5], "temperature": 0.6, "top_k": 20})
-    )
-    defaults = read_generation_defaults(tmp_path, config)
-    assert (defaults.eos_token_ids, defaults.bos_token_id) == ((4, 5), 1)
-    assert (defaults.temperature, defaults.top_k, defaults.top_p) == (0.6, 20, None)
-    assert read_generation_defaults(tmp_path / "absent", ConfigReader({}, source="x")).eos_token_ids == ()
-
-
-def test_a_bad_generation_config_is_refused_by_field(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
-    with pytest.raises(CheckpointError, match="generation_config.json: field 'top_p' is 7"):
-        read_generation_defaults(tmp_path, ConfigReader({}, source="config.json"))
-
-
 def test_a_config_larger_than_the_limit_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,4 +101,3 @@ def test_the_embedded_model_loads() -> None:
     assert loaded.architecture == "LlamaForCausalLM"
     assert loaded.max_model_len == 4096
     assert loaded.weights_bytes <= 20_000_000
-    assert loaded.generation.eos_token_ids

@@ -25,6 +25,7 @@ from penstock.server.dialects.openai.fields import (
     SamplingFields,
     TopLogprobs,
     base_request,
+    default_sampling,
     sampling_params,
 )
 from penstock.server.replies import Reply, StreamReply, json_reply
@@ -215,7 +216,12 @@ def to_request(body: ChatRequest, *, call: Call) -> GenerateRequest:
         InvalidParameterError: fields that contradict each other.
         NotFoundError: no such model.
     """
-    params = sampling_params(body, max_tokens=_max_tokens(body), logprobs=_logprobs(body))
+    params = sampling_params(
+        body,
+        defaults=default_sampling(body, call=call),
+        max_tokens=_max_tokens(body),
+        logprobs=_logprobs(body),
+    )
     add_generation_prompt, continue_final_message = _turns(body)
     base = base_request(body, call=call, params=params)
     return replace(

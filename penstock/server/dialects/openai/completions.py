@@ -26,6 +26,7 @@ from penstock.server.dialects.openai.fields import (
     TokenId,
     TopLogprobs,
     base_request,
+    default_sampling,
     sampling_params,
 )
 from penstock.server.replies import Reply, StreamReply, json_reply
@@ -111,7 +112,13 @@ def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]
             param="echo",
         )
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    params = sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs, allow_zero_max_tokens=echo)
+    params = sampling_params(
+        body,
+        defaults=default_sampling(body, call=call),
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        allow_zero_max_tokens=echo,
+    )
     base = replace(base_request(body, call=call, params=params), echo=echo)
     prompts = _prompts(body)
     if len(prompts) == 1:

@@ -6,6 +6,7 @@ there yet, with the values that ask for nothing and may therefore pass.
 
 from typing import Annotated, Final, Literal
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
@@ -224,11 +225,19 @@ def _check_combinations(fields: SamplingFields) -> None:
 def sampling_params(
     fields: SamplingFields,
     *,
+    defaults: SamplingParams,
     max_tokens: int | None,
     logprobs: int | None,
     allow_zero_max_tokens: bool = False,
 ) -> SamplingParams:
     """Sampling parameters of a request, checked by the same function as at every other door.
+
+    Args:
+        fields: of the body; absent ones take the model's `defaults`.
+        defaults: `ModelCard.default_sampling`.
+        max_tokens: as the endpoint defines it.
+        logprobs: as the endpoint defines it.
+        allow_zero_max_tokens: with `echo`.
 
     Raises:
         InvalidParameterError: fields that contradict each other or are out of range.
@@ -236,7 +245,8 @@ def sampling_params(
     _check_combinations(fields)
     known = {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
-    params = SamplingParams(
+    params = replace(
+        defaults,
         **known,
         stop=stop,
         stop_token_ids=tuple(fields.stop_token_ids or ()),
@@ -246,6 +256,16 @@ def sampling_params(
     )
     validate_sampling(params, allow_zero_max_tokens=allow_zero_max_tokens)
     return params
+
+
+def default_sampling(fields: SamplingFields, *, call: Call) -> SamplingParams:
+    """What the model that `fields` names suggests.
+
+    Raises:
+        NotFoundError: no such model.
+    """
+    wanted = None if fields.model is None else ModelName(fields.model)
+    return call.services.catalog.resolve(wanted).card.default_sampling
 
 
 def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) -> GenerateRequest:
