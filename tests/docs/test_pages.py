@@ -62,6 +62,20 @@ def test_every_make_target_says_what_it_does() -> None:
     assert targets == set(re.findall(r"^  make ([a-z-]+) ", shown, re.MULTILINE))
 
 
+@pytest.mark.parametrize(
+    "name", ["Makefile", "constraints.txt", ".ci/run", ".pre-commit-config.yaml", "pyproject.toml"]
+)
+def test_no_host_is_named_where_things_are_installed(name: str) -> None:
+    assert "://" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_ci_calls_the_same_words() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert re.search(r"^make test$", script, re.MULTILINE)
+    assert "make test-clients" in script
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     import tomllib
 
