@@ -119,7 +119,9 @@ def test_the_invariance_test_meets_preemption_and_prefix_hits(checkpoints: dict[
     prompts = make_prompts([(0, 20, 1), (0, 20, 2), (1, 20, 0), (2, 16, 3)])
     for index, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-        core.add(EngineRequest(request_id=RequestId(str(index)), prompt_token_ids=list(prompt), params=params))
+        core.add(
+            EngineRequest(request_id=RequestId(str(index)), prompt_token_ids=list(prompt), params=params)
+        )
     num_preemptions = num_hits = 0
     answers: dict[str, list[int]] = {}
     while core.has_work:
