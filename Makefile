@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?=
 ARGS   ?=
+BENCHMARKS := cold_start http_concurrency kv_waste offline_vs_transformers prefix_sharing static_batch_vs_continuous
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-clients fmt lint type bench docs sim clean
@@ -49,9 +50,8 @@ lint: $(VENV)/.installed-dev ## Check style, formatting, import arrows and funct
 type: $(VENV)/.installed-dev ## Check types (strict)
 	$(BIN)/mypy --strict -p penstock -p tools
 
-bench: $(VENV)/.installed-dev ## Run the benchmarks and write benchmarks/results (an hour on two cores)
-	for script in $(sort $(wildcard benchmarks/*.py)); do \
-		$(BIN)/python $$script --write || exit 1; done
+bench: $(VENV)/.installed-dev ## Run the benchmarks and write benchmarks/results
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --write || exit 1; done
 
 docs: $(VENV)/.installed-dev ## Generate the generated pages again
 	$(BIN)/python -m tools.compatibility --write

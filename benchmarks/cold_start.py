@@ -8,8 +8,9 @@ import sys
 import time
 
 import aiohttp
-from report import arguments, finish, median, percentiles
-from served import served
+
+from benchmarks.report import arguments, finish, median, percentiles
+from benchmarks.served import served
 
 READY_BAR_S = 3.0
 FIRST_TOKEN_BAR_MS = 50.0

@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field
 
 import aiohttp
-from report import arguments, finish, median, percentiles
-from served import served
+
+from benchmarks.report import arguments, finish, median, percentiles
+from benchmarks.served import served
 
 
 @dataclass(slots=True)

@@ -11,8 +11,7 @@ import sys
 import time
 from contextlib import aclosing
 
-from report import arguments, finish
-
+from benchmarks.report import arguments, finish
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
 from penstock.cli.model_source import find_model
 from penstock.cli.workers import work_off

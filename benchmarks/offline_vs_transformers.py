@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 import torch
-from report import arguments, finish, median
 from transformers import AutoModelForCausalLM
 
+from benchmarks.report import arguments, finish, median
 from penstock import LLM, SamplingParams
 from penstock.cli.model_source import find_model
 

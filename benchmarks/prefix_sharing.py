@@ -7,8 +7,7 @@ import random
 import sys
 import time
 
-from report import arguments, finish
-
+from benchmarks.report import arguments, finish
 from penstock import LLM, SamplingParams
 
 BAR = 5.0

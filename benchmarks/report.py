@@ -87,7 +87,7 @@ def finish(
     """
     record = {
         "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "environment": environment(),
         "seed": options.seed,
         "sizes": sizes,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import arguments, finish, median
 from transformers import AutoModelForCausalLM
 
+from benchmarks.report import arguments, finish, median
 from penstock import LLM, SamplingParams
 from tools.make_checkpoint.checkpoint import make_checkpoint
 from tools.make_checkpoint.shapes import SHAPES

@@ -54,6 +54,13 @@ def test_every_architecture_is_in_the_guide() -> None:
     assert all(f"`{name}`" in page for name in ARCHITECTURES)
 
 
+def test_make_bench_runs_every_benchmark() -> None:
+    listed = re.search(r"^BENCHMARKS := (.+)$", MAKEFILE, re.MULTILINE)
+    assert listed is not None
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "report", "served"}
+    assert set(listed[1].split()) == scripts
+
+
 def test_every_make_target_says_what_it_does() -> None:
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     shown = subprocess.run(

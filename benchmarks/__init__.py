@@ -1,0 +1,1 @@
+"""Programs that measure, and check what they measure: `python -m benchmarks.NAME --write`."""
