@@ -27,8 +27,15 @@ from penstock.cli.batch_rows import (
     parse_row,
     read_rows,
 )
+from penstock.cli.feed import with_patience
 from penstock.cli.workers import work_off
-from penstock.core.errors import EngineDeadError, InvalidParameterError, PenstockError, StartupError
+from penstock.core.errors import (
+    CapacityError,
+    EngineDeadError,
+    InvalidParameterError,
+    PenstockError,
+    StartupError,
+)
 from penstock.core.ids import DEFAULT_TENANT, RequestId
 from penstock.server.app import PUBLIC_ROUTES
 from penstock.server.replies import Reply
@@ -71,7 +78,7 @@ class Batch:
         """Answer every row that the output lacks.
 
         Raises:
-            EngineDeadError: the engine failed as a whole; run again to go on.
+            CapacityError, EngineDeadError: the engine failed as a whole; run again to go on.
         """
         done = done_ids(self._target)
         num_rows = sum(1 for _ in read_rows(self._source))
@@ -98,9 +105,10 @@ class Batch:
 
     async def _answer(self, row: InputRow) -> OutputRow:
         try:
-            return await self._ask(parse_row(row))
-        except EngineDeadError:
-            raise
+            request = parse_row(row)
+            return await with_patience(lambda: self._ask(request))
+        except (CapacityError, EngineDeadError):
+            raise  # not the row's fault: it stays open for the next run
         except PenstockError as error:
             return error_row(custom_id_of(row), error)
 

@@ -2,20 +2,17 @@
 
 import asyncio
 from pathlib import Path
-from typing import Final
 
 from rich.console import Console
 
 from penstock.cli.batch import Batch, BatchCounts
 from penstock.cli.chat import Chat, Conversation
+from penstock.cli.feed import num_in_flight
 from penstock.cli.talk import ModelPartner, Partner, ServerPartner
 from penstock.gateway.catalog import Catalog
 from penstock.observe.clock import SystemClock
 from penstock.observe.metrics import Metrics
 from penstock.server.app import make_services
-
-WORKERS_PER_SEQ: Final = 2
-"""Batch rows under way for each of `max_num_seqs`, so that the engine's queue never runs dry."""
 
 
 def talk(model: str | None, *, url: str | None, api_key: str | None, conversation: Conversation) -> int:
@@ -44,7 +41,7 @@ def talk(model: str | None, *, url: str | None, api_key: str | None, conversatio
 def run_batch(
     model: str | None, *, source: Path, target: Path, dtype: str, kernels: str, max_num_seqs: int
 ) -> int:
-    """`penstock run`; the return value is the exit code: 0 once every row has its line, failed ones too.
+    """`penstock run`; the return value is the exit code: 1 if a row of this run failed.
 
     Raises:
         StartupError: a file or the model is wrong.
@@ -67,7 +64,7 @@ def run_batch(
         f"{counts.num_skipped} were there already: {target}",
         soft_wrap=True,
     )
-    return 0
+    return 1 if counts.num_failed else 0
 
 
 async def _run_batch(
@@ -89,7 +86,7 @@ async def _run_batch(
     local = await open_named(model, console=console, dtype=dtype, kernels=kernels, max_num_seqs=max_num_seqs)
     try:
         catalog.add(local.service, name=local.service.card.name)
-        await batch.run(console, num_workers=WORKERS_PER_SEQ * max_num_seqs)
+        await batch.run(console, num_workers=num_in_flight(max_num_seqs=max_num_seqs))
     finally:
         await local.close()
     return batch.counts

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from penstock.cli.build import make_text_service
+from penstock.cli.feed import with_room
 from penstock.cli.model_source import ModelSource, find_model
 from penstock.cli.start_table import LoadingBar
 from penstock.core.ids import ModelName
@@ -151,11 +152,12 @@ async def open_named(
     """
     with LoadingBar(console, model=model or "the embedded model") as bar:
         source = find_model(model, on_progress=bar.update)
+        budget = max(SchedulerConfig().max_num_batched_tokens, max_num_seqs)
         config = EngineConfig(
             model_path=str(source.path),
             model_revision=source.revision,
             dtype=dtype,
             kernels=kernels,
-            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
+            scheduler=with_room(SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)),
         )
         return await open_local_model(source, config, events=StepTotals(), on_progress=bar.update)

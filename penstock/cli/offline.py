@@ -15,12 +15,20 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from penstock.cli.feed import num_in_flight, with_patience, with_room
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
 from penstock.cli.model_source import find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
 from penstock.cli.refused import REFUSED_OPTIONS, refuse
 from penstock.cli.workers import work_off
-from penstock.core.errors import EngineDeadError, EngineError, InvalidParameterError, StartupError
+from penstock.core.errors import (
+    EngineDeadError,
+    EngineError,
+    InvalidParameterError,
+    NotReadyError,
+    PenstockError,
+    StartupError,
+)
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import GenerateRequest, Message
@@ -32,8 +40,6 @@ DEFAULT_MAX_TOKENS: Final = 16
 """When no parameters are given, as at vLLM."""
 OFFLINE_STEP_TIME_TARGET_MS: Final = 10_000.0
 """Nobody watches the tokens come, so a prompt is not cut to keep the others flowing."""
-IN_FLIGHT_PER_SEQ: Final = 4
-"""Requests in the engine for each of `max_num_seqs`: the queue never runs dry and never overflows."""
 
 Prompt = str | Mapping[str, object]
 """Text, or `{"prompt": text}`, or `{"prompt_token_ids": [...]}`."""
@@ -96,11 +102,13 @@ class LLM:
             kernels=kernels,
             num_threads=num_threads,
             max_model_len=max_model_len,
-            scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                enable_prefix_caching=enable_prefix_caching,
-                step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
+            scheduler=with_room(
+                SchedulerConfig(
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                    enable_prefix_caching=enable_prefix_caching,
+                    step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
+                )
             ),
             kv=KvConfig(
                 block_size=block_size, num_blocks=num_kv_blocks, kv_cache_memory_bytes=kv_cache_memory_bytes
@@ -167,7 +175,8 @@ class LLM:
 
         Raises:
             InvalidParameterError: a prompt or parameter is wrong; no prompt is then answered.
-            EngineDeadError: the engine failed as a whole.
+            EngineDeadError: the engine failed as a whole before any answer was complete; later the outputs
+                without an answer have `error` set instead.
         """
         several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _one_each(
@@ -250,10 +259,15 @@ class LLM:
 
             async def work(item: tuple[int, GenerateRequest]) -> None:
                 index, request = item
-                results[index] = await answer_whole(self._model.service, request)
+                try:
+                    results[index] = await with_patience(lambda: answer_whole(self._model.service, request))
+                except (EngineDeadError, NotReadyError) as error:
+                    if not results:
+                        raise
+                    results[index] = _unanswered(request, error)
                 progress.advance(results[index])
 
-            num_workers = min(len(requests), IN_FLIGHT_PER_SEQ * self.info.max_num_seqs)
+            num_workers = min(len(requests), num_in_flight(max_num_seqs=self.info.max_num_seqs))
             await work_off(enumerate(requests), work, num_workers=num_workers)
         return [results[index] for index in range(len(requests))]
 
@@ -279,6 +293,19 @@ async def answer_whole(service: TextService, request: GenerateRequest) -> Reques
         raise
     except EngineError as error:
         output.fail(error.message)
+    return output
+
+
+def _unanswered(request: GenerateRequest, error: PenstockError) -> RequestOutput:
+    """The output of a request that the engine did not live to answer."""
+    prompt = request.prompt
+    output = RequestOutput(
+        request_id=request.request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=list(prompt) if isinstance(prompt, tuple) else [],
+        outputs=[CompletionOutput(index=index) for index in range(request.params.n)],
+    )
+    output.fail(error.message)
     return output
 
 

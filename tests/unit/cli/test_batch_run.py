@@ -3,15 +3,18 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from penstock.cli import commands
 from penstock.cli.batch import Batch, BatchCounts
 from penstock.cli.batch_rows import MAX_ROW_BYTES, done_ids, read_rows
-from penstock.core.errors import EngineDeadError, GenerateError, StartupError
+from penstock.core.errors import EngineDeadError, GenerateError, NotReadyError, QueueFullError, StartupError
+from penstock.core.text import GenerateRequest, TextDelta
 from penstock.gateway.catalog import Catalog
 from penstock.observe.clock import SystemClock
 from penstock.observe.metrics import Metrics
@@ -110,6 +113,45 @@ def test_a_dead_engine_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None
     with pytest.raises(EngineDeadError):
         _run(tmp_path, client=FakeModelClient(failure=EngineDeadError("died")))
     assert _run(tmp_path).num_answered == 1
+
+
+class _BusyClient(FakeModelClient):
+    """Its queue is full the first few times."""
+
+    num_refusals = 3
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta]:
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise QueueFullError("full", retry_after_s=0.001)
+        return await super().generate(request)
+
+
+def test_a_full_queue_is_waited_for_and_is_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD, {"prompt": ["x", "y"]}))
+    counts = _run(tmp_path, client=_BusyClient())
+    assert (counts.num_answered, counts.num_failed) == (2, 0)
+
+
+def test_an_engine_that_is_closed_ends_the_run_and_writes_no_row(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    with pytest.raises(NotReadyError):
+        _run(tmp_path, client=FakeModelClient(refusal=NotReadyError("the engine is dead")))
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("rows", "code"), [([GOOD], 0), ([GOOD, {"prompt": "x", "n": 100}], 1)])
+def test_the_exit_code_tells_whether_a_row_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[object], code: int
+) -> None:
+    async def run(*_: object, **__: object) -> BatchCounts:
+        return await asyncio.to_thread(_run, tmp_path)
+
+    monkeypatch.setattr(commands, "_run_batch", run)
+    (tmp_path / "in.jsonl").write_text(_lines(*rows))
+    options = {"dtype": "auto", "kernels": "auto", "max_num_seqs": 4}
+    target = tmp_path / "out.jsonl"
+    assert commands.run_batch(None, source=tmp_path / "in.jsonl", target=target, **options) == code
 
 
 def test_rows_in_the_output_are_skipped(tmp_path: Path) -> None:

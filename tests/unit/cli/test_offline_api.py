@@ -1,11 +1,26 @@
 """`LLM`: vLLM's shape of calls and outputs, order kept, whatever is not here refused by name."""
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import InvalidParameterError, StartupError
+from penstock.cli import offline
+from penstock.cli.feed import MAX_PROMPTS, num_in_flight, with_room
+from penstock.cli.outputs import RequestOutput
+from penstock.core.errors import (
+    EngineDeadError,
+    InvalidParameterError,
+    NotReadyError,
+    PenstockError,
+    QueueFullError,
+    StartupError,
+)
+from penstock.core.text import GenerateRequest
+from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
+from penstock.server.dialects.openai.completions import MAX_PROMPTS as SERVER_MAX_PROMPTS
+from penstock.text.service import TextService
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 
@@ -141,6 +156,68 @@ def test_totals_count_what_the_engine_computed(llm: LLM) -> None:
     llm.generate("One more", SamplingParams(max_tokens=5, ignore_eos=True))
     assert llm.totals.num_generated_tokens == before + 5
     assert llm.totals.last is not None
+
+
+def test_its_own_feeding_cannot_reach_the_limits_of_the_queue() -> None:
+    """The most seats, the most requests each, and no prompt refused."""
+    config = with_room(SchedulerConfig(max_num_seqs=4096, max_num_batched_tokens=4096))
+    validate_engine_config(EngineConfig(model_path="x", scheduler=config))
+    assert num_in_flight(max_num_seqs=4096) * MAX_PROMPTS <= config.max_num_queued_reqs
+    assert num_in_flight(max_num_seqs=4096) * MAX_PROMPTS * (4 << 20) <= config.max_num_queued_tokens
+    assert num_in_flight(max_num_seqs=1) > 1
+
+
+def test_one_row_of_a_file_may_hold_so_many_prompts() -> None:
+    assert MAX_PROMPTS == SERVER_MAX_PROMPTS
+
+
+def test_many_seats_and_many_prompts_overflow_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests wait at once than a server lets wait."""
+    monkeypatch.setattr(offline, "with_patience", lambda ask: ask())
+    seats = {"max_num_seqs": 400, "max_num_batched_tokens": 400, "num_kv_blocks": 64}
+    with LLM(**seats, max_model_len=32, num_threads=1) as llm:  # type: ignore[arg-type]  # plain numbers
+        prompts = [{"prompt_token_ids": [5, 6]}] * 1600
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0), use_tqdm=False)
+    assert len(outputs) == 1600
+    assert {output.error for output in outputs} == {None}
+
+
+def test_a_full_queue_is_waited_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [QueueFullError("full", retry_after_s=0.001) for _ in range(3)]
+    ask = offline.answer_whole
+
+    async def answer(service: TextService, request: GenerateRequest) -> RequestOutput:
+        if refusals:
+            raise refusals.pop()
+        return await ask(service, request)
+
+    monkeypatch.setattr(offline, "answer_whole", answer)
+    assert [output.error for output in llm.generate(["a", "b"], GREEDY)] == [None, None]
+    assert not refusals
+
+
+@pytest.mark.parametrize("error", [EngineDeadError("it died"), NotReadyError("it is dead")])
+def test_what_was_answered_before_the_engine_died_is_kept(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: PenstockError
+) -> None:
+    ask, num_left = offline.answer_whole, 1
+
+    async def answer(service: TextService, request: GenerateRequest) -> RequestOutput:
+        nonlocal num_left
+        if request.prompt != "good":
+            while num_left:
+                await asyncio.sleep(0)
+            raise error
+        output = await ask(service, request)
+        num_left = 0
+        return output
+
+    monkeypatch.setattr(offline, "answer_whole", answer)
+    good, lost = llm.generate(["good", "bad"], GREEDY)
+    assert (good.error, lost.error) == (None, error.message)
+    assert lost.outputs[0].finish_reason == "error"
+    with pytest.raises(type(error)):
+        llm.generate(["bad"], GREEDY)
 
 
 def test_a_closed_llm_says_so() -> None:
