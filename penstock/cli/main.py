@@ -15,6 +15,8 @@ from penstock.cli.settings import ServeSettings
 from penstock.core.errors import PenstockError, StartupError
 from penstock.core.params import SamplingParams
 
+LOADING_COMMANDS: Final = (["serve"], ["chat"], ["run"])
+"""Those that load a model, where people try the options that they know."""
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     try:
-        if tokens[:1] == ["serve"]:
+        if tokens[:1] in LOADING_COMMANDS:
             refuse_flags(tokens[1:])
         result = app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
