@@ -32,6 +32,7 @@ from penstock.core.tokens import EngineRequest, RequestStats
 from penstock.engine.kv.block_table import SequenceBlocks
 
 MASK_64: Final = (1 << 64) - 1
+GOLDEN_GAMMA: Final = 0x9E3779B97F4A7C15
 
 
 class GroupState(enum.StrEnum):
@@ -51,15 +52,23 @@ TRANSITIONS: Final = {
 }
 
 
-def derive_seed(seed: int, *, answer_idx: int) -> int:
-    """An independent 64-bit seed for one answer of a request.
-
-    **Source:** Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014 (splitmix64).
-    """
-    z = (seed + answer_idx + 0x9E3779B97F4A7C15) & MASK_64
+def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
     return z ^ (z >> 31)
+
+
+def derive_seed(seed: int, *, answer_idx: int) -> int:
+    """An independent 64-bit seed for one answer of a request.
+
+    The request's seed is mixed before it becomes the counter's start: otherwise answer 1 of seed 5 would be
+    answer 0 of seed 6.
+
+    **Source:** Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014 (splitmix64, here
+    addressed by its counter).
+    """
+    start = _mix((seed + GOLDEN_GAMMA) & MASK_64)
+    return _mix((start + (answer_idx + 1) * GOLDEN_GAMMA) & MASK_64)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

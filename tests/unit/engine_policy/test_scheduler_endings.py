@@ -136,8 +136,17 @@ def test_seeds_are_derived_for_each_answer():
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
-def test_splitmix64_by_its_published_first_value():
-    assert derive_seed(0, answer_idx=0) == 0xE220A8397B1DCDAF
+def test_the_seeds_of_a_request_are_the_stream_of_its_mixed_seed():
+    """The request's seed is one that splitmix64 mixes to 1234567, whose stream is published."""
+    stream = (6457827717110365317, 3203168211198807973, 9817491932198370423)
+    for idx, expected in enumerate(stream):
+        assert derive_seed(0xA53C84059609E98E, answer_idx=idx) == expected
+
+
+def test_neighbouring_seeds_share_no_answer():
+    """Requests with seeds 5 and 6 and n > 1 have no answer in common, nor has one request twice the same."""
+    pairs = [(seed, idx) for seed in range(-200, 200) for idx in range(16)]
+    assert len({derive_seed(seed, answer_idx=idx) for seed, idx in pairs}) == len(pairs)
 
 
 def test_two_requests_without_a_seed_differ():
