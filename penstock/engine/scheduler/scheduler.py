@@ -289,8 +289,8 @@ class Scheduler:
                 gap = len(seq.token_ids) - seq.num_computed_tokens - seq.num_inflight_tokens
                 if needs_fork or gap > 1 or (gap == 1 and seq.num_outputs == 0):
                     prefills.append(seq)
-                elif gap == 1:
-                    draft.num_decodes += self._place(draft, seq, num_tokens=1)
+                elif gap == 1 and self._place(draft, seq, num_tokens=1):
+                    draft.decodes.add(seq.seq_id)
         return prefills
 
     def _limit_chunks(self, draft: StepDraft) -> None:
@@ -299,15 +299,16 @@ class Scheduler:
         Where the decodes alone take more than half of the target (a large model on a slow machine), the step
         may take twice their time: prompts that only get the crumbs would leave the batch half empty.
         """
-        if not draft.num_decodes:
+        num_decodes = len(draft.decodes)
+        if not num_decodes:
             return
-        decodes = StepLoad(draft.num_decodes, draft.num_decodes, draft.num_kv_tokens)
+        decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens)
         budget = self.cost.token_budget(
             target_s=max(self._config.step_time_target_ms / 1000, 2 * self.cost.predict(decodes)),
-            num_seqs=draft.num_decodes + 1,
+            num_seqs=num_decodes + 1,
             num_kv_tokens=draft.num_kv_tokens,
         )
-        num_tokens = max(self._kv.block_size, min(draft.num_tokens_left, budget - draft.num_decodes))
+        num_tokens = max(self._kv.block_size, min(draft.num_tokens_left, budget - num_decodes))
         draft.num_tokens_left = min(draft.num_tokens_left, int(num_tokens))
 
     def _schedule_prefills(self, draft: StepDraft, prefills: list[Sequence]) -> None:
@@ -333,8 +334,7 @@ class Scheduler:
         draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
         place = self._next_place(seq)
         if place is not None:
-            tier = draft.being_computed.get(place, seq.group.tier)
-            draft.being_computed[place] = min(tier, seq.group.tier)
+            draft.note_next_block(seq, place)
         return num_fit
 
     def _samples(self, seq: Sequence, *, end: int) -> tuple[SampleSpec, ...]:
@@ -457,7 +457,7 @@ class Scheduler:
         parent = match.path[-1] if match.path else blocks.namespace
         if not blocks.can_cache:
             return False
-        leader_tier = draft.being_computed.get((parent, blocks.keys[match.num_blocks]))
+        leader_tier = draft.tier_computing((parent, blocks.keys[match.num_blocks]))
         if leader_tier is None or leader_tier > group.tier:
             return False
         if match.num_blocks > group.num_deferred_blocks:

@@ -24,14 +24,15 @@ class StepDraft:
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     num_kv_tokens: int = 0
     """Sum of context lengths after the step."""
-    num_decodes: int = 0
+    decodes: set[SequenceId] = field(default_factory=set)
+    """Those of `scheduled` that compute their one next token."""
     num_promised_blocks: int | None = None
     """Blocks that running groups will still take; None if not known."""
     counts: StepCounts = field(default_factory=StepCounts)
     started: list[SequenceGroup] = field(default_factory=list)
     """Groups that run for the first time."""
-    being_computed: dict[PrefixPlace, int] = field(default_factory=dict)
-    """Next block of each sequence in this step, and the best tier among those that compute it."""
+    being_computed: dict[PrefixPlace, dict[SequenceId, int]] = field(default_factory=dict)
+    """The blocks that sequences in this step fill next: who fills them, and in which tier each is."""
 
     def add(self, seq: Sequence, *, num_tokens: int, samples: tuple[SampleSpec, ...]) -> None:
         """Put the next `num_tokens` of `seq` into the step."""
@@ -43,15 +44,32 @@ class StepDraft:
         self.num_tokens_left -= num_tokens
         self.num_kv_tokens += start + num_tokens
 
+    def note_next_block(self, seq: Sequence, place: PrefixPlace) -> None:
+        """`seq`, which is in the step, fills the block that will be at `place`."""
+        self.being_computed.setdefault(place, {})[seq.seq_id] = seq.group.tier
+
+    def tier_computing(self, place: PrefixPlace) -> int | None:
+        """Best tier among the sequences in this step that fill the block at `place`; None if nobody does."""
+        return min(self.being_computed.get(place, {}).values(), default=None)
+
     def remove(self, seq: Sequence) -> bool:
-        """Take `seq` back out, if it is in; returns whether it was."""
+        """Take `seq` back out with all traces, if it is in; returns whether it was."""
         entry = self.scheduled.pop(seq.seq_id, None)
         if entry is None:
             return False
         num_tokens = len(entry.token_ids)
         self.num_tokens_left += num_tokens
         self.num_kv_tokens -= entry.start + num_tokens
+        self.decodes.discard(seq.seq_id)
+        self._forget_next_block(seq)
         return True
+
+    def _forget_next_block(self, seq: Sequence) -> None:
+        for place, tiers in self.being_computed.items():
+            if tiers.pop(seq.seq_id, None) is not None:
+                if not tiers:
+                    del self.being_computed[place]
+                return
 
 
 def new_sequence(seq: Sequence) -> NewSequence:
