@@ -66,11 +66,6 @@ class KvPool:
         self.bytes_per_block = self._storage.nbytes // (num_blocks + 1)
         self.slabs = tuple(KvSlab(keys=slab[0], values=slab[1]) for slab in self._storage)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all blocks that the scheduler may hand out."""
-        return self.num_blocks * self.bytes_per_block
-
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""
         if copies:

@@ -17,13 +17,8 @@ class RankGroup(Protocol):
     """What the step loop asks of the half that computes."""
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV blocks that the scheduler may hand out, all ranks together."""
-        ...
-
-    @property
     def buffer_bytes(self) -> int:
-        """Bytes of everything else that stays allocated between steps, weights not counted."""
+        """Bytes that stay allocated between steps, weights and the scheduler's KV blocks not counted."""
         ...
 
     def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
@@ -38,21 +33,12 @@ class RankGroup(Protocol):
         """Finish the step and answer; called once per handle, in the order of the launches."""
         ...
 
-    def close(self) -> None:
-        """End the ranks and give back what they hold."""
-        ...
-
 
 class LocalRank:
     """One rank, in this process."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-
-    @property
-    def kv_bytes(self) -> int:
-        """See `RankGroup`."""
-        return self._runner.kv_bytes
 
     @property
     def buffer_bytes(self) -> int:
@@ -74,6 +60,3 @@ class LocalRank:
     def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
         """See `RankGroup`."""
         return self._runner.collect(handle, masks=masks)
-
-    def close(self) -> None:
-        """See `RankGroup`; the process's end frees the memory."""

@@ -42,8 +42,6 @@ from penstock.models.interface import LoadedModel
 
 CANARY: Final = SequenceId(-1)
 """Our own one-token sequence on the scratch block: if it fails too, the fault is no request's."""
-MAX_BARREN_STEPS: Final = 8
-"""Steps in a row in which every sequence raised; after so many the fault is no request's either."""
 
 Mask = npt.NDArray[np.int32]
 """[ceil(vocab / 32)]"""
@@ -120,12 +118,6 @@ class Runner:
         )
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._sampler = Sampler()
-        self._num_barren_steps = 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV blocks that the scheduler may hand out; pages are touched as blocks are used."""
-        return self._pool.num_bytes
 
     @property
     def buffer_bytes(self) -> int:
@@ -143,8 +135,7 @@ class Runner:
             The handle for `collect`.
 
         Raises:
-            EngineDeadError: the model fails for every sequence, and so does the canary, or it has done so for
-                `MAX_BARREN_STEPS` steps.
+            EngineDeadError: the model fails for every sequence, and so does the canary.
         """
         began_s = time.perf_counter()
         self._sampler.add(plan.new_sequences)
@@ -243,14 +234,14 @@ class Runner:
     def _refuse_engine_fault(
         self, culprits: Sequence[Culprit[ScheduledSequence]], *, num_sequences: int
     ) -> None:
-        """Let single culprits pass; raise if nothing works any more."""
-        if len(culprits) < num_sequences:
-            self._num_barren_steps = 0
-            return
-        self._num_barren_steps += 1
-        if self._num_barren_steps >= MAX_BARREN_STEPS or not self._canary_lives():
+        """Let single culprits pass; raise if nothing works any more.
+
+        The canary alone decides. Steps without a survivor are not counted: a few bad requests, each the only
+        one at its time, would end the engine for everybody, and a new process would fail for them as well.
+        """
+        if len(culprits) == num_sequences and not self._canary_lives():
             raise EngineDeadError(
-                f"all {num_sequences} sequences failed in {self._num_barren_steps} steps in a row"
+                f"all {num_sequences} sequences of a step failed, and so did a sequence of our own"
             ) from culprits[0].error
 
     def _canary_lives(self) -> bool:
@@ -306,12 +297,16 @@ def _are_finite(hidden: torch.Tensor, *, ends: torch.Tensor) -> torch.Tensor:
 
     Every row counts, not only the sampled ones: a prefill chunk's blocks must not reach the prefix tree.
 
+    By the largest and smallest number of a row, both NaN if any is: a sum would overflow for large numbers
+    that are finite.
+
     Args:
-        hidden: [num_tokens, hidden_size]; a row's sum is finite if and only if all its numbers are.
+        hidden: [num_tokens, hidden_size]
         ends: [num_seqs] int64, one past each sequence's last row.
     """
     num_bad = torch.zeros(len(hidden) + 1, dtype=torch.int64)
-    torch.cumsum(~hidden.sum(dim=-1).isfinite(), dim=0, out=num_bad[1:])
+    are_finite = hidden.amax(dim=-1).isfinite() & hidden.amin(dim=-1).isfinite()
+    torch.cumsum(~are_finite, dim=0, out=num_bad[1:])
     until = num_bad[ends]
     return until == torch.cat([until.new_zeros(1), until[:-1]])
 

@@ -132,6 +132,4 @@ def test_the_local_rank_is_the_runner_behind_the_rank_group():
     rank.warm_up(max_num_seqs=4, max_num_batched_tokens=8, max_model_len=32)
     plan = StepPlan(step_id=3, sequences=[seq(1, [5], 0, [3])], new_sequences=[new(1)])
     assert tokens(rank.collect(rank.launch(plan))) == {1: 6}
-    assert rank.kv_bytes == 10 * 2 * 4 * 1 * 2 * 4
     assert rank.buffer_bytes == runner.buffer_bytes > 0
-    rank.close()
