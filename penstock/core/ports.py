@@ -51,6 +51,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Telemetry of one request, emitted once, when it ends; never any text."""
 
     request_id: RequestId
+    """As the client knows it."""
     model: ModelName
     tenant_id: str
     prompt_tokens: int

@@ -48,6 +48,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Ask a model for text; exactly one of `prompt` and `messages` is set."""
 
     request_id: RequestId
+    """Key of the request in this process and in the engine; no two at once may have the same."""
+    client_request_id: RequestId | None = None
+    """What the client calls it, in logs and answers; not unique. None: as `request_id`."""
     model: ModelName
     prompt: str | tuple[int, ...] | None = None
     """Raw text, or token ids, for completion without a chat template."""

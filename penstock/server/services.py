@@ -1,5 +1,6 @@
 """What the routes may use, joined once at start, and the one call object that each of them gets."""
 
+import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -90,9 +91,14 @@ class Call:
 
     services: Services
     request_id: RequestId
+    """As the client sees it: in headers, logs and answers. Not unique."""
     tenant_id: TenantId
     arrival_s: float
     """Monotonic time at which the request's head had been received."""
     path_params: Mapping[str, str]
     body: BaseModel | None
     """An instance of the route's model; None where the route has none."""
+
+    def new_engine_id(self) -> RequestId:
+        """A key for one engine request: never the client's word alone, which may come twice."""
+        return RequestId(f"{self.request_id}-{secrets.token_hex(8)}")

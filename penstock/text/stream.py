@@ -79,7 +79,7 @@ class RequestMeter:
         known = stats or self.stats_so_far
         self._events.on_request(
             RequestRecord(
-                request_id=self._request.request_id,
+                request_id=self._request.client_request_id or self._request.request_id,
                 model=self._model,
                 tenant_id=self._request.tenant_id,
                 prompt_tokens=usage.prompt_tokens,

@@ -88,7 +88,8 @@ def _to_request(call: Call) -> GenerateRequest:
         params = replace(params, temperature=body.temperature)
     validate_sampling(params)
     return GenerateRequest(
-        request_id=call.request_id,
+        request_id=call.new_engine_id(),
+        client_request_id=call.request_id,
         model=card.name,
         prompt=body.prompt,
         params=params,

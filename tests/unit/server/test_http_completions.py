@@ -1,11 +1,11 @@
 """`POST /v1/completions`: prompts of every form, indexes, echo, legacy log-probabilities."""
 
+import asyncio
 import json
 
 import pytest
 
 from penstock.core.errors import QueueFullError
-from penstock.core.ids import RequestId
 from penstock.core.text import GenerateRequest
 from penstock.server.dialects.openai.completions import CompletionAnswer
 from tests.fakes.http_server import bench
@@ -32,6 +32,23 @@ async def test_every_form_of_prompt_becomes_one_request_per_prompt(prompt, asked
     assert [choice.index for choice in answer.choices] == list(range(len(asked)))
     assert answer.usage.prompt_tokens == 7 * len(asked)
     assert len({r.request_id for r in b.model.requests}) == len(asked)
+
+
+async def test_a_clients_request_id_is_its_own_affair():
+    """Two requests under one id, at once and with several prompts, are different requests to the engine."""
+    model = FakeModelClient(hold_after=1)
+    sent = {"headers": {"x-request-id": "x"}, "json": {"prompt": ["a", "b"]}}
+    async with bench(model) as b:
+        both = [asyncio.create_task(b.http.post(URL, **sent)) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while model.num_open < 4:
+                await asyncio.sleep(0)
+        model.resume.set()
+        replies = await asyncio.gather(*both)
+    assert len({request.request_id for request in model.requests}) == 4
+    assert {request.client_request_id for request in model.requests} == {"x"}
+    assert [reply.json()["id"] for reply in replies] == ["cmpl-x"] * 2
+    assert [reply.headers["x-request-id"] for reply in replies] == ["x"] * 2
 
 
 async def test_max_tokens_is_sixteen_by_default():
@@ -144,4 +161,4 @@ async def test_if_one_stream_fails_the_others_are_cancelled_and_the_client_is_to
     assert reply.status_code == 200
     assert last["error"]["code"] == "queue_full"
     assert model.num_open == 0
-    assert RequestId(reply.headers["x-request-id"] + "-0") in model.cancelled
+    assert next(r.request_id for r in model.requests if r.prompt == "a") in model.cancelled

@@ -86,6 +86,13 @@ async def test_the_record_holds_the_engines_figures_and_the_clients_times():
     assert sink.gaps_s == [1.0]
 
 
+async def test_the_record_bears_the_id_that_the_client_knows():
+    service, engine, sink = make_service([last()])
+    await collect(service, make_request(client_request_id="theirs"))
+    assert [record.request_id for record in sink.records] == ["theirs"]
+    assert [request.request_id for request in engine.requests] == ["r"]
+
+
 async def test_the_engine_gets_resolved_parameters():
     service, engine, _ = make_service([last()])
     await collect(service, make_request("hello", cache_salt="s", tenant_id="t", priority=0))

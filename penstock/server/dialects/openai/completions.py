@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
-from penstock.core.ids import RequestId
 from penstock.core.params import INT64_MAX, MAX_TOP_LOGPROBS
 from penstock.core.text import GenerateRequest, TextDelta, Usage
 from penstock.server.collect import Answer, Deltas, close_all, collect, merge, submit
@@ -120,13 +119,7 @@ def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]
         allow_zero_max_tokens=echo,
     )
     base = replace(base_request(body, call=call, params=params), echo=echo)
-    prompts = _prompts(body)
-    if len(prompts) == 1:
-        return [replace(base, prompt=prompts[0])]
-    return [
-        replace(base, prompt=prompt, request_id=RequestId(f"{call.request_id}-{index}"))
-        for index, prompt in enumerate(prompts)
-    ]
+    return [replace(base, prompt=prompt, request_id=call.new_engine_id()) for prompt in _prompts(body)]
 
 
 def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> CompletionChoice:

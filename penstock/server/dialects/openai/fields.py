@@ -278,7 +278,8 @@ def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) 
     wanted = None if fields.model is None else ModelName(fields.model)
     client = catalog.resolve(wanted)
     return GenerateRequest(
-        request_id=call.request_id,
+        request_id=call.new_engine_id(),
+        client_request_id=call.request_id,
         model=client.card.name if wanted is None else wanted,
         params=params,
         priority=Priority[(fields.priority or "interactive").upper()],
