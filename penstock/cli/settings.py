@@ -125,6 +125,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         kernels=settings.kernels,
         num_threads=settings.num_threads,
         max_model_len=settings.max_model_len,
+        log_level=settings.log_level,
         scheduler=SchedulerConfig(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,

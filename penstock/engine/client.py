@@ -39,7 +39,7 @@ class TokenStream(AsyncGenerator[TokenDelta, None]):
         self.request = request
         self.has_tokens = False
         """True once a delta has arrived: such a request cannot be queued again."""
-        self.num_requeues = 0
+        self.was_resubmitted = False
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._items: asyncio.Queue[TokenDelta | PenstockError] = asyncio.Queue()
         self._on_close = on_close
@@ -112,6 +112,11 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def num_unaccepted(self) -> int:
+        """Requests on their way to the engine."""
+        return sum(not stream.accepted.done() for stream in self._streams.values())
+
     async def wait_empty(self) -> None:
         """Return when no request is in flight."""
         await self._empty.wait()
@@ -129,10 +134,10 @@ class StreamTable:
         stream = TokenStream(request, self._cancel)
         self._streams[request.request_id] = stream
         self._empty.clear()
-        self._send(Submit(request))
         try:
+            self._send(Submit(request))
             await stream.accepted
-        except asyncio.CancelledError:
+        except BaseException:
             self._cancel(stream)
             raise
         return stream
@@ -194,20 +199,16 @@ class StreamTable:
             self._empty.set()
         return stream
 
-    def take_restartable(self, error: PenstockError) -> list[TokenStream]:
-        """The engine died: fail what has produced tokens, return what may be queued again (once)."""
-        restartable = []
+    def fail_started(self, error: PenstockError) -> None:
+        """The engine died: fail what has produced tokens or was queued again before; the rest waits."""
         for stream in list(self._streams.values()):
-            if stream.has_tokens or stream.num_requeues:
+            if stream.has_tokens or stream.was_resubmitted:
                 self._fail(stream, error)
-            else:
-                stream.num_requeues += 1
-                restartable.append(stream)
-        return restartable
 
     def resubmit(self) -> None:
-        """Send every request in the table to a fresh engine."""
+        """Send every request in the table to a fresh engine, before any new one."""
         for stream in list(self._streams.values()):
+            stream.was_resubmitted = True
             self._send(Submit(stream.request))
 
     def fail_all(self, error: PenstockError) -> None:

@@ -8,6 +8,7 @@ from penstock.core.errors import StartupError
 
 DTYPES: Final = ("auto", "float32", "bfloat16")
 KERNELS: Final = ("auto", "reference", "eager")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +66,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """None takes the model's own context."""
     scheduler: SchedulerConfig = SchedulerConfig()
     kv: KvConfig = KvConfig()
+    log_level: str = "info"
+    """`debug`, `info`, `warning` or `error`."""
     warmup: bool = True
     """Run the largest batch and chunk once before ready."""
 
@@ -89,6 +92,7 @@ def validate_engine_config(config: EngineConfig) -> None:
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("kernels", config.kernels, KERNELS)
     _one_of("device", config.device, ("cpu",))
+    _one_of("log_level", config.log_level, LOG_LEVELS)
     _bound("max_num_seqs", sched.max_num_seqs, 1, 4096)
     _bound("max_num_batched_tokens", sched.max_num_batched_tokens, sched.max_num_seqs, 1 << 20)
     _bound("step_time_target_ms", sched.step_time_target_ms, 1, 600_000)

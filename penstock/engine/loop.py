@@ -4,11 +4,12 @@
 difference is the `Channel`. It knows no asyncio.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Protocol
 
 from penstock.core.error_info import error_to_info
-from penstock.core.errors import PenstockError
+from penstock.core.errors import GenerateError, PenstockError
 from penstock.engine.core import EngineCore
 from penstock.engine.wire import (
     Abort,
@@ -25,6 +26,8 @@ from penstock.engine.wire import (
     Submit,
     ToEngine,
 )
+
+log = logging.getLogger("penstock.engine")
 
 
 class Channel(Protocol):
@@ -81,6 +84,10 @@ class EngineLoop:
             self._core.add(message.request)
         except PenstockError as error:
             self._channel.send(Refused(request_id, error_to_info(error)))
+        except Exception:
+            log.exception("a request could not be queued")
+            fault = GenerateError("the request could not be queued")
+            self._channel.send(Refused(request_id, error_to_info(fault)))
         else:
             self._channel.send(Accepted(request_id))
 

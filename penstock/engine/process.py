@@ -1,4 +1,4 @@
-"""The engine process: `python -m penstock.engine.process ADDRESS`.
+"""The engine process: `python -m penstock.engine.process ADDRESS PARENT_PID`.
 
 A direct child of the API process. It connects to ADDRESS (`ipc://` in a 0700 folder), takes its config
 from the first message, loads, warms up, reports `Started` and turns the loop. It ends with its parent.
@@ -27,11 +27,14 @@ from penstock.engine.wire import (
     decode_to_engine,
     encode,
 )
+from penstock.observe.logs import LogWriter
 
 EXIT_STARTUP: Final = 3
 EXIT_ENGINE: Final = 70
 IDLE_POLL_MS: Final = 10_000
-"""An idle engine wakes this often to see whether its parent is alive; messages wake it at once."""
+"""An engine that hears nothing for so long, not even a ping, looks whether its parent is alive."""
+START_POLL_MS: Final = 30_000
+"""The config must arrive within this time."""
 PR_SET_PDEATHSIG: Final = 1
 
 log = logging.getLogger("penstock.engine")
@@ -40,8 +43,8 @@ log = logging.getLogger("penstock.engine")
 class ZmqChannel:
     """The engine's end of the socket pair."""
 
-    def __init__(self, address: str) -> None:
-        self._parent_pid = os.getppid()
+    def __init__(self, address: str, *, parent_pid: int) -> None:
+        self._parent_pid = parent_pid
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
@@ -58,7 +61,9 @@ class ZmqChannel:
                 return
 
     def receive_start(self) -> Start:
-        """Wait for the first message."""
+        """Wait for the first message, while there is a parent that could send it."""
+        while not self._socket.poll(START_POLL_MS):
+            self._end_with_parent()
         message = decode_to_engine(self._socket.recv())
         assert isinstance(message, Start), "the first message is Start"
         return message
@@ -86,6 +91,7 @@ def _die_with_parent() -> None:
 
 def _serve(channel: ZmqChannel) -> int:
     start = channel.receive_start()
+    logging.getLogger("penstock").setLevel(start.config.log_level.upper())
     # torch is imported only now, so that a wrong command line fails fast
     from penstock.engine.build import build_core
     from penstock.engine.loop import EngineLoop
@@ -106,11 +112,13 @@ def _serve(channel: ZmqChannel) -> int:
 def main(argv: list[str]) -> int:
     """Run the process; the return value is its exit code."""
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the supervisor asks before it kills
     # Ctrl-C in a terminal reaches the whole group; only the API process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
-    channel = ZmqChannel(argv[1])
+    writer = LogWriter()
+    writer.start()
+    channel = ZmqChannel(argv[1], parent_pid=int(argv[2]))
     try:
         return _serve(channel)
     except Exception as error:
@@ -119,6 +127,7 @@ def main(argv: list[str]) -> int:
         return EXIT_ENGINE
     finally:
         channel.close()
+        writer.stop()
 
 
 if __name__ == "__main__":

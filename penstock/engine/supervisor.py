@@ -1,149 +1,63 @@
 """Starts the engine process, watches it, restarts it, and speaks for it to the API side.
 
-States of the engine, as `not_ready_reason` tells them:
-
 ```
-            start()                Started
-  new ---------------> loading ---------------> ready (None) <--------+
-                          |                       |  |                | Started
-                 StartupError                died |  | hung           |
-                          v                       v  v                |
-                        dead <---- 5 failures -- restarting ----------+
-  drain(): ready -> draining -> close(): closed
+        start()                Started
+  NEW ----------> LOADING -----------------> READY <-----------+
+                     |                        |  |             | Started
+            StartupError                 died |  | hung        |
+                     v                        v  v             |
+                  CLOSED <----- close() ---- RESTARTING -------+
+                                              (pause, spawn, repeat)
 ```
 
 When the process dies, requests that have produced a token end with `EngineDeadError` at once; the others
-are queued again, once, at the next engine.
+are queued again, once, at the next engine. An engine that keeps dying is started again for ever, at most
+once in 30 s; what waits for it fails after five starts in vain.
 """
 
 import asyncio
 import contextlib
+import enum
 import logging
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import Final, cast
-
-import zmq
-import zmq.asyncio
+from typing import Final
 
 from penstock.core.error_info import info_to_error
-from penstock.core.errors import EngineDeadError, NotReadyError, PenstockError, QueueFullError, StartupError
+from penstock.core.errors import EngineDeadError, NotReadyError, PenstockError, StartupError
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineEvents
-from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, TokenDelta
+from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, StepStats, TokenDelta
+from penstock.engine import liveness
+from penstock.engine.child import EngineProcess
 from penstock.engine.client import StreamTable
 from penstock.engine.config import EngineConfig, validate_engine_config
-from penstock.engine.wire import (
-    Fatal,
-    FromEngine,
-    Loading,
-    Output,
-    Ping,
-    Shutdown,
-    Start,
-    Started,
-    ToEngine,
-    decode_from_engine,
-    encode,
-)
+from penstock.engine.liveness import Liveness
+from penstock.engine.scheduler.admission import QueueLoad, check_admissible, check_queue, limits_from_info
+from penstock.engine.wire import Fatal, FromEngine, Loading, Output, Ping, Shutdown, Started, ToEngine
 
-PING_INTERVAL_S: Final = 1.0
-WATCHDOG_MIN_S: Final = 5.0
-WATCHDOG_STEPS: Final = 20
-"""The engine is hung if it is silent for this many times its longest step so far (at least 5 s)."""
-STUCK_S: Final = 3.0
-"""Readiness turns off when the engine has been silent for this long."""
-RESTART_BACKOFF_S: Final = (0.0, 0.5, 1.0, 2.0, 5.0)
+RESTART_PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Before the k-th start in a row that follows a failure; the last one for all later."""
+MAX_STARTS_TO_WAIT_FOR: Final = 5
+"""Requests that wait for a restart fail after so many starts in vain."""
+HEALTHY_S: Final = 60.0
+"""An engine that served for this long has ended the row of failures."""
 CLOSE_TIMEOUT_S: Final = 2.0
-CHILD_ENVIRONMENT: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""torch takes huge pages for its tensors: fresh 4 KiB pages made a 39 MB logits tensor cost 20 ms, not 6."""
-MAX_LAST_MESSAGES: Final = 1000
-"""Messages read after a child's end before its socket is given up."""
+RETRY_AFTER_S: Final = 1.0
 
 log = logging.getLogger("penstock.supervisor")
 
 
-class EngineProcess:
-    """One engine process and its socket; a restart makes a new one, so that stale messages cannot arrive."""
+class EngineState(enum.StrEnum):
+    """See the module's drawing."""
 
-    def __init__(self, *, folder: Path, generation: int, on_message: Callable[[FromEngine], None]) -> None:
-        self._address = f"ipc://{folder}/engine-{generation}"
-        self._on_message = on_message
-        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self._address)
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._unsent: set[asyncio.Future[object]] = set()
-
-    @property
-    def pid(self) -> int:
-        """Process id of the running engine."""
-        assert self._process is not None
-        return self._process.pid
-
-    async def spawn(self, config: EngineConfig) -> None:
-        """Start the child and hand it its config; returns before it has loaded."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "penstock.engine.process",
-            self._address,
-            stdin=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **CHILD_ENVIRONMENT},
-        )
-        self._reader = asyncio.create_task(self._read(), name="engine-reader")
-        self.send(Start(config))
-
-    def send(self, message: ToEngine) -> None:
-        """Hand a message to the socket; a message to a dead engine is lost with it."""
-        if self._socket.closed:
-            return
-        # pyzmq's stub calls it Awaitable; the asyncio socket returns a Future.
-        sent = cast("asyncio.Future[object]", self._socket.send(encode(message)))
-        if not sent.done():
-            self._unsent.add(sent)
-            sent.add_done_callback(self._unsent.discard)
-
-    async def wait(self) -> int:
-        """Exit code of the child, after its last message has been read; 0 if it never came to be."""
-        if self._process is None:
-            return 0  # closed while it was being spawned
-        code = await self._process.wait()
-        await self._read_rest()
-        return code
-
-    def kill(self) -> None:
-        """SIGKILL; does nothing if it has ended."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-    async def close(self) -> None:
-        """Kill, reap and close the socket."""
-        self.kill()
-        if self._process is not None:
-            await self._process.wait()
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-        self._socket.close(linger=0)
-
-    async def _read(self) -> None:
-        while True:
-            self._on_message(decode_from_engine(await self._socket.recv()))
-
-    async def _read_rest(self) -> None:
-        """Give the reader a moment for what the child sent before it ended."""
-        for _ in range(MAX_LAST_MESSAGES):
-            if not await self._socket.poll(timeout=20):
-                return
-            await asyncio.sleep(0)
+    NEW = "new"
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    CLOSED = "closed"
 
 
 class SubprocessEngine:
@@ -172,16 +86,17 @@ class SubprocessEngine:
         self._clock = clock
         self._on_progress = on_progress
         self._table = StreamTable(name=name, events=events, send=self._send)
-        self._process: EngineProcess | None = None
+        self._state = EngineState.NEW
+        self._is_draining = False
         self._info: EngineInfo | None = None
-        self._state: str | None = "new"
+        self._stats: StepStats | None = None
+        self._process: EngineProcess | None = None
+        self._liveness = Liveness(now_s=clock.monotonic())
         self._started: asyncio.Future[None] | None = None
-        self._last_heard_s = 0.0
-        self._step_max_s = 0.0
-        self._num_waiting = 0
-        self._num_waiting_tokens = 0
-        self._kill_reason = "died"
+        self._ready_s = 0.0
+        self._num_failures = 0
         self._generation = 0
+        self._death = "died"
         self._supervisor: asyncio.Task[None] | None = None
         self._folder: Path | None = None
 
@@ -194,30 +109,21 @@ class SubprocessEngine:
     @property
     def pid(self) -> int:
         """Process id of the running engine."""
-        assert self._process is not None, "start() has returned"
+        assert self._process is not None, "start() has been called"
         return self._process.pid
 
     @property
-    def num_in_flight(self) -> int:
-        """Requests submitted and not ended."""
-        return len(self._table)
-
-    @property
     def not_ready_reason(self) -> str | None:
-        """See the module's drawing; also `stuck` and `queue_full`."""
-        if self._state is not None:
-            return self._state
-        if self._clock.monotonic() - self._last_heard_s > max(STUCK_S, 2 * self._step_max_s):
+        """None, a state of the drawing, or draining, stuck, queue_full."""
+        if self._state is not EngineState.READY:
+            return self._state.value
+        if self._is_draining:
+            return "draining"
+        if self._liveness.is_stuck(now_s=self._clock.monotonic()):
             return "stuck"
-        return "queue_full" if self._queue_is_full else None
+        return "queue_full" if self._queue_is_full() else None
 
-    @property
-    def _queue_is_full(self) -> bool:
-        limits = self._config.scheduler
-        return (
-            self._num_waiting >= limits.max_num_queued_reqs
-            or self._num_waiting_tokens >= limits.max_num_queued_tokens
-        )
+    # -- life ----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Spawn the engine and wait until it is warm.
@@ -226,70 +132,39 @@ class SubprocessEngine:
             StartupError: the config, the checkpoint or the machine does not allow it.
         """
         validate_engine_config(self._config)
-        self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))  # mode 0700
-        self._state = "loading"
-        await self._spawn()
-        assert self._started is not None
         try:
-            await self._started
+            self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))  # mode 0700
+        except OSError as error:
+            raise StartupError(f"no folder for the engine's socket: {error.strerror}") from error
+        self._state = EngineState.LOADING
+        try:
+            started = await self._spawn()
+            self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+            self._supervisor.add_done_callback(self._on_supervisor_end)
+            await started
         except PenstockError:
             await self.close()
             raise
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
-        """See `EngineClient`."""
-        if self._state is not None:
-            raise NotReadyError(f"the model is {self._state}", code=self._state, retry_after_s=1)
-        if self._queue_is_full:
-            raise QueueFullError(
-                f"{self._num_waiting} requests with {self._num_waiting_tokens} tokens wait, "
-                f"the limits are {self._config.scheduler.max_num_queued_reqs} and "
-                f"{self._config.scheduler.max_num_queued_tokens}",
-                retry_after_s=1,
-            )
-        self._num_waiting += 1
-        self._num_waiting_tokens += len(request.prompt_token_ids)
-        return await self._table.submit(request)
-
-    async def memory(self) -> MemoryReport:
-        """See `EngineAdmin`."""
-        answer = await self._table.ask("memory")
-        assert answer.memory is not None
-        return answer.memory
-
-    async def requests(self) -> Sequence[RequestReport]:
-        """See `EngineAdmin`."""
-        answer = await self._table.ask("requests")
-        assert answer.requests is not None
-        return answer.requests
-
-    def stop_admitting(self) -> None:
-        """From now on `generate` raises `NotReadyError`."""
-        if self._state is None:
-            self._state = "draining"
-
     async def drain(self, budget_s: float) -> bool:
-        """Stop admitting and wait for what is in flight.
+        """Stop admitting, also after a restart, and wait for what is in flight.
 
         Returns:
             True if everything ended within the budget.
         """
-        self.stop_admitting()
+        self._is_draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._table.wait_empty(), budget_s)
         return not self._table
 
-    def abort_all(self, error: PenstockError) -> None:
-        """End every request in flight with `error`."""
-        self._table.fail_all(error)
-
     async def close(self) -> None:
         """End the engine; requests in flight end with `EngineDeadError`. Closing twice does nothing more."""
-        if self._state == "closed":
+        if self._state is EngineState.CLOSED:
             return
-        self._state = "closed"
+        is_serving = self._state is EngineState.READY
+        self._state = EngineState.CLOSED
         self._table.fail_all(EngineDeadError("the server is shutting down", code="shutting_down"))
-        if self._process is not None:
+        if self._process is not None and is_serving:
             self._send(Shutdown())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), CLOSE_TIMEOUT_S)
@@ -301,25 +176,85 @@ class SubprocessEngine:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    # -- requests ------------------------------------------------------------------------------------------
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
+        """See `EngineClient`."""
+        self._refuse_unless_serving()
+        check_admissible(request, limits=limits_from_info(self.info))
+        check_queue(
+            self._queue_load(), num_prompt_tokens=len(request.prompt_token_ids), retry_after_s=RETRY_AFTER_S
+        )
+        return await self._table.submit(request)
+
+    async def memory(self) -> MemoryReport:
+        """See `EngineAdmin`."""
+        self._refuse_unless_alive()
+        answer = await self._table.ask("memory")
+        assert answer.memory is not None
+        return answer.memory
+
+    async def requests(self) -> Sequence[RequestReport]:
+        """See `EngineAdmin`."""
+        self._refuse_unless_alive()
+        answer = await self._table.ask("requests")
+        assert answer.requests is not None
+        return answer.requests
+
+    def _refuse_unless_alive(self) -> None:
+        if self._state is not EngineState.READY:
+            raise NotReadyError(
+                f"the model is {self._state.value}", code=self._state.value, retry_after_s=RETRY_AFTER_S
+            )
+
+    def _refuse_unless_serving(self) -> None:
+        self._refuse_unless_alive()
+        if self._is_draining:
+            raise NotReadyError("the model is draining", code="draining", retry_after_s=RETRY_AFTER_S)
+
+    def _queue_load(self) -> QueueLoad:
+        """The queue as the engine last told it; a fast no, the engine has the last word.
+
+        Requests on their way to it count once they are more than it could seat at once.
+        """
+        limits = self._config.scheduler
+        stats = self._stats
+        on_their_way = self._table.num_unaccepted - limits.max_num_seqs
+        return QueueLoad(
+            num_requests=max(stats.num_waiting if stats else 0, on_their_way),
+            num_tokens=stats.num_waiting_tokens if stats else 0,
+            max_num_requests=limits.max_num_queued_reqs,
+            max_num_tokens=limits.max_num_queued_tokens,
+        )
+
+    def _queue_is_full(self) -> bool:
+        load = self._queue_load()
+        return load.num_requests >= load.max_num_requests or (
+            load.num_requests > 0 and load.num_tokens >= load.max_num_tokens
+        )
+
+    # -- the process ---------------------------------------------------------------------------------------
+
     def _send(self, message: ToEngine) -> None:
         if self._process is not None:
             self._process.send(message)
 
-    async def _spawn(self) -> None:
+    async def _spawn(self) -> "asyncio.Future[None]":
+        """Start a process; the future is done when it is ready, or has said why it cannot be."""
         assert self._folder is not None
         self._generation += 1
-        self._kill_reason = "died"
+        self._death = "died"
+        self._stats = None
+        self._liveness = Liveness(now_s=self._clock.monotonic())
         self._started = asyncio.get_running_loop().create_future()
         self._process = EngineProcess(
             folder=self._folder, generation=self._generation, on_message=self._on_message
         )
         await self._process.spawn(self._config)
-        if self._supervisor is None:
-            self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
-            self._supervisor.add_done_callback(self._on_supervisor_end)
+        return self._started
 
     def _on_message(self, message: FromEngine) -> None:
-        self._last_heard_s = self._clock.monotonic()
+        self._liveness.on_message(now_s=self._clock.monotonic())
         match message:
             case Started(info=info):
                 self._on_started(info)
@@ -328,20 +263,20 @@ class SubprocessEngine:
                     self._on_progress(done, total)
             case Fatal(error=error):
                 self._on_fatal(info_to_error(error))
-            case Output(stats=stats) if stats is not None:
-                self._step_max_s = max(self._step_max_s, stats.step_time_s)
-                self._num_waiting = stats.num_waiting
-                self._num_waiting_tokens = stats.num_waiting_tokens
-                self._table.on_message(message)
             case _:
+                if isinstance(message, Output) and message.stats is not None:
+                    self._stats = message.stats
+                    self._liveness.on_step(message.stats.step_time_s)
                 self._table.on_message(message)
 
     def _on_started(self, info: EngineInfo) -> None:
         self._info = info
-        self._step_max_s = max(self._step_max_s, info.warmup_time_s)
-        self._num_waiting = self._num_waiting_tokens = 0
-        if self._state != "closed":
-            self._state = None
+        self._ready_s = self._clock.monotonic()
+        self._liveness.on_started(warmup_s=info.warmup_time_s)
+        if self._state is not EngineState.CLOSED:
+            # All that is in the table waited for this engine; from READY on new requests join it.
+            self._table.resubmit()
+            self._state = EngineState.READY
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
 
@@ -353,76 +288,68 @@ class SubprocessEngine:
 
     async def _supervise(self) -> None:
         """Watch the process; when it ends, tell the clients and start another."""
-        while self._state != "closed":
+        while True:
             assert self._process is not None
-            watchdog = asyncio.create_task(self._watch(), name="engine-watchdog")
+            watchdog = asyncio.create_task(self._watch(self._process), name="engine-watchdog")
             code = await self._process.wait()
             watchdog.cancel()
-            if self._state == "closed":
-                return
-            await self._on_death(code)
-            if self._state == "dead":
+            if self._state is EngineState.CLOSED or not await self._replace(code):
                 return
 
-    async def _watch(self) -> None:
+    async def _watch(self, process: EngineProcess) -> None:
         """Ping once a second; kill an engine that has been silent for too long."""
         while True:
-            await asyncio.sleep(PING_INTERVAL_S)
-            if self._state not in (None, "draining"):
-                continue
-            self._send(Ping())
-            silent_s = self._clock.monotonic() - self._last_heard_s
-            if silent_s > max(WATCHDOG_MIN_S, WATCHDOG_STEPS * self._step_max_s):
-                log.error("the engine was silent for %.1f s, it is killed", silent_s)
-                self._kill_reason = "hung"
-                assert self._process is not None
-                self._process.kill()
+            await asyncio.sleep(liveness.PING_INTERVAL_S)
+            if self._liveness.is_hung(now_s=self._clock.monotonic()):
+                log.error("the engine was silent for %.0f s, it is killed", self._liveness.silence_max_s)
+                self._death = "hung"
+                await process.kill_hung()
+                return
+            if self._state is EngineState.READY:
+                self._send(Ping())
 
-    async def _on_death(self, code: int) -> None:
+    async def _replace(self, code: int) -> bool:
+        """The process has ended: tell whom it concerns and start the next; False if there is none."""
+        self._end_start(code)
+        if self._info is None:
+            return False  # the first start failed; `start` tells and closes
+        self._count_failure()
+        self._state = EngineState.RESTARTING
+        self._table.fail_started(
+            EngineDeadError(f"the engine process {self._death}, it is being restarted", retry_after_s=2)
+        )
+        if self._num_failures >= MAX_STARTS_TO_WAIT_FOR:
+            self._table.fail_all(EngineDeadError("the engine does not start", retry_after_s=30))
+        log.error("the engine process %s (code %d), restarting", self._death, code)
+        self._events.on_engine_restart(self._name, self._death)
+        assert self._process is not None
+        await self._process.close()
+        await self._spawn_after_pause()
+        return True
+
+    async def _spawn_after_pause(self) -> None:
+        while True:
+            await asyncio.sleep(RESTART_PAUSES_S[min(self._num_failures, len(RESTART_PAUSES_S)) - 1])
+            try:
+                await self._spawn()
+            except StartupError:  # the machine has no process or socket to give now
+                log.exception("the engine process could not be made")
+                self._num_failures += 1
+            else:
+                return
+
+    def _end_start(self, code: int) -> None:
         if self._started is not None and not self._started.done():
             self._started.set_exception(StartupError(f"the engine process ended with code {code} at start"))
-        if self._info is None:
-            self._state = "dead"
-            return
-        was_draining = self._state == "draining"
-        self._state = "restarting"
-        self._table.take_restartable(
-            EngineDeadError(f"the engine process {self._kill_reason}, it is being restarted", retry_after_s=2)
-        )
-        log.error("the engine process %s (code %d), restarting", self._kill_reason, code)
-        self._events.on_engine_restart(self._name, self._kill_reason)
-        await self._restart()
-        if was_draining and self._is_serving():
-            self._state = "draining"
+        if self._started is not None and self._info is not None:
+            self._started.exception()  # told in the log; only the first start has a caller
 
-    def _is_serving(self) -> bool:
-        return self._state is None
-
-    async def _restart(self) -> None:
-        for pause_s in RESTART_BACKOFF_S:
-            assert self._process is not None
-            await self._process.close()
-            await asyncio.sleep(pause_s)
-            await self._spawn()
-            if await self._starts():
-                self._table.resubmit()
-                return
-        self._state = "dead"
-        self._table.fail_all(EngineDeadError("the engine could not be restarted", code="engine_dead"))
-        log.error("the engine did not start %d times in a row, giving up", len(RESTART_BACKOFF_S))
-
-    async def _starts(self) -> bool:
-        """True once the fresh process is ready, False if it ended before."""
-        assert self._started is not None
-        assert self._process is not None
-        exited = asyncio.create_task(self._process.wait())
-        waited: set[asyncio.Future[None] | asyncio.Task[int]] = {self._started, exited}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        exited.cancel()
-        return self._started.done() and self._started.exception() is None
+    def _count_failure(self) -> None:
+        was_healthy = self._state is EngineState.READY and self._clock.monotonic() - self._ready_s > HEALTHY_S
+        self._num_failures = 1 if was_healthy else self._num_failures + 1
 
     def _on_supervisor_end(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the supervisor failed", exc_info=error)
-            self._state = "dead"
+            self._state = EngineState.RESTARTING
             self._table.fail_all(EngineDeadError("the engine's supervisor failed", code="engine_dead"))

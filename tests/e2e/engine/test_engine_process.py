@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from penstock.core.errors import CheckpointError, EngineDeadError, NotReadyError
+from penstock.core.errors import CheckpointError, EngineDeadError, InvalidParameterError, NotReadyError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.tokens import EngineRequest
-from penstock.engine import supervisor
+from penstock.engine import liveness
 from penstock.engine.config import EngineConfig, KvConfig
 from penstock.engine.supervisor import SubprocessEngine
 from penstock.models.embedded_model import embedded_path
@@ -108,9 +108,8 @@ async def test_after_sigkill_started_requests_fail_and_fresh_ones_are_served_by_
 async def test_a_stopped_engine_is_detected_killed_and_replaced(
     engine: SubprocessEngine, events: Restarts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "WATCHDOG_MIN_S", 0.5)
-    monkeypatch.setattr(supervisor, "PING_INTERVAL_S", 0.1)
-    monkeypatch.setattr(supervisor, "WATCHDOG_STEPS", 0)
+    monkeypatch.setattr(liveness, "WATCHDOG_MIN_S", 0.5)
+    monkeypatch.setattr(liveness, "PING_INTERVAL_S", 0.25)
     stream = await engine.generate(request("r"))
     await anext(stream)
     os.kill(engine.pid, signal.SIGSTOP)
@@ -131,6 +130,19 @@ async def test_cancelled_requests_give_their_blocks_back(engine: SubprocessEngin
         while (await engine.memory()).kv_bytes_owned:
             await asyncio.sleep(0.02)
     assert await engine.requests() == []
+
+
+async def test_refused_requests_leave_the_queue_as_it_was(engine: SubprocessEngine) -> None:
+    for index in range(3000):
+        params = SamplingParams(n=8, max_tokens=4000)
+        too_long = EngineRequest(
+            request_id=RequestId(f"bad-{index}"), prompt_token_ids=[5] * 500, params=params
+        )
+        with pytest.raises(InvalidParameterError):
+            await engine.generate(too_long)
+    assert engine.not_ready_reason is None
+    stream = await engine.generate(request("good", max_tokens=2))
+    assert sum([len(delta.token_ids) async for delta in stream]) == 2
 
 
 async def test_draining_admits_nothing_and_waits_for_what_runs(engine: SubprocessEngine) -> None:

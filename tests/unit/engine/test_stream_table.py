@@ -97,6 +97,16 @@ async def test_closing_an_ended_stream_sends_nothing() -> None:
     assert len(sent) == 1
 
 
+async def test_a_request_that_cannot_be_sent_leaves_nothing_behind() -> None:
+    def refuse(message: ToEngine) -> None:
+        raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
+
+    table = StreamTable(name=ModelName("m"), events=Recorder(), send=refuse)
+    with pytest.raises(UnicodeEncodeError):
+        await table.submit(make_request())
+    assert len(table) == 0
+
+
 async def test_cancelling_while_waiting_for_acceptance_aborts() -> None:
     table, sent = make_table()
     task = asyncio.create_task(table.submit(make_request()))
@@ -121,12 +131,12 @@ async def test_after_a_death_started_streams_fail_and_fresh_ones_are_queued_agai
     table.on_message(Output([TokenDelta(RequestId("started"), 0, (4,))]))
     await anext(started)
     sent.clear()
-    table.take_restartable(EngineDeadError("died"))
+    table.fail_started(EngineDeadError("died"))
     table.resubmit()
     assert sent == [Submit(fresh.request)]
     with pytest.raises(EngineDeadError):
         await anext(started)
-    table.take_restartable(EngineDeadError("died again"))
+    table.fail_started(EngineDeadError("died again"))
     with pytest.raises(EngineDeadError, match="again"):
         await anext(fresh)
     assert len(table) == 0
