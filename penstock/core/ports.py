@@ -67,6 +67,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     kv_usage: float
     num_preemptions: int
+    is_accepted: bool = True
+    """False if it was refused before the engine took it; its times then say nothing about the service."""
 
 
 class EngineEvents(Protocol):

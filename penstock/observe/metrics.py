@@ -159,16 +159,8 @@ class Metrics:
         numbers.values["prompt_tokens_total"] += record.prompt_tokens
         numbers.values["prompt_tokens_cached_total"] += record.cached_tokens
         _bump(numbers.labelled["request_success_total"], record.finish_reason.value)
-        buckets = numbers.buckets
-        buckets["e2e_request_latency_seconds"].observe(record.e2e_s)
-        buckets["request_queue_time_seconds"].observe(record.queue_wait_s)
-        buckets["request_prompt_tokens"].observe(record.prompt_tokens)
-        buckets["request_generation_tokens"].observe(record.completion_tokens)
-        if record.ttft_s is not None:
-            buckets["time_to_first_token_seconds"].observe(record.ttft_s)
-            if record.completion_tokens > 1:
-                tpot = (record.e2e_s - record.ttft_s) / (record.completion_tokens - 1)
-                buckets["request_time_per_output_token_seconds"].observe(tpot)
+        if record.is_accepted:
+            _observe(numbers.buckets, record)
 
     def on_engine_restart(self, model: ModelName, reason: str) -> None:
         """When an engine process died or hung and is started again; its gauges start from nothing."""
@@ -242,6 +234,18 @@ class Metrics:
                     yield (model, label), value
             else:
                 yield (model,), numbers.values[spec.name]
+
+
+def _observe(buckets: dict[str, _Buckets], record: RequestRecord) -> None:
+    buckets["e2e_request_latency_seconds"].observe(record.e2e_s)
+    buckets["request_queue_time_seconds"].observe(record.queue_wait_s)
+    buckets["request_prompt_tokens"].observe(record.prompt_tokens)
+    buckets["request_generation_tokens"].observe(record.completion_tokens)
+    if record.ttft_s is not None:
+        buckets["time_to_first_token_seconds"].observe(record.ttft_s)
+        if record.completion_tokens > 1:
+            tpot = (record.e2e_s - record.ttft_s) / (record.completion_tokens - 1)
+            buckets["request_time_per_output_token_seconds"].observe(tpot)
 
 
 def _waste(stats: StepStats) -> float:

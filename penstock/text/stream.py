@@ -35,6 +35,7 @@ class RequestMeter:
         "_model",
         "_request",
         "_start_s",
+        "is_accepted",
         "stats_so_far",
         "ttft_s",
     )
@@ -49,6 +50,8 @@ class RequestMeter:
         self._start_s = request.arrival_s or clock.monotonic()
         self._gap_start_s: dict[int, float] = {}
         self._is_done = False
+        self.is_accepted = False
+        """Set by the stream: there is one only after the engine has accepted the request."""
         self.ttft_s: float | None = None
         self.stats_so_far = _NO_STATS
         """Used when the request ends before the engine's last word, by a stop string or its client."""
@@ -94,6 +97,7 @@ class RequestMeter:
                 batch_size=known.batch_size,
                 kv_usage=known.kv_usage,
                 num_preemptions=known.num_preemptions,
+                is_accepted=self.is_accepted,
             )
         )
 
@@ -125,6 +129,7 @@ class TextStream(AsyncGenerator[TextDelta, None]):
         self._num_prompt_tokens = num_prompt_tokens
         self._num_cached_tokens = 0
         self._meter = meter
+        meter.is_accepted = True
         self._ready = deque(first)
         self._ended = False
 

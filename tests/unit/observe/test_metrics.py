@@ -114,6 +114,16 @@ def test_a_request_without_a_token_has_no_first_token_time(metrics):
     assert of(found, "request_time_per_output_token_seconds_count") == 0
 
 
+def test_a_refused_request_is_counted_and_spoils_no_histogram(metrics):
+    refused = {"is_accepted": False, "finish_reason": FinishReason.ERROR, "error_code": "queue_full"}
+    metrics.on_request(msgspec.structs.replace(RECORD, ttft_s=None, **refused))
+    found = samples(metrics)
+    assert of(found, "request_success_total", finished_reason="error") == 1
+    counts = {key[0]: value for key, value in found.items() if key[0].endswith("_count")}
+    assert counts
+    assert set(counts.values()) == {0}
+
+
 def test_a_value_on_a_bound_belongs_to_that_bucket(metrics):
     metrics.on_token_gap(MODEL, 0.01)
     found = samples(metrics)

@@ -1,6 +1,7 @@
 """The text service over a scripted engine: what it refuses, what it streams, and how every request ends."""
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -91,6 +92,18 @@ async def test_the_record_bears_the_id_that_the_client_knows():
     await collect(service, make_request(client_request_id="theirs"))
     assert [record.request_id for record in sink.records] == ["theirs"]
     assert [request.request_id for request in engine.requests] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "refusal", "is_accepted"),
+    [("hello", None, True), ("", None, False), ("hello", QueueFullError("full"), False)],
+)
+async def test_the_record_tells_whether_the_engine_accepted_the_request(prompt, refusal, is_accepted):
+    service, engine, sink = make_service([last()])
+    engine.refusal = refusal
+    with contextlib.suppress(PenstockError):
+        await collect(service, make_request(prompt))
+    assert [record.is_accepted for record in sink.records] == [is_accepted]
 
 
 async def test_the_engine_gets_resolved_parameters():
