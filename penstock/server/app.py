@@ -22,6 +22,7 @@ from penstock.server.dialects import plain
 from penstock.server.dialects.openai import routes as openai
 from penstock.server.edge import Edge
 from penstock.server.endpoint import Endpoint
+from penstock.server.engine_reports import EngineReports
 from penstock.server.errors import MethodNotAllowedError, error_reply
 from penstock.server.limits import Limits
 from penstock.server.routes import Access, Route
@@ -57,6 +58,7 @@ def make_services(
         admin_keys=admin_keys or KeyRing(),
         failures=FailureLimit(clock=clock),
         admins=admins if admins is not None else {},
+        reports=EngineReports(clock=clock),
         limits=limits,
         gate=gate or Gate(),
         budget=BodyBudget(limits.body_bytes_total_max),

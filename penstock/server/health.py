@@ -7,22 +7,22 @@ is up and steps, its queue has room, and the server is not about to leave.
 import asyncio
 from typing import Final, Literal
 
-from penstock.core.errors import PenstockError
+from penstock.core.ids import ModelName
 from penstock.core.ports import EngineAdmin
 from penstock.observe.memory import resident_bytes
+from penstock.server.engine_reports import EngineReports
 from penstock.server.replies import Reply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call, Services
 from penstock.server.validation import AnswerModel
-
-_ENGINE_ANSWER_S: Final = 0.25
-"""How long `/health` waits for an engine's figures; an engine that hangs must not make it hang."""
 
 
 class EngineMemory(AnswerModel):
     """Bytes in one model's engine process."""
 
     model: str
+    age_s: float
+    """Seconds since the engine said so: 0 unless it is too busy to answer at once."""
     weights_bytes: int
     kv_bytes_total: int
     kv_bytes_owned: int
@@ -32,7 +32,7 @@ class EngineMemory(AnswerModel):
 
 
 class Memory(AnswerModel):
-    """Bytes in this process and in the engines that answered in time."""
+    """Bytes in this process and in the engines that have ever answered."""
 
     process_rss_bytes: int
     request_body_bytes: int
@@ -54,14 +54,16 @@ class Readiness(AnswerModel):
     reason: str | None
 
 
-async def _engine_memory(model: str, admin: EngineAdmin) -> EngineMemory | None:
-    try:
-        async with asyncio.timeout(_ENGINE_ANSWER_S):
-            report = await admin.memory()
-    except (TimeoutError, PenstockError):
+async def _engine_memory(
+    model: ModelName, admin: EngineAdmin, *, reports: EngineReports
+) -> EngineMemory | None:
+    latest = await reports.latest(model, admin)
+    if latest is None:
         return None
+    age_s, report = latest
     return EngineMemory(
         model=model,
+        age_s=age_s,
         weights_bytes=report.weights_bytes,
         kv_bytes_total=report.kv_bytes_total,
         kv_bytes_owned=report.kv_bytes_owned,
@@ -72,7 +74,8 @@ async def _engine_memory(model: str, admin: EngineAdmin) -> EngineMemory | None:
 
 
 async def _memory(services: Services) -> Memory:
-    reports = await asyncio.gather(*(_engine_memory(name, admin) for name, admin in services.admins.items()))
+    asked = [_engine_memory(name, admin, reports=services.reports) for name, admin in services.admins.items()]
+    reports = await asyncio.gather(*asked)
     return Memory(
         process_rss_bytes=resident_bytes(),
         request_body_bytes=services.budget.held_bytes,

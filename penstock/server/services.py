@@ -14,6 +14,7 @@ from penstock.core.ports import Clock, EngineAdmin
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.keys import FailureLimit, KeyRing
 from penstock.server.body import BodyBudget
+from penstock.server.engine_reports import EngineReports
 from penstock.server.exchange import InFlight
 from penstock.server.limits import Limits
 
@@ -77,6 +78,7 @@ class Services:
     """Empty means that nobody is an administrator."""
     failures: FailureLimit
     admins: Mapping[ModelName, EngineAdmin] = field(default_factory=dict)
+    reports: EngineReports
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)
     in_flight: InFlight = field(default_factory=InFlight)

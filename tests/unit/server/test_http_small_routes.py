@@ -2,13 +2,16 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from penstock.core.errors import NotReadyError
 from penstock.core.ids import ModelName
+from penstock.server import engine_reports
 from penstock.server.services import Gate
 from tests.fakes.http_server import bench
 from tests.fakes.model_client import FakeModelClient
+from tests.unit.server.test_http_access import FakeAdmin
 
 
 async def test_tokenize_and_detokenize_are_inverse():
@@ -103,6 +106,41 @@ async def test_health_answers_though_an_engine_hangs():
         reply = await b.http.get("/health")
     assert reply.status_code == 200
     assert reply.json()["memory"]["engines"] == []
+
+
+class SlowAdmin(FakeAdmin):
+    """An engine that answers its second question late, and is then gone."""
+
+    def __init__(self):
+        self.num_asked = 0
+        self.may_answer = asyncio.Event()
+
+    async def memory(self):
+        self.num_asked += 1
+        if self.num_asked == 2:
+            await self.may_answer.wait()
+        if self.num_asked > 2:
+            raise NotReadyError("restarting")
+        return msgspec.structs.replace(await super().memory(), weights_bytes=self.num_asked)
+
+
+async def test_health_keeps_the_last_figures_with_their_age_while_an_engine_is_busy(monkeypatch):
+    monkeypatch.setattr(engine_reports, "WAIT_S", 0.02)
+    admin = SlowAdmin()
+    async with bench(keys=True, admins={ModelName("fake"): admin}) as b:
+
+        async def engine():
+            return (await b.http.get("/health")).json()["memory"]["engines"][0]
+
+        first, busy, still_busy = await engine(), await engine(), await engine()
+        num_asked_while_busy = admin.num_asked
+        admin.may_answer.set()
+        await asyncio.sleep(0)
+        gone = await engine()
+    assert [first["weights_bytes"], busy["weights_bytes"], still_busy["weights_bytes"]] == [1, 1, 1]
+    assert first["age_s"] < 0.01 < busy["age_s"] < still_busy["age_s"]
+    assert num_asked_while_busy == 2
+    assert gone["weights_bytes"] == 2
 
 
 async def test_answers_are_counted_by_route_and_status_and_never_by_what_was_sent():
