@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.embedded import data
-from tools.embedded.instructions import KINDS, Conversation, evaluation_set, make_conversation
+from tools.embedded.instructions import EVAL_SEED, KINDS, Conversation, evaluation_set, make_conversation
 
 WINDOW = 1024
 STRIDE = 512
@@ -135,9 +135,9 @@ def trained_questions(count: int) -> list[Conversation]:
     return [make_conversation(999, i, kind=KINDS[i % len(KINDS)]) for i in range(count)]
 
 
-def evaluate_answers(loaded: Loaded, count: int, *, show_wrong: bool) -> dict[str, str]:
-    """Ask the first `count` held-out questions."""
-    answers = [ask(loaded, question) for question in evaluation_set(count=count)]
+def evaluate_answers(loaded: Loaded, count: int, *, seed: int, show_wrong: bool) -> dict[str, str]:
+    """Ask the first `count` held-out questions of a seed."""
+    answers = [ask(loaded, question) for question in evaluation_set(seed=seed, count=count)]
     for answer in answers:
         if show_wrong and not answer.is_exact:
             asked = answer.question.messages[-2]["content"]
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=EVAL_SEED, help="of the questions")
     parser.add_argument("--tokens", type=int, default=0, help="of the book; 0 means all")
     parser.add_argument("--long-windows", type=int, default=8)
     parser.add_argument("--show-wrong", action="store_true")
@@ -165,7 +166,9 @@ def main() -> None:
     ids = torch.from_numpy(held_out).long()
     ids = ids[: arguments.tokens] if arguments.tokens else ids
     figures: dict[str, Any] = {  # Any: JSON values of several types
-        "questions": evaluate_answers(loaded, arguments.questions, show_wrong=arguments.show_wrong),
+        "questions": evaluate_answers(
+            loaded, arguments.questions, seed=arguments.seed, show_wrong=arguments.show_wrong
+        ),
         "held_out_tokens": len(ids),
         "perplexity": perplexity(loaded, ids),
         "perplexity_by_position": perplexity_by_position(
