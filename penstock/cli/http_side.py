@@ -4,6 +4,8 @@ Imported beside the start of the engine process, because the web framework takes
 engine's libraries do.
 """
 
+import ipaddress
+import logging
 from collections.abc import Callable
 from typing import Final
 
@@ -16,10 +18,13 @@ from penstock.gateway.keys import KeyRing
 from penstock.server import lifecycle
 from penstock.server.admin import make_admin_app
 from penstock.server.app import make_app, make_services
+from penstock.server.host_guard import LOCAL_HOSTS
 from penstock.server.lifecycle import Addresses, ServerConfig
 from penstock.server.services import Services
 
 ADMIN_TENANT: Final = TenantId("admin")
+
+log = logging.getLogger("penstock.cli")
 
 
 class HttpSide:
@@ -39,7 +44,7 @@ class HttpSide:
             admin_keys=_ring(settings.admin_key, tenant=ADMIN_TENANT),
             admins=side.admins,
         )
-        self._app: FastAPI = make_app(self._services)
+        self._app: FastAPI = make_app(self._services, hosts=allowed_hosts(settings))
         self._admin_app = None if settings.admin_key is None else make_admin_app(self._services)
         self._config = ServerConfig(
             host=settings.host,
@@ -62,6 +67,27 @@ class HttpSide:
             admin_app=self._admin_app,
             on_ready=on_ready,
         )
+
+
+def allowed_hosts(settings: ServeSettings) -> tuple[str, ...] | None:
+    """Names that requests may be addressed to; None is any. Logs a warning if anybody on the network may ask.
+
+    A key protects by itself, whatever name a proxy has passed on.
+    """
+    if settings.api_key is not None:
+        return None
+    if is_loopback(settings.host):
+        return (*LOCAL_HOSTS, settings.host)
+    log.warning("open to the network without an API key", extra={"host": settings.host})
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener at `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _ring(key: str | None, *, tenant: TenantId) -> KeyRing:

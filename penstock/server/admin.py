@@ -7,22 +7,18 @@ cannot reach it by rebinding its own name to this machine.
 from typing import Final
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from penstock.core.errors import InvalidParameterError, PenstockError
 from penstock.core.ports import EngineAdmin
 from penstock.observe.memory import resident_bytes
 from penstock.server import document
 from penstock.server.app import build
-from penstock.server.endpoint import send_reply
-from penstock.server.errors import error_reply
+from penstock.server.host_guard import LOCAL_HOSTS
 from penstock.server.replies import Reply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call, Services
 from penstock.server.validation import AnswerModel
 
 TITLE: Final = "Penstock administration"
-LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
 
 
 class ModelMemory(AnswerModel):
@@ -120,31 +116,6 @@ ADMIN_ROUTES: Final[tuple[Route, ...]] = (
 """Every route of the administrators' listener."""
 
 
-class HostGuard:
-    """Refuses requests whose Host header is not in a list."""
-
-    def __init__(self, app: ASGIApp, *, hosts: tuple[str, ...]) -> None:
-        self._app = app
-        self._hosts = frozenset(host.lower() for host in hosts)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or refuse it."""
-        if scope["type"] == "http" and not self._is_ours(scope):
-            error: PenstockError = InvalidParameterError(
-                "the Host header is not one of this listener's", code="wrong_host", param="host"
-            )
-            await send_reply(error_reply(error, request_id="none"), send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_ours(self, scope: Scope) -> bool:
-        values = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
-        if len(values) != 1:
-            return False
-        host, colon, port = values[0].rpartition(":")
-        return (host if colon and port.isdigit() else values[0]) in self._hosts
-
-
 def make_admin_app(services: Services, *, hosts: tuple[str, ...] = LOCAL_HOSTS) -> FastAPI:
     """The administrators' app; every route asks for the admin key.
 
@@ -152,6 +123,4 @@ def make_admin_app(services: Services, *, hosts: tuple[str, ...] = LOCAL_HOSTS) 
         services: the same as the public app's; `admin_keys` must not be empty for anything to be let in.
         hosts: names and addresses, without port, that a Host header may hold.
     """
-    app = build(ADMIN_ROUTES, services=services, title=TITLE)
-    app.add_middleware(HostGuard, hosts=hosts)
-    return app
+    return build(ADMIN_ROUTES, services=services, title=TITLE, hosts=hosts)

@@ -24,6 +24,7 @@ from penstock.server.edge import Edge
 from penstock.server.endpoint import Endpoint
 from penstock.server.engine_reports import EngineReports
 from penstock.server.errors import MethodNotAllowedError, error_reply
+from penstock.server.host_guard import HostGuard
 from penstock.server.limits import Limits
 from penstock.server.routes import Access, Route
 from penstock.server.services import Gate, HttpEvents, Services
@@ -94,10 +95,14 @@ def _refuse_unmatched(services: Services) -> Callable[[Request, Exception], Awai
     return refuse
 
 
-def build(routes: tuple[Route, ...], *, services: Services, title: str) -> FastAPI:
-    """Make an app that serves exactly `routes`."""
+def build(
+    routes: tuple[Route, ...], *, services: Services, title: str, hosts: tuple[str, ...] | None = None
+) -> FastAPI:
+    """Make an app that serves exactly `routes`, to requests for `hosts` only unless that is None."""
     app = FastAPI(title=title, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _refuse_unmatched(services))
+    if hosts is not None:
+        app.add_middleware(HostGuard, hosts=hosts)
     app.add_middleware(Edge, services=services)
     for route in routes:
         app.add_api_route(
@@ -109,6 +114,11 @@ def build(routes: tuple[Route, ...], *, services: Services, title: str) -> FastA
     return app
 
 
-def make_app(services: Services) -> FastAPI:
-    """The public app: OpenAI's and the plain dialect, health, metrics and the API document."""
-    return build(PUBLIC_ROUTES, services=services, title=TITLE)
+def make_app(services: Services, *, hosts: tuple[str, ...] | None = None) -> FastAPI:
+    """The public app: OpenAI's and the plain dialect, health, metrics and the API document.
+
+    Args:
+        services: what the routes use.
+        hosts: names and addresses, without port, that a Host header may hold; None allows any.
+    """
+    return build(PUBLIC_ROUTES, services=services, title=TITLE, hosts=hosts)

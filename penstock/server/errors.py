@@ -60,8 +60,22 @@ class HeadersTooLargeError(RequestError):
     default_code = "headers_too_large"
 
 
+class WrongHostError(RequestError):
+    """The request is for a name that this listener does not answer to; use its address."""
+
+    default_code = "wrong_host"
+
+
+class ForeignPageError(RequestError):
+    """A browser asks on behalf of another site's page; ask from a program or from the address bar."""
+
+    default_code = "foreign_page"
+
+
 STATUS[MethodNotAllowedError] = (405, INVALID)
 STATUS[HeadersTooLargeError] = (431, INVALID)
+STATUS[WrongHostError] = (421, INVALID)
+STATUS[ForeignPageError] = (403, INVALID)
 
 
 def status_of(error: PenstockError) -> tuple[int, str]:

@@ -1,11 +1,13 @@
 """Who may ask what: every route of both tables against every kind of key, and nothing beside the tables."""
 
+import httpx
 import pytest
 
 from penstock.core.ids import ModelName, RequestId, TenantId
 from penstock.core.tokens import MemoryReport, RequestReport
 from penstock.server.admin import ADMIN_ROUTES
 from penstock.server.app import PUBLIC_ROUTES, make_app
+from penstock.server.host_guard import LOCAL_HOSTS
 from penstock.server.routes import Access
 from tests.fakes.http_server import ADMIN_KEY, USER_KEY, bench, services_for
 from tests.fakes.model_client import FakeModelClient
@@ -138,8 +140,44 @@ async def test_many_failed_log_ins_are_slowed_down_and_a_right_key_still_passes(
 async def test_the_admin_listener_refuses_foreign_host_headers(host):
     async with bench(keys=True) as b:
         reply = await b.admin.get("/admin/memory", headers=headers("admin") | {"host": host})
-    assert reply.status_code == 400
+    assert reply.status_code == 421
     assert reply.json()["error"]["code"] == "wrong_host"
+
+
+async def ask_guarded(headers):
+    model = FakeModelClient()
+    app = make_app(services_for(model), hosts=LOCAL_HOSTS)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+        return await http.get("/generate", params={"prompt": "hi"}, headers=headers), model
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:9", "LOCALHOST", "[::1]:8000", "[::1]"])
+async def test_a_local_listener_answers_to_local_names(host):
+    reply, model = await ask_guarded({"host": host})
+    assert (reply.status_code, len(model.requests)) == (200, 1)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code", "words"),
+    [
+        ({"host": "evil.example:8000"}, 421, "wrong_host", "'evil.example:8000'"),
+        ({"host": "127.0.0.1.evil.example"}, 421, "wrong_host", "localhost"),
+        ({"sec-fetch-site": "cross-site"}, 403, "foreign_page", "another site"),
+    ],
+)
+async def test_a_page_of_another_site_cannot_drive_a_local_listener(sent, status, code, words):
+    reply, model = await ask_guarded(sent)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (status, code)
+    assert words in error["message"]
+    assert "x-request-id" in reply.headers
+    assert model.requests == []
+
+
+@pytest.mark.parametrize("value", ["same-origin", "same-site", "none"])
+async def test_our_own_pages_may_ask(value):
+    assert (await ask_guarded({"sec-fetch-site": value}))[0].status_code == 200
 
 
 async def test_the_administrator_sees_memory_and_requests():
