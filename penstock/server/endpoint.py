@@ -137,7 +137,8 @@ class Endpoint(Response):
         try:
             call = await self._call(scope, receive, request_id=request_id)
             return await exchange.run(self._route.serve(call), receive=receive)
-        except ClientGoneError:
+        except ClientGoneError as error:
+            self._note(error, request_id=request_id)
             return Reply(status=_CLIENT_GONE_STATUS, body=b"")
         except PenstockError as error:
             self._note(error, request_id=request_id)

@@ -127,6 +127,12 @@ class EventStream:
         self._sending_since = None
         self._sent_at = self._loop.time()
 
+    async def _keep_alive(self, send: Send, exchange: Exchange) -> None:
+        try:
+            await self._write(send, KEEPALIVE)
+        except Exception as error:  # noqa: BLE001  the edge of a task: the stream ends with it
+            exchange.stop(error)
+
     def _arm(self, send: Send, exchange: Exchange) -> Callable[[], None]:
         """Look at the stream now and then, by one timer that is re-armed; returns what ends it."""
         handle: asyncio.TimerHandle
@@ -155,7 +161,7 @@ class EventStream:
         left = self._sent_at + self._limits.keepalive_interval_s - now
         if left <= 0:
             self._sent_at = now
-            self._keepalive = asyncio.create_task(self._write(send, KEEPALIVE))
+            self._keepalive = asyncio.create_task(self._keep_alive(send, exchange))
             return self._limits.keepalive_interval_s
         return left
 
