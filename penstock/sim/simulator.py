@@ -25,6 +25,7 @@ from penstock.sim.checkers import (
 from penstock.sim.clock import VirtualClock
 from penstock.sim.connector import FakeConnector
 from penstock.sim.runner import FakeRunner, require
+from penstock.sim.waits import WaitBook
 from penstock.sim.workload import Arrival, Workload, make_workload
 
 EMPTY_STEP_S = 0.001
@@ -74,6 +75,7 @@ class Simulator:
             setting.config, kv=self._kv, clock=self._clock, rng=self._rng, connector=connector
         )
         self._books: dict[RequestId, AnswerBook] = {}
+        self._waits = WaitBook(setting.config, overlaps=setting.overlaps)
         self._to_come = list(reversed(workload.arrivals))
         self._aborts: dict[int, list[Arrival]] = {}
         self._under_way: list[tuple[StepPlan, StepResult]] = []
@@ -133,6 +135,7 @@ class Simulator:
             return
         require(not arrival.is_impossible, "a request that can never fit was accepted")
         self._books[request.request_id] = AnswerBook(request)
+        self._waits.begin(request, step=self._num_steps)
         if arrival.abort_after_steps is not None:
             self._aborts.setdefault(self._num_steps + arrival.abort_after_steps, []).append(arrival)
 
@@ -146,6 +149,7 @@ class Simulator:
         before = self._waiting()
         plan = self._scheduler.schedule()
         self._check_order(before)
+        self._waits.note(self._scheduler.groups)
         self._under_way.append((plan, self._runner.launch(plan)))
         self._abort_due(in_flight=True)
         self._num_steps += 1
@@ -168,6 +172,8 @@ class Simulator:
     def _take(self, deltas: Iterable[TokenDelta]) -> None:
         for delta in deltas:
             self._books[delta.request_id].take(delta)
+            if delta.is_last:
+                self._waits.end(delta.request_id, step=self._num_steps, num_failures=len(self._runner.failed))
 
     def _waiting(self) -> list[SequenceGroup]:
         return [group for group in self._scheduler.groups if group.state is GroupState.WAITING]

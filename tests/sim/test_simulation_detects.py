@@ -129,6 +129,19 @@ def keep_bad_blocks_in_the_tree(monkeypatch):
     monkeypatch.setattr(KvManager, "_taint", lambda self, blocks: None)
 
 
+def neglect_the_oldest(monkeypatch):
+    """It starts in order and ends once, with the right tokens: only its own bound of steps tells."""
+    original = Scheduler._place
+
+    def place(self, draft, seq, *, num_tokens):
+        oldest = min(group.arrival_idx for group in self.groups)
+        if seq.group.arrival_idx == oldest and self._last_step_id % 8:
+            return 0
+        return original(self, draft, seq, num_tokens=num_tokens)
+
+    monkeypatch.setattr(Scheduler, "_place", place)
+
+
 @pytest.mark.parametrize(
     "sabotage",
     [
@@ -145,6 +158,7 @@ def keep_bad_blocks_in_the_tree(monkeypatch):
         ignore_the_limit_of_preemptions,
         cut_answers_short,
         keep_bad_blocks_in_the_tree,
+        neglect_the_oldest,
     ],
 )
 def test_a_sabotage_is_caught(sabotage, monkeypatch):
