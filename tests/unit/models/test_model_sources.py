@@ -1,5 +1,6 @@
 """Where models come from: the registry, entry points, folders, the hub, the package itself."""
 
+from fnmatch import fnmatch
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from penstock.models.embedded_model import embedded_path
 from penstock.models.llama import build_model
 from penstock.models.loader import load_model
 from penstock.models.registry import ARCHITECTURES, find_model, known_architectures
+
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -71,6 +74,24 @@ def test_only_data_files_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert hub.resolve_model("org/name", revision="abc") == tmp_path
     assert (asked["name"], asked["revision"]) == ("org/name", "abc")
     assert all(pattern.endswith((".safetensors", ".json", ".jinja")) for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "chat_template.jinja",
+        f"{ADDITIONAL_TEMPLATES}/tool_use.jinja",
+        "tokenizer.json",
+    ],
+)
+def test_every_file_that_is_read_is_fetched(name: str) -> None:
+    assert any(fnmatch(name, pattern) for pattern in hub.ALLOWED_FILES)
+
+
+@pytest.mark.parametrize("name", ["modeling_x.py", "pytorch_model.bin", f"{ADDITIONAL_TEMPLATES}/x.py"])
+def test_no_code_is_fetched(name: str) -> None:
+    assert not any(fnmatch(name, pattern) for pattern in hub.ALLOWED_FILES)
 
 
 def test_fetched_bytes_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
