@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport
 from penstock.engine.kv.kv_manager import KvManager
-from penstock.engine.runner.memory import process_rss_bytes
 from penstock.engine.runner.rank_group import RankGroup
 from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
+from penstock.observe.memory import resident_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,5 +69,5 @@ class EngineCore:
             prefix_tree_nodes=usage.num_tree_nodes,
             prefix_tree_bytes=usage.tree_bytes,
             buffer_bytes=self.ranks.buffer_bytes,
-            process_rss_bytes=process_rss_bytes(),
+            process_rss_bytes=resident_bytes(),
         )

@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 from typing import Final
 
-_STATM: Final = Path("/proc/self/statm")
+PROC: Final = Path("/proc")
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+def resident_bytes(*, proc: Path = PROC) -> int:
+    """Bytes of physical memory that this process holds; 0 where the system does not tell."""
     try:
-        return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        resident_pages = int((proc / "self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
         return 0
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,24 +1,14 @@
-"""What this machine and this process have of memory, read from the kernel's own files.
+"""What this machine has of free memory, read from the kernel's own files.
 
-Nothing is allocated or limited here. `kv_budget` asks how much is free, `engine/core` how much is used.
+Nothing is allocated or limited here; `kv_budget` asks. What the process holds tells `observe/memory`.
 """
 
-import os
 from pathlib import Path
 from typing import Final
 
 PROC: Final = Path("/proc")
 CGROUP: Final = Path("/sys/fs/cgroup")
 KIB: Final = 1024
-
-
-def process_rss_bytes(*, proc: Path = PROC) -> int:
-    """Bytes of physical memory that this process holds; 0 where the kernel does not tell."""
-    try:
-        resident_pages = int((proc / "self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_memory_bytes(*, proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:

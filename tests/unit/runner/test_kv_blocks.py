@@ -5,8 +5,8 @@ import torch
 
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
-from penstock.engine.runner.memory import process_rss_bytes
 from penstock.engine.scheduler.plan import BlockCopy
+from penstock.observe.memory import resident_bytes
 
 LAYOUT = make_cache_layout((None, None, None))
 
@@ -57,8 +57,8 @@ def test_zeroing_clears_nan_in_every_layer_and_no_other_block():
 
 
 def test_a_pool_is_zero_at_first_and_takes_no_memory_until_it_is_written():
-    before = process_rss_bytes()
+    before = resident_bytes()
     big = KvPool(LAYOUT, num_blocks=1 << 16, block_size=16, num_kv_heads=4, head_dim=16, dtype=torch.float32)
     assert big.num_blocks * big.bytes_per_block == 3 * 2 * 16 * 4 * 16 * 4 * (1 << 16) == 1_610_612_736
-    assert process_rss_bytes() - before < 100_000_000
+    assert resident_bytes() - before < 100_000_000
     assert not big.slabs[1].keys[1000].any()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock.engine.runner.memory import available_memory_bytes, process_rss_bytes
+from penstock.engine.runner.memory import available_memory_bytes
 
 
 @pytest.fixture
@@ -14,7 +14,6 @@ def machine(tmp_path):
 
     write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
     write.available = lambda: available_memory_bytes(proc=tmp_path / "proc", cgroup=tmp_path / "cgroup")
-    write.proc = tmp_path / "proc"
     return write
 
 
@@ -43,11 +42,5 @@ def test_cgroup_version_one_is_read(machine):
     assert machine.available() == 9000
 
 
-def test_a_machine_that_tells_nothing_gives_none_and_zero(tmp_path):
+def test_a_machine_that_tells_nothing_gives_none(tmp_path):
     assert available_memory_bytes(proc=tmp_path, cgroup=tmp_path) is None
-    assert process_rss_bytes(proc=tmp_path) == 0
-
-
-def test_resident_memory_is_the_second_figure_of_statm_in_pages(machine):
-    machine("proc/self/statm", "500 3 2 1 0 4 0\n")
-    assert process_rss_bytes(proc=machine.proc) % 3 == 0 < process_rss_bytes(proc=machine.proc)
