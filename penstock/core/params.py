@@ -8,6 +8,10 @@ import msgspec
 from penstock.core.errors import InvalidParameterError
 
 MAX_N: Final = 8
+MIN_REPETITION_PENALTY: Final = 0.01
+"""Below it a logit of float32 could overflow."""
+GREEDY_TEMPERATURE: Final = 1e-5
+"""Below it a temperature is greedy, as at vLLM: its inverse would overflow."""
 MAX_STOP_STRINGS: Final = 4
 MAX_STOP_CHARS: Final = 64
 MAX_STOP_TOKEN_IDS: Final = 128
@@ -28,7 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     n: int = 1
     """Number of answers, 1 to 8; they share the prompt's blocks."""
     temperature: float = 1.0
-    """0 to 2; divides the logits."""
+    """0 to 2; divides the logits. Below 0.00001 it is greedy."""
     top_p: float = 1.0
     """Greater than 0, at most 1: keep the smallest set of tokens with this probability mass."""
     top_k: int = 0
@@ -40,11 +44,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: float = 0.0
     """-2 to 2: subtracted for each time the token was generated."""
     repetition_penalty: float = 1.0
-    """Greater than 0, at most 10: divides positive and multiplies negative logits of tokens seen."""
+    """0.01 to 10: divides positive and multiplies negative logits of tokens seen."""
     logit_bias: dict[int, float] = {}
     """Token id to a bias in -100 to 100, at most 300 entries."""
     seed: int | None = None
-    """A signed 64-bit integer; the same seed gives the same answer, whoever shares the batch."""
+    """A signed 64-bit integer; the draws depend on it alone. With the reference kernels in float32 so does
+    the answer; with faster ones the logits, and rarely a token, may differ by what shares the batch."""
     stop: tuple[str, ...] = ()
     """At most 4 strings of 1 to 64 characters; the answer ends before the first one found."""
     stop_token_ids: tuple[int, ...] = ()
@@ -65,7 +70,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def is_greedy(self) -> bool:
         """True if no random number is drawn."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:
@@ -93,13 +98,7 @@ def _check_numbers(params: SamplingParams) -> None:
     _in_range(params, "min_p", 0, 1)
     _in_range(params, "presence_penalty", -2, 2)
     _in_range(params, "frequency_penalty", -2, 2)
-    _in_range(params, "repetition_penalty", 0, 10)
-    _require(
-        params.repetition_penalty > 0,
-        param="repetition_penalty",
-        value=params.repetition_penalty,
-        limit="greater than 0",
-    )
+    _in_range(params, "repetition_penalty", MIN_REPETITION_PENALTY, 10)
     if params.seed is not None:
         _require(
             INT64_MIN <= params.seed <= INT64_MAX,
