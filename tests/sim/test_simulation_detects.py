@@ -6,6 +6,7 @@ from penstock.engine.kv.block_pool import BlockPool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler import answer, scheduler
 from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
+from penstock.engine.scheduler.running_set import RunningSet
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.sim import __main__ as command
 from penstock.sim.clock import VirtualClock
@@ -113,7 +114,7 @@ def free_while_in_flight(monkeypatch):
 
 
 def ignore_the_limit_of_preemptions(monkeypatch):
-    monkeypatch.setattr(Scheduler, "_is_protected", lambda self, group: False)
+    monkeypatch.setattr(RunningSet, "is_protected", lambda self, group: False)
 
 
 def cut_answers_short(monkeypatch):

@@ -52,6 +52,7 @@ from penstock.engine.scheduler.plan import (
 )
 from penstock.engine.scheduler.policy import make_policy
 from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup, derive_seed
+from penstock.engine.scheduler.running_set import RunningSet
 from penstock.engine.scheduler.step_draft import PrefixPlace, StepDraft, new_sequence
 from penstock.engine.scheduler.transfers import KvTransfers
 
@@ -113,7 +114,7 @@ class Scheduler:
             vocab_size=vocab_size,
         )
         self._groups: dict[RequestId, SequenceGroup] = {}
-        self._running: dict[RequestId, SequenceGroup] = {}
+        self._running = RunningSet(config, kv=kv)
         self._closing: list[SequenceGroup] = []
         self._sequences: dict[SequenceId, Sequence] = {}
         self._deltas: list[TokenDelta] = []
@@ -121,8 +122,6 @@ class Scheduler:
         self._num_arrivals = 0
         self._last_seq_id = 0
         self._last_step_id = 0
-        self._num_running_seqs = 0
-        self._num_reserved_blocks = 0
         self._num_waiting_tokens = 0
         self._counts: dict[int, StepCounts] = {}
         self._num_outputs_mean = 0.0
@@ -166,7 +165,7 @@ class Scheduler:
 
     def _queue_load(self) -> QueueLoad:
         # Requests that find a free seat leave the queue with the next step: they do not count.
-        num_seats = self._config.max_num_seqs - self._num_running_seqs
+        num_seats = self._config.max_num_seqs - self._running.num_seqs
         return QueueLoad(
             num_requests=max(0, self.num_waiting - max(0, num_seats)),
             num_tokens=self._num_waiting_tokens,
@@ -183,7 +182,7 @@ class Scheduler:
         num_tokens = self._num_waiting_tokens + num_prompt_tokens
         num_steps = num_tokens / config.max_num_batched_tokens
         wait_s = num_steps * self.cost.predict(StepLoad(config.max_num_batched_tokens, 1, num_tokens))
-        num_rounds = (self.num_waiting + self._num_running_seqs) // config.max_num_seqs
+        num_rounds = (self.num_waiting + self._running.num_seqs) // config.max_num_seqs
         num_kv_tokens = config.max_num_seqs * self._kv.block_size
         decode_s = self.cost.predict(StepLoad(config.max_num_seqs, config.max_num_seqs, num_kv_tokens))
         wait_s += num_rounds * self._num_outputs_mean * decode_s
@@ -280,7 +279,7 @@ class Scheduler:
     def _schedule_decodes(self, draft: StepDraft) -> list[Sequence]:
         """Give each decode its token; returns the sequences that have more than that to compute."""
         prefills = []
-        for group in list(self._running.values()):
+        for group in list(self._running):
             needs_fork = group.needs_fork
             for seq in group.active:
                 # Preemption for an earlier one may have taken this group out of the running set meanwhile.
@@ -357,28 +356,12 @@ class Scheduler:
 
     # -- preemption ----------------------------------------------------------------------------------------
 
-    def _is_protected(self, group: SequenceGroup) -> bool:
-        return group.num_preemptions >= self._config.max_preemptions
-
-    def _worst_running(self) -> SequenceGroup | None:
-        """Lowest tier, then newest, of those that may be preempted: not protected, not in flight."""
-        worst: SequenceGroup | None = None
-        for group in self._running.values():
-            is_worse = worst is None or (group.tier, group.arrival_idx) > (worst.tier, worst.arrival_idx)
-            if is_worse and self._is_preemptible(group):
-                worst = group
-        return worst
-
-    def _is_preemptible(self, group: SequenceGroup) -> bool:
-        is_running = group.state is GroupState.RUNNING
-        return is_running and not group.is_busy and not self._is_protected(group)
-
     def _make_room(self, draft: StepDraft, group: SequenceGroup) -> bool:
         """Preempt somebody for `group`; False if `group` itself had to go or has to wait.
 
         A protected group never waits for long: what protected groups may need together fits the pool.
         """
-        victim = self._worst_running()
+        victim = self._running.worst()
         if victim is None:
             return False
         self._preempt(draft, victim)
@@ -398,7 +381,7 @@ class Scheduler:
             seq.restart()
         group.is_forked = False
         draft.num_promised_blocks = None
-        self._leave_running(group)
+        self._running.leave(group)
         group.move_to(GroupState.WAITING)
         self._num_waiting_tokens += group.num_prompt_tokens
         self.policy.push(group)
@@ -409,19 +392,13 @@ class Scheduler:
         One that is in flight gets no further work until that step is applied.
         """
         self._must_recheck_paths = False
-        for group in list(self._running.values()):
+        for group in list(self._running):
             if not any(seq.blocks.has_lost_path for seq in group.active):
                 continue
             if group.is_busy:
                 self._must_recheck_paths = True
             else:
                 self._put_back(draft, group, taint=True)
-
-    def _leave_running(self, group: SequenceGroup) -> None:
-        del self._running[group.request.request_id]
-        self._num_running_seqs -= len(group.live)
-        self._num_reserved_blocks -= group.reserved_blocks
-        group.reserved_blocks = 0
 
     # -- admission to the running set ----------------------------------------------------------------------
 
@@ -443,7 +420,7 @@ class Scheduler:
             elif self._find_room(draft, group, match):
                 self._start(draft, group, match)
                 if draft.num_promised_blocks is not None:
-                    draft.num_promised_blocks += self._num_promised(group)
+                    draft.num_promised_blocks += self._running.num_promised(group)
             else:
                 held_back.append(group)
                 break
@@ -467,53 +444,22 @@ class Scheduler:
 
     def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""
-        if not self._can_be_reserved(group):
+        if not self._running.can_reserve(group):
             return False
-        while not self._has_room(draft, group, match):
-            victim = self._worst_running()
-            if victim is None or victim.tier <= group.tier or not self._could_get_seats(group):
+        while not self._running.has_room(draft, group, match):
+            victim = self._running.worst()
+            if victim is None or victim.tier <= group.tier or not self._running.could_get_seats(group):
                 return False
             self._preempt(draft, victim)
         return True
-
-    def _can_be_reserved(self, group: SequenceGroup) -> bool:
-        """A protected group starts only if all protected ones together fit the pool at their largest."""
-        num_reserved = self._num_reserved_blocks + group.num_blocks_max
-        return not self._is_protected(group) or num_reserved <= self._kv.pool.num_blocks
-
-    def _could_get_seats(self, group: SequenceGroup) -> bool:
-        """True if preempting lower tiers can give `group` its seats: else it would hurt and not help."""
-        num_others = sum(
-            len(other.live)
-            for other in self._running.values()
-            if other.tier <= group.tier or not self._is_preemptible(other)
-        )
-        return num_others + len(group.live) <= self._config.max_num_seqs
-
-    def _has_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
-        if self._num_running_seqs + len(group.live) > self._config.max_num_seqs:
-            return False
-        num_known = max(seq.num_tokens for seq in group.live)
-        num_needed = self._kv.num_blocks_needed(
-            num_known, num_shared_tokens=group.num_prompt_tokens, n=len(group.live)
-        )
-        if draft.num_promised_blocks is None:
-            draft.num_promised_blocks = sum(map(self._num_promised, self._running.values()))
-        num_spare = self._kv.num_available - draft.num_promised_blocks
-        return num_needed <= num_spare or self._kv.num_missing(match, num_needed=num_needed) <= num_spare
-
-    def _num_promised(self, group: SequenceGroup) -> int:
-        """Blocks that a running group will take for tokens already known, and for one more each."""
-        return sum(
-            self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + 1) for seq in group.active
-        )
 
     def _start(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> None:
         leader = group.live[0]
         leader.num_computed_tokens = self._kv.acquire(leader.blocks, match)
         for seq in group.live:
             seq.own_tokens()
-        self._take_seats(group)
+        self._running.join(group)
+        self._num_waiting_tokens -= group.num_prompt_tokens
         if group.first_scheduled_s is None:
             self._count_start(draft, group, num_hit=leader.num_computed_tokens)
         num_loadable = self._transfers.num_loadable_tokens(leader)
@@ -524,14 +470,6 @@ class Scheduler:
         group.move_to(GroupState.RUNNING)
         gap = group.target(leader) - leader.next_position
         self._place(draft, leader, num_tokens=min(gap, draft.num_tokens_left))
-
-    def _take_seats(self, group: SequenceGroup) -> None:
-        self._running[group.request.request_id] = group
-        self._num_running_seqs += len(group.live)
-        self._num_waiting_tokens -= group.num_prompt_tokens
-        if self._is_protected(group):
-            group.reserved_blocks = group.num_blocks_max
-            self._num_reserved_blocks += group.reserved_blocks
 
     def _count_start(self, draft: StepDraft, group: SequenceGroup, *, num_hit: int) -> None:
         draft.started.append(group)
@@ -676,7 +614,7 @@ class Scheduler:
             self._end(group)
             return
         group.live.remove(seq)
-        self._num_running_seqs -= 1
+        self._running.num_seqs -= 1
         self._forget(seq)
 
     def _end(self, group: SequenceGroup) -> None:
@@ -685,7 +623,7 @@ class Scheduler:
             self.policy.remove(group)
             self._num_waiting_tokens -= group.num_prompt_tokens
         else:
-            self._leave_running(group)
+            self._running.leave(group)
         group.move_to(GroupState.FINISHED)
         del self._groups[group.request.request_id]
         self.policy.end(group)
@@ -721,7 +659,7 @@ class Scheduler:
             counts,
             gauges=gauges,
             kv=self._kv,
-            running=self._running.values(),
+            running=self._running,
             step_time_s=step_time_s,
         )
 
