@@ -51,13 +51,12 @@ from penstock.engine.scheduler.plan import (
     StepResult,
 )
 from penstock.engine.scheduler.policy import make_policy
+from penstock.engine.scheduler.prefix_wait import is_held_back, next_place
 from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup, derive_seed
 from penstock.engine.scheduler.running_set import RunningSet
-from penstock.engine.scheduler.step_draft import PrefixPlace, StepDraft, new_sequence
+from penstock.engine.scheduler.step_draft import StepDraft, new_sequence
 from penstock.engine.scheduler.transfers import KvTransfers
 
-MAX_DEFERRALS: Final = 16
-"""A request waits for a prefix under computation at most so many steps in a row without gaining from it."""
 MAX_REPORTS: Final = 10_000
 MAX_RETRY_AFTER_S: Final = 60.0
 MEAN_WEIGHT: Final = 0.05
@@ -331,7 +330,7 @@ class Scheduler:
             num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
         kv.allocate(blocks, start=start, end=start + num_fit)
         draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
-        place = self._next_place(seq)
+        place = next_place(seq, block_size=self._kv.block_size)
         if place is not None:
             draft.note_next_block(seq, place)
         return num_fit
@@ -344,15 +343,6 @@ class Scheduler:
             return (SampleSpec(seq.seq_id, seq.num_outputs),)
         # After a preemption the prompt is computed once more for all, but each has a next token already.
         return tuple(SampleSpec(each.seq_id, 0) for each in group.live if each.num_outputs == 0)
-
-    def _next_place(self, seq: Sequence) -> PrefixPlace | None:
-        """Where the block that `seq` fills next will be in the tree; None if it is not all known."""
-        blocks = seq.blocks
-        num_blocks = blocks.num_tree_blocks + 1
-        if not blocks.can_cache or num_blocks * self._kv.block_size > seq.num_tokens:
-            return None
-        blocks.extend_keys(seq.token_ids, num_blocks=num_blocks, block_size=self._kv.block_size)
-        return (blocks.node or blocks.namespace, blocks.keys[num_blocks - 1])
 
     # -- preemption ----------------------------------------------------------------------------------------
 
@@ -415,7 +405,7 @@ class Scheduler:
                 break
             leader = group.live[0]
             match = self._kv.match(leader.blocks, leader.token_ids, num_tokens=group.target(leader))
-            if self._is_held_back(draft, group, match):
+            if is_held_back(draft, group, match, block_size=self._kv.block_size):
                 held_back.append(group)
             elif self._find_room(draft, group, match):
                 self._start(draft, group, match)
@@ -426,21 +416,6 @@ class Scheduler:
                 break
         for group in held_back:
             self.policy.push(group)
-
-    def _is_held_back(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
-        blocks = group.live[0].blocks
-        if match.num_blocks >= (group.target(group.live[0]) - 1) // self._kv.block_size:
-            return False
-        parent = match.path[-1] if match.path else blocks.namespace
-        if not blocks.can_cache:
-            return False
-        leader_tier = draft.tier_computing((parent, blocks.keys[match.num_blocks]))
-        if leader_tier is None or leader_tier > group.tier:
-            return False
-        if match.num_blocks > group.num_deferred_blocks:
-            group.num_deferred_blocks, group.num_deferrals = match.num_blocks, 0
-        group.num_deferrals += 1
-        return group.num_deferrals <= MAX_DEFERRALS
 
     def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""

@@ -152,7 +152,7 @@ def test_a_higher_tier_does_not_wait_for_the_prefix_of_a_lower_one():
 
 def test_waiting_for_a_prefix_ends_when_it_brings_nothing(monkeypatch):
     """The leader computes one block in many steps; the follower waits a bounded time only."""
-    monkeypatch.setattr("penstock.engine.scheduler.scheduler.MAX_DEFERRALS", 2)
+    monkeypatch.setattr("penstock.engine.scheduler.prefix_wait.MAX_DEFERRALS", 2)
     rig = Rig(max_num_batched_tokens=2, max_num_seqs=2, block_size=16)
     rig.add("slow", [1] * 30, max_tokens=2)
     rig.step()
