@@ -40,6 +40,7 @@ from penstock.engine.scheduler.answer import (
 )
 from penstock.engine.scheduler.cost import CostModel, StepLoad
 from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
+from penstock.engine.scheduler.group_maker import GroupMaker
 from penstock.engine.scheduler.plan import (
     BlockCopy,
     NewSequence,
@@ -52,7 +53,7 @@ from penstock.engine.scheduler.plan import (
 )
 from penstock.engine.scheduler.policy import make_policy
 from penstock.engine.scheduler.prefix_wait import is_held_back, next_place
-from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup, derive_seed
+from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup
 from penstock.engine.scheduler.running_set import RunningSet
 from penstock.engine.scheduler.step_draft import StepDraft, new_sequence
 from penstock.engine.scheduler.transfers import KvTransfers
@@ -100,7 +101,7 @@ class Scheduler:
         self._config = config
         self._kv = kv
         self._clock = clock
-        self._rng = rng
+        self._maker = GroupMaker(kv=kv, clock=clock, rng=rng)
         self.policy = make_policy(config.policy)
         self._transfers = KvTransfers(connector, kv=kv)
         self.cost = CostModel()
@@ -118,8 +119,6 @@ class Scheduler:
         self._sequences: dict[SequenceId, Sequence] = {}
         self._deltas: list[TokenDelta] = []
         self._finished_seq_ids: list[SequenceId] = []
-        self._num_arrivals = 0
-        self._last_seq_id = 0
         self._last_step_id = 0
         self._num_waiting_tokens = 0
         self._counts: dict[int, StepCounts] = {}
@@ -154,8 +153,13 @@ class Scheduler:
             num_prompt_tokens=num_prompt_tokens,
             retry_after_s=self.predicted_wait_s(num_prompt_tokens),
         )
-        group = self._make_group(request)
+        group = self._maker.make(
+            request,
+            tier=self.policy.tier_of(int(request.priority)),
+            num_blocks_max=num_blocks_max(request, limits=self._limits),
+        )
         self._groups[request.request_id] = group
+        self._sequences.update((seq.seq_id, seq) for seq in group.sequences)
         self._num_waiting_tokens += num_prompt_tokens
         self.policy.add(group)
         if request.max_tokens == 0:
@@ -186,41 +190,6 @@ class Scheduler:
         decode_s = self.cost.predict(StepLoad(config.max_num_seqs, config.max_num_seqs, num_kv_tokens))
         wait_s += num_rounds * self._num_outputs_mean * decode_s
         return min(MAX_RETRY_AFTER_S, max(1.0, wait_s))
-
-    def _make_group(self, request: EngineRequest) -> SequenceGroup:
-        group = SequenceGroup(
-            request=request,
-            arrival_idx=self._num_arrivals,
-            arrival_s=self._clock.monotonic(),
-            tier=self.policy.tier_of(int(request.priority)),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_blocks_max=num_blocks_max(request, limits=self._limits),
-        )
-        self._num_arrivals += 1
-        seed = self._rng.getrandbits(64) if request.params.seed is None else request.params.seed
-        group.sequences = [self._make_sequence(group, index, seed) for index in range(request.params.n)]
-        group.live = list(group.sequences)
-        return group
-
-    def _make_sequence(self, group: SequenceGroup, index: int, seed: int) -> Sequence:
-        request = group.request
-        self._last_seq_id += 1
-        blocks = self._kv.new_sequence(
-            adapter_revision=request.adapter_revision,
-            tenant_id=request.tenant_id,
-            cache_salt=request.cache_salt,
-        )
-        seq = Sequence(
-            seq_id=SequenceId(self._last_seq_id),
-            group=group,
-            index=index,
-            seed=derive_seed(seed, answer_idx=index),
-            token_ids=request.prompt_token_ids,
-            blocks=blocks,
-            num_prompt_tokens=len(request.prompt_token_ids),
-        )
-        self._sequences[seq.seq_id] = seq
-        return seq
 
     def abort(self, request_id: RequestId) -> None:
         """End a request now; unknown ids and requests that have ended are ignored.
