@@ -22,8 +22,8 @@ def _integral(value: object) -> object:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_integral), Field(strict=True)]
-"""A whole number; neither a string nor true and false."""
+WHOLE: Final = BeforeValidator(_integral)
+"""Behind the bounds of a strict int, so that they are the schema's minimum and maximum."""
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]

@@ -19,7 +19,7 @@ from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call
 from penstock.server.sse import encode_text, frame
-from penstock.server.validation import AnswerModel, Integer, Number, Text, WireModel
+from penstock.server.validation import WHOLE, AnswerModel, Number, Text, WireModel
 
 _NUMBERS: Final[dict[str, type[int] | type[float]]] = {"max_tokens": int, "temperature": float}
 _MAX_DIGITS: Final = 32
@@ -29,7 +29,7 @@ class PlainRequest(WireModel):
     """Query or body of `/generate` and `/stream`."""
 
     prompt: Annotated[Text, Field(min_length=1)]
-    max_tokens: Annotated[Integer, Field(ge=1, le=INT64_MAX)] | None = Field(
+    max_tokens: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX), WHOLE] | None = Field(
         default=None, description="Absent: as many as the context holds."
     )
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(default=None, description="Default 1.")

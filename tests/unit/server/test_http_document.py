@@ -27,6 +27,21 @@ async def test_the_document_is_served_and_names_every_route():
         assert path in page.text
 
 
+def test_bounds_are_written_as_json_schema_writes_them():
+    """A reader of the document would not know the library's own words for bounds."""
+
+    def keys(value: object) -> set[str]:
+        if isinstance(value, dict):
+            return set(value).union(*map(keys, value.values()))
+        return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+    chat = DOCUMENT["components"]["schemas"]["ChatRequest"]["properties"]
+    assert not keys(DOCUMENT) & {"ge", "gt", "le", "lt", "strict"}
+    assert {"type": "integer", "minimum": 1, "maximum": 8} in chat["n"]["anyOf"]
+    plain = DOCUMENT["paths"]["/generate"]["get"]["parameters"]
+    assert [each["schema"].get("minimum") for each in plain if each["name"] == "max_tokens"] == [1]
+
+
 async def test_the_page_loads_nothing_and_runs_nothing():
     async with bench() as b:
         page = await b.http.get("/docs")

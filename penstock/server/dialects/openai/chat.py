@@ -31,7 +31,7 @@ from penstock.server.dialects.openai.fields import (
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
 from penstock.server.sse import DONE, encode, encode_text
-from penstock.server.validation import AnswerModel, Flag, Integer, Text, WireModel
+from penstock.server.validation import WHOLE, AnswerModel, Flag, Text, WireModel
 
 MAX_MESSAGES: Final = 1024
 MAX_PARTS: Final = 256
@@ -81,10 +81,10 @@ class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Annotated[Integer, Field(ge=1, le=INT64_MAX)] | None = Field(
+    max_tokens: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX), WHOLE] | None = Field(
         default=None, description="Older name of max_completion_tokens."
     )
-    max_completion_tokens: Annotated[Integer, Field(ge=1, le=INT64_MAX)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX), WHOLE] | None = Field(
         default=None, description="Absent: as many as the context holds."
     )
     logprobs: Flag | None = None

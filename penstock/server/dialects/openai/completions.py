@@ -31,7 +31,7 @@ from penstock.server.dialects.openai.fields import (
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
 from penstock.server.sse import DONE, encode, encode_text
-from penstock.server.validation import AnswerModel, Flag, Integer, Text
+from penstock.server.validation import WHOLE, AnswerModel, Flag, Text
 
 MAX_PROMPTS: Final = 32
 _DEFAULT_MAX_TOKENS: Final = 16
@@ -54,7 +54,7 @@ class CompletionRequest(SamplingFields):
         union_mode="left_to_right",
         description="A text, a list of texts, token ids, or a list of lists of them.",
     )
-    max_tokens: Annotated[Integer, Field(ge=0, le=INT64_MAX)] | None = Field(
+    max_tokens: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX), WHOLE] | None = Field(
         default=None, description="Default 16; 0 only with echo."
     )
     logprobs: TopLogprobs | None = Field(

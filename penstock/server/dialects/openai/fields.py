@@ -25,7 +25,7 @@ from penstock.core.params import (
 )
 from penstock.core.text import GenerateRequest, Priority
 from penstock.server.services import Call
-from penstock.server.validation import Flag, Integer, Number, Text, WireModel
+from penstock.server.validation import WHOLE, Flag, Number, Text, WireModel
 
 MAX_MODEL_CHARS: Final = 128
 MAX_LABEL_CHARS: Final = 512
@@ -123,13 +123,15 @@ class SamplingFields(WireModel):
     model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = Field(
         default=None, description="A name from GET /v1/models; absent: the server's default model."
     )
-    n: Annotated[Integer, Field(ge=1, le=MAX_N)] | None = Field(default=None, description="Answers.")
-    best_of: Annotated[Integer, Field(ge=1, le=MAX_N)] | None = Field(
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_N), WHOLE] | None = Field(
+        default=None, description="Answers."
+    )
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_N), WHOLE] | None = Field(
         default=None, description="Only as many as n: all answers are returned."
     )
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1, le=INT64_MAX)] | None = Field(
+    top_k: Annotated[int, Field(strict=True, ge=-1, le=INT64_MAX), WHOLE] | None = Field(
         default=None, description="0 and -1 keep all tokens."
     )
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -146,7 +148,7 @@ class SamplingFields(WireModel):
         ]
         | None
     ) = Field(default=None, description="Token id, as a string of digits, to a bias.")
-    seed: Annotated[Integer, Field(ge=INT64_MIN, le=INT64_MAX)] | None = Field(
+    seed: Annotated[int, Field(strict=True, ge=INT64_MIN, le=INT64_MAX), WHOLE] | None = Field(
         default=None, description="The same seed gives the same answer, whatever else the server does."
     )
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = (
@@ -157,7 +159,7 @@ class SamplingFields(WireModel):
     )
     include_stop_str_in_output: Flag | None = None
     skip_special_tokens: Flag | None = None
-    min_tokens: Annotated[Integer, Field(ge=0, le=INT64_MAX)] | None = None
+    min_tokens: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX), WHOLE] | None = None
     ignore_eos: Flag | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
@@ -289,5 +291,5 @@ def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) 
     )
 
 
-TopLogprobs = Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+TopLogprobs = Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), WHOLE]
 """How many likelier tokens to tell beside the one that came."""
