@@ -1,7 +1,8 @@
 """May this request enter at all? One pure function, the same on both sides of the process boundary.
 
 It refuses what can never fit, with the numbers; whether there is room now is the scheduler's affair. Called
-by `scheduler` in the engine process and by `engine/client` in the API process, which has only `EngineInfo`.
+by `scheduler` in the engine process and by `engine/supervisor` in the API process, which has only
+`EngineInfo`.
 """
 
 from typing import Final
