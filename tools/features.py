@@ -50,6 +50,7 @@ def _engine(name: str, label: str) -> Feature:
 FEATURES: Final[tuple[Feature, ...]] = (
     _request("streaming", "streaming"),
     _request("chat", "chat template"),
+    _request("continue", "continue_final_message"),
     _request("n", "n > 1"),
     _request("logprobs", "logprobs"),
     _request("filters", "temperature, top_k, top_p, min_p"),
@@ -57,10 +58,12 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _request("logit_bias", "logit_bias"),
     _request("seed", "seed"),
     _request("stop", "stop strings"),
+    _request("include_stop", "include_stop_str_in_output"),
     _request("stop_token_ids", "stop_token_ids"),
     _request("min_tokens", "min_tokens"),
     _request("eos", "end of sequence (ignore_eos off)"),
     _request("echo", "echo"),
+    _request("specials", "skip_special_tokens off"),
     _request("priority", "priorities"),
     _request("cache_salt", "cache_salt"),
     _request("cancel", "cancellation"),
@@ -75,6 +78,12 @@ FEATURES: Final[tuple[Feature, ...]] = (
 REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
     RefusedPair(
         first="chat",
+        second="echo",
+        words=("echo", "messages"),
+        reason="a conversation has no prompt text to repeat",
+    ),
+    RefusedPair(
+        first="continue",
         second="echo",
         words=("echo", "messages"),
         reason="a conversation has no prompt text to repeat",

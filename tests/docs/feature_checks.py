@@ -13,7 +13,7 @@ from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Message, Priority
 from tests.docs.feature_engines import CHUNK, FeatureEngine, Run
-from tests.docs.tiny_model import EOS_IDS, VOCAB_SIZE
+from tests.docs.tiny_model import CHARACTERS, EOS_IDS, SPECIALS, VOCAB_SIZE
 
 MAX_TOKENS = 8
 MIN_TOKENS = 4
@@ -100,7 +100,7 @@ def _filters(run: Run, alone: Run, case: Case) -> None:
 
 
 def _penalties(run: Run, alone: Run, case: Case) -> None:
-    if not (case.names & {"stop", "stop_token_ids", "min_tokens", "eos"}) and not case.is_cut:
+    if not (case.names & {"stop", "include_stop", "stop_token_ids", "min_tokens", "eos"}) and not case.is_cut:
         assert run.tokens() != alone.tokens()
     assert run.tokens() == case.again().tokens()
 
@@ -111,7 +111,8 @@ def _logit_bias(run: Run, _: Run, case: Case) -> None:
 
 def _seed(run: Run, alone: Run, case: Case) -> None:
     assert run.tokens() == case.again().tokens()
-    if not case.is_cut and not case.names & {"filters", "stop", "stop_token_ids", "eos", "min_tokens"}:
+    ends = {"stop", "include_stop", "stop_token_ids", "eos", "min_tokens"}
+    if not case.is_cut and not case.names & {"filters", *ends}:
         assert run.tokens() != alone.tokens()
 
 
@@ -122,6 +123,8 @@ def _stop_from(alone: Run) -> str:
 
 def _stop(run: Run, alone: Run, case: Case) -> None:
     (wanted,) = case.request.params.stop
+    if "include_stop" in case.names:
+        return
     text = run.text().removeprefix(PROMPT if "echo" in case.names else "")
     if run.end()[1] == wanted:
         assert run.end()[0] is FinishReason.STOP
@@ -129,6 +132,39 @@ def _stop(run: Run, alone: Run, case: Case) -> None:
     elif not case.is_cut:
         assert wanted not in text[MIN_TOKENS if "min_tokens" in case.names else 0 :]
         assert case.names != {"stop"}
+
+
+def _include_stop_request(request: GenerateRequest, alone: Run) -> GenerateRequest:
+    stop = request.params.stop or (_stop_from(alone),)
+    return _with(request, stop=stop, include_stop_str_in_output=True)
+
+
+def _include_stop(run: Run, _: Run, case: Case) -> None:
+    """The same answer, and where it was ended by the string, the string behind it."""
+    if case.is_cut:
+        return
+    plain = case.again(_with(case.request, include_stop_str_in_output=False))
+    (wanted,) = case.request.params.stop
+    assert run.text() == plain.text() + (wanted if run.end()[1] == wanted else "")
+    assert run.end() == plain.end()
+    assert run.end()[1] == wanted or case.names != {"include_stop"}
+
+
+def _specials(run: Run, _: Run, case: Case) -> None:
+    """Every token is in the text, the special ones by their names."""
+    for index in range(case.request.params.n):
+        spelled = "".join([*SPECIALS, *CHARACTERS][token] for token in run.tokens(index))
+        text = run.text(index).removeprefix(PROMPT if "echo" in case.names else "")
+        is_whole = not case.is_cut and not case.names & {"stop", "include_stop"}
+        assert spelled == text if is_whole else spelled.startswith(text)
+    assert SPECIALS[0] in run.text() or case.names != {"specials"}
+
+
+def _continue(run: Run, _: Run, case: Case) -> None:
+    """The prompt ends where the last turn ends, without a header for a new one."""
+    if not case.is_cut:
+        assert run.usage is not None
+        assert run.usage.prompt_tokens == len("user: Hi assistant: He")
 
 
 def _stop_token_from(alone: Run) -> int:
@@ -198,9 +234,17 @@ def _chat_request(request: GenerateRequest, _: Run) -> GenerateRequest:
     return msgspec.structs.replace(request, prompt=None, messages=(Message(role="user", content="Hi"),))
 
 
+def _continue_request(request: GenerateRequest, _: Run) -> GenerateRequest:
+    turns = (Message(role="user", content="Hi"), Message(role="assistant", content="He"))
+    return msgspec.structs.replace(
+        request, prompt=None, messages=turns, add_generation_prompt=False, continue_final_message=True
+    )
+
+
 BEHAVIOURS: dict[str, Behaviour] = {
     "streaming": Behaviour(apply=_same, check=_streaming),
     "chat": Behaviour(apply=_chat_request, check=_chat),
+    "continue": Behaviour(apply=_continue_request, check=_continue),
     "n": Behaviour(apply=lambda request, _: _with(request, n=2), check=_n),
     "logprobs": Behaviour(apply=lambda request, _: _with(request, logprobs=2), check=_logprobs),
     "filters": Behaviour(
@@ -216,6 +260,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "logit_bias": Behaviour(apply=lambda request, _: _with(request, logit_bias=BANNED), check=_logit_bias),
     "seed": Behaviour(apply=lambda request, _: _with(request, seed=29), check=_seed),
     "stop": Behaviour(apply=lambda request, alone: _with(request, stop=(_stop_from(alone),)), check=_stop),
+    "include_stop": Behaviour(apply=_include_stop_request, check=_include_stop),
     "stop_token_ids": Behaviour(
         apply=lambda request, alone: _with(
             request, stop_token_ids=(*request.params.stop_token_ids, _stop_token_from(alone))
@@ -232,6 +277,12 @@ BEHAVIOURS: dict[str, Behaviour] = {
     ),
     "eos": Behaviour(apply=lambda request, _: _with(request, ignore_eos=False), check=_eos),
     "echo": Behaviour(apply=lambda request, _: msgspec.structs.replace(request, echo=True), check=_echo),
+    "specials": Behaviour(
+        apply=lambda request, _: _with(
+            request, skip_special_tokens=False, logit_bias={**request.params.logit_bias, 0: 3.0}
+        ),
+        check=_specials,
+    ),
     "priority": Behaviour(
         apply=lambda request, _: msgspec.structs.replace(request, priority=Priority.BATCH), check=_priority
     ),

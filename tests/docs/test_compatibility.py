@@ -114,6 +114,7 @@ ON = {
 WIRE: dict[str, dict[str, object]] = {
     "streaming": {"stream": True},
     "chat": {},
+    "continue": {"continue_final_message": True, "add_generation_prompt": False},
     "n": {"n": 2},
     "logprobs": {"logprobs": True},
     "filters": {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
@@ -121,10 +122,12 @@ WIRE: dict[str, dict[str, object]] = {
     "logit_bias": {"logit_bias": {"5": 1.0}},
     "seed": {"seed": 1},
     "stop": {"stop": ["x"]},
+    "include_stop": {"stop": ["x"], "include_stop_str_in_output": True},
     "stop_token_ids": {"stop_token_ids": [5]},
     "min_tokens": {"min_tokens": 1},
     "eos": {"ignore_eos": True},
     "echo": {},
+    "specials": {"skip_special_tokens": False},
     "priority": {},
     "cache_salt": {"cache_salt": "s"},
     "cancel": {},
@@ -172,11 +175,10 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_sampling_field_is_in_the_table() -> None:
-    """A new field of SamplingParams needs a row, or to be of no concern to any other feature."""
-    of_the_text_alone = {"include_stop_str_in_output", "skip_special_tokens"}  # tests/unit/text
+    """A new field of SamplingParams needs a row."""
     covered = {
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "max_tokens",
-        "ignore_eos", "logprobs",
+        "ignore_eos", "logprobs", "include_stop_str_in_output", "skip_special_tokens",
     }  # fmt: skip
-    assert set(msgspec.structs.asdict(BASE.params)) == covered | of_the_text_alone
+    assert set(msgspec.structs.asdict(BASE.params)) == covered
