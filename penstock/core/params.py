@@ -86,7 +86,7 @@ def _require(ok: bool, *, param: str, value: object, limit: str) -> None:
 def _in_range(params: SamplingParams, param: str, low: float, high: float) -> None:
     value = getattr(params, param)
     ok = math.isfinite(value) and low <= value <= high
-    _require(ok, param=param, value=value, limit=f"between {low:g} and {high:g}")
+    _require(ok, param=param, value=value, limit=f"between {low} and {high}")
 
 
 def _check_numbers(params: SamplingParams) -> None:

@@ -240,7 +240,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _on_deadline(self) -> None:
         self._deadline = None
         late = ReceiveTimeoutError(
-            f"the request did not arrive within {self._limits.receive_timeout_s:g} seconds"
+            f"the request did not arrive within {self._limits.receive_timeout_s} seconds"
         )
         self._refuse(late, reason="receive_timeout")
 

@@ -54,6 +54,7 @@ _WANTED: Final[dict[str, str]] = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "none_required": "null",
+    "string_pattern_mismatch": "a token id in digits, without leading zeros",
 }
 _BOUNDED: Final[dict[str, tuple[str, str]]] = {
     "greater_than": ("gt", "greater than {}"),
@@ -64,8 +65,7 @@ _BOUNDED: Final[dict[str, tuple[str, str]]] = {
     "string_too_long": ("max_length", "a string of at most {} characters"),
     "too_short": ("min_length", "of at least {} entries"),
     "too_long": ("max_length", "of at most {} entries"),
-    "literal_error": ("expected", "one of {}"),
-    "enum": ("expected", "one of {}"),
+    "literal_error": ("expected", "{}"),
 }
 
 
@@ -87,34 +87,44 @@ def _limit(error: ErrorDetails) -> str:
     kind = error["type"]
     if kind in _BOUNDED:
         key, words = _BOUNDED[kind]
-        return words.format(error.get("ctx", {}).get(key))
+        return words.format(_json_words(str(error.get("ctx", {}).get(key))))
     return _WANTED.get(kind, "of another form; GET /openapi.json describes it")
 
 
-def _path(error: ErrorDetails) -> str:
-    # Names with a bracket or a hyphen are branches of a union, which the client did not write.
-    parts = [str(part) for part in error["loc"] if not (isinstance(part, str) and not _is_field(part))]
-    return ".".join(parts)[:_MAX_PATH_CHARS]
+def _json_words(expected: str) -> str:
+    """The library lists values as Python writes them."""
+    return {"True": "true", "False": "false", "None": "null"}.get(expected, expected.replace("'", '"'))
 
 
-def _is_field(part: str) -> bool:
-    return (
-        part.isidentifier()
-        and part not in {"str", "int", "float", "bool", "list", "dict"}
-        and part[0].islower()
-    )
+def _parts(error: ErrorDetails, *, data: object) -> list[str]:
+    """Where in `data` the error is; the branches of a union, which the client did not write, are left out."""
+    parts: list[str] = []
+    for part in error["loc"]:
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int):
+            data = data[part] if part < len(data) else None
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        parts.append(str(part))
+    return parts
 
 
-def _raise(error: ErrorDetails) -> NoReturn:
-    kind, path = error["type"], _path(error)
+def _path(error: ErrorDetails, *, data: object) -> str:
+    return ascii(".".join(_parts(error, data=data))[:_MAX_PATH_CHARS])[1:-1]
+
+
+def _raise(error: ErrorDetails, *, data: object) -> NoReturn:
+    kind, path = error["type"], _path(error, data=data)
     if kind == "missing":
         raise InvalidParameterError(f"{path} is missing, it is required", code="missing", param=path)
     if kind == "extra_forbidden":
-        name = ascii(".".join(str(part) for part in error["loc"])[:_MAX_PATH_CHARS])[1:-1]
         raise InvalidParameterError(
-            f"{name} is not a field that this endpoint knows", code="unknown_parameter", param=name
+            f"{path} is not a field that this endpoint knows", code="unknown_parameter", param=path
         )
     where = path or "the body"
+    if error["loc"][-1:] == ("[key]",):
+        where = f"the key of {where}"
     raise InvalidParameterError(
         f"{where} is {describe(error['input'])}, it must be {_limit(error)}", param=path or None
     )
@@ -131,9 +141,9 @@ def validate(data: object, *, model: type[M]) -> M:
         return check(data)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
-    _raise(_most_telling(details))
+    _raise(_most_telling(details, data=data), data=data)
 
 
-def _most_telling(details: list[ErrorDetails]) -> ErrorDetails:
+def _most_telling(details: list[ErrorDetails], *, data: object) -> ErrorDetails:
     """Of a union's many complaints: the right kind of wrong size before the wrong kind, then the deepest."""
-    return max(details, key=lambda error: (error["type"] in _BOUNDED, len(_path(error).split("."))))
+    return max(details, key=lambda error: (error["type"] in _BOUNDED, len(_parts(error, data=data))))

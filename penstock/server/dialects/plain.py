@@ -4,7 +4,7 @@ A body with `inputs` is refused by name: that word is kept free for TGI's dialec
 """
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Annotated, Final
 
@@ -21,7 +21,7 @@ from penstock.server.services import Call
 from penstock.server.sse import encode_text, frame
 from penstock.server.validation import WHOLE, AnswerModel, Number, Text, WireModel
 
-_NUMBERS: Final[dict[str, type[int] | type[float]]] = {"max_tokens": int, "temperature": float}
+_NUMBERS: Final = ("max_tokens", "temperature")
 _MAX_DIGITS: Final = 32
 
 
@@ -68,15 +68,18 @@ def from_json(data: object) -> object:
 
 def from_query(query: dict[str, object]) -> object:
     """Make numbers of the fields that are numbers; what is none stays a string and is refused later."""
-    result = dict(query)
-    for name, number in _NUMBERS.items():
-        text = query.get(name)
-        if isinstance(text, str) and text.isascii() and len(text) <= _MAX_DIGITS and "_" not in text:
-            try:
-                result[name] = number(text)
-            except ValueError:
-                continue
-    return from_json(result)
+    numbers = {name: _number(query[name]) for name in _NUMBERS if name in query}
+    return from_json(query | numbers)
+
+
+def _number(value: object) -> object:
+    """As JSON would read it; whether it must be whole is the model's affair."""
+    if not (isinstance(value, str) and value.isascii() and len(value) <= _MAX_DIGITS and "_" not in value):
+        return value
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(value)
+    return value
 
 
 def _to_request(call: Call) -> GenerateRequest:

@@ -188,6 +188,32 @@ async def test_a_wrong_field_is_a_400_that_names_it(change, param):
     assert b.model.requests == []
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"logit_bias": {"1": 1, "01": 2}},
+            (
+                "the key of logit_bias.01 is a string of 2 characters, "
+                "it must be a token id in digits, without leading zeros"
+            ),
+        ),
+        ({"logit_bias": {"7": 101}}, "logit_bias.7 is 101, it must be at most 100.0"),
+        ({"metadata": {"My-Key": 1}}, "metadata.My-Key is 1, it must be a string"),
+        ({"echo": True}, "echo is true, it must be false"),
+        ({"service_tier": "x"}, 'service_tier is a string of 1 characters, it must be "auto" or "default"'),
+        ({"max_tokens": -1}, "max_tokens is -1, it must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0, it must be at least 1"),
+        ({"top_k": -2}, "top_k is -2, it must be at least -1"),
+        ({"top_k": 2**63}, f"top_k is {2**63}, it must be at most {2**63 - 1}"),
+    ],
+)
+async def test_the_message_tells_the_place_the_value_and_the_limit_in_words_of_json(change, words):
+    async with bench() as b:
+        reply = await b.http.post(URL, json={"messages": HELLO} | change)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, words)
+
+
 async def test_null_is_the_same_as_absent():
     nothing = dict.fromkeys(
         [

@@ -125,6 +125,14 @@ async def test_a_wrong_field_is_a_400_that_names_it(body, param):
     assert b.model.requests == []
 
 
+@pytest.mark.parametrize("max_tokens", [-1, 0])
+async def test_max_tokens_has_one_limit(max_tokens):
+    async with bench() as b:
+        reply = await b.http.post(URL, json={"prompt": "a", "max_tokens": max_tokens})
+    words = f"max_tokens is {max_tokens}, it must be at least 1, or 0 with echo"
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, words)
+
+
 class OnePromptRefused(FakeModelClient):
     async def generate(self, request: GenerateRequest):
         if request.prompt == "bad":

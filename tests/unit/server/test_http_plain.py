@@ -32,6 +32,14 @@ async def test_a_post_may_bring_its_fields_in_the_query_instead_of_a_body():
     assert (both.status_code, neither.status_code) == (400, 400)
 
 
+async def test_a_number_in_the_query_is_read_as_in_json():
+    async with bench() as b:
+        whole = await b.http.get("/generate?prompt=a&max_tokens=2.0")
+        half = await b.http.get("/generate?prompt=a&max_tokens=1.5")
+    assert whole.json()["text"] == "Hello,"
+    assert half.json()["error"]["message"] == "max_tokens is 1.5, it must be an integer"
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_stream_sends_updates_and_closes_with_the_usage(method):
     async with bench() as b:

@@ -31,7 +31,7 @@ from penstock.server.dialects.openai.fields import (
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
 from penstock.server.sse import DONE, encode, encode_text
-from penstock.server.validation import WHOLE, AnswerModel, Flag, Text
+from penstock.server.validation import WHOLE, AnswerModel, Flag, Text, describe
 
 MAX_PROMPTS: Final = 32
 _DEFAULT_MAX_TOKENS: Final = 16
@@ -54,9 +54,9 @@ class CompletionRequest(SamplingFields):
         union_mode="left_to_right",
         description="A text, a list of texts, token ids, or a list of lists of them.",
     )
-    max_tokens: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX), WHOLE] | None = Field(
-        default=None, description="Default 16; 0 only with echo."
-    )
+    max_tokens: (
+        Annotated[int, Field(strict=True, le=INT64_MAX, json_schema_extra={"minimum": 0}), WHOLE] | None
+    ) = Field(default=None, description="Default 16; at least 1, or 0 with echo.")
     logprobs: TopLogprobs | None = Field(
         default=None, description=f"How many likelier tokens to tell, up to {MAX_TOP_LOGPROBS}."
     )
@@ -96,6 +96,16 @@ def _prompts(body: CompletionRequest) -> list[str | tuple[int, ...]]:
     return [item if isinstance(item, str) else tuple(item) for item in cast("list[str | list[int]]", prompt)]
 
 
+def _max_tokens(body: CompletionRequest) -> int:
+    """One limit in one place: a schema cannot tell that it depends on `echo`."""
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if max_tokens < (0 if body.echo else 1):
+        raise InvalidParameterError(
+            f"max_tokens is {describe(max_tokens)}, it must be at least 1, or 0 with echo", param="max_tokens"
+        )
+    return max_tokens
+
+
 def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]:
     """Wire to domain, one request per prompt.
 
@@ -110,11 +120,10 @@ def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]
             code="unsupported_parameter",
             param="echo",
         )
-    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     params = sampling_params(
         body,
         defaults=default_sampling(body, call=call),
-        max_tokens=max_tokens,
+        max_tokens=_max_tokens(body),
         logprobs=body.logprobs,
         allow_zero_max_tokens=echo,
     )

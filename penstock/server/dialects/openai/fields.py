@@ -141,7 +141,7 @@ class SamplingFields(WireModel):
     logit_bias: (
         Annotated[
             dict[
-                Annotated[str, Field(pattern=r"^[0-9]{1,10}$")],
+                Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")],
                 Annotated[Number, Field(ge=-100, le=100)],
             ],
             Field(max_length=MAX_LOGIT_BIAS),
@@ -149,7 +149,10 @@ class SamplingFields(WireModel):
         | None
     ) = Field(default=None, description="Token id, as a string of digits, to a bias.")
     seed: Annotated[int, Field(strict=True, ge=INT64_MIN, le=INT64_MAX), WHOLE] | None = Field(
-        default=None, description="The same seed gives the same answer, whatever else the server does."
+        default=None,
+        description="The draws depend on the seed alone. With --kernels reference --dtype float32 the same "
+        "seed gives the same answer whatever else the server does; with faster kernels rounding may differ "
+        "with the batch.",
     )
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = (
         None
