@@ -18,14 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from penstock.cli.batch_rows import (
     URLS,
     BatchRequest,
-    InputRow,
+    NamedRow,
     OutputRow,
     RowResponse,
-    custom_id_of,
     done_ids,
     error_row,
+    named_rows,
     parse_row,
     read_rows,
+    refuse_duplicate,
 )
 from penstock.cli.feed import with_patience
 from penstock.cli.workers import work_off
@@ -62,13 +63,16 @@ class Batch:
         services: what the routes need; its catalog holds the model.
         source: JSONL to read.
         target: JSONL to append to; made if it is not there.
+
+    Raises:
+        StartupError: one cannot be read or written, or they are the same.
     """
 
     def __init__(self, services: Services, *, source: Path, target: Path) -> None:
-        if not source.is_file():
-            raise StartupError(f"input {source} is not a file", param="input")
+        _check_source(source)
         if source.resolve() == target.resolve():
             raise StartupError(f"output {target} is the input too", param="output")
+        _check_target(target)
         self._services = services
         self._source = source
         self._target = target
@@ -85,17 +89,17 @@ class Batch:
         with self._target.open("ab") as output, _progress(console) as progress:
             task = progress.add_task("rows", total=num_rows)
 
-            async def work(row: InputRow) -> None:
-                await self._row(row, done=done, output=output)
+            async def work(named: NamedRow) -> None:
+                await self._row(named, done=done, output=output)
                 progress.advance(task)
 
-            await work_off(read_rows(self._source), work, num_workers=num_workers)
+            await work_off(named_rows(self._source), work, num_workers=num_workers)
 
-    async def _row(self, row: InputRow, *, done: set[str], output: BinaryIO) -> None:
-        if custom_id_of(row) in done:
+    async def _row(self, named: NamedRow, *, done: set[str], output: BinaryIO) -> None:
+        if named.custom_id in done:
             self.counts.num_skipped += 1
             return
-        result = await self._answer(row)
+        result = await self._answer(named)
         output.write(msgspec.json.encode(result) + b"\n")
         output.flush()
         if result.error is None:
@@ -103,14 +107,15 @@ class Batch:
         else:
             self.counts.num_failed += 1
 
-    async def _answer(self, row: InputRow) -> OutputRow:
+    async def _answer(self, named: NamedRow) -> OutputRow:
         try:
-            request = parse_row(row)
+            refuse_duplicate(named)
+            request = parse_row(named.row)
             return await with_patience(lambda: self._ask(request))
         except (CapacityError, EngineDeadError):
             raise  # not the row's fault: it stays open for the next run
         except PenstockError as error:
-            return error_row(custom_id_of(row), error)
+            return error_row(named.custom_id, error)
 
     async def _ask(self, request: BatchRequest) -> OutputRow:
         """Call the endpoint's own function, after the endpoint's own checks."""
@@ -134,6 +139,28 @@ class Batch:
         assert isinstance(reply, Reply)
         response = RowResponse(status_code=reply.status, request_id=request_id, body=msgspec.Raw(reply.body))
         return OutputRow(custom_id=request.custom_id, response=response)
+
+
+def _check_source(path: Path) -> None:
+    try:
+        if not path.is_file():
+            raise StartupError(f"input {path} is not a file", param="input")
+        path.open("rb").close()
+    except OSError as error:
+        raise StartupError(f"input {path} cannot be read: {error.strerror}", param="input") from None
+
+
+def _check_target(path: Path) -> None:
+    """Open it as the run will, and leave no file where there was none."""
+    try:
+        is_new = not path.exists()
+        if not is_new and not path.is_file():
+            raise StartupError(f"output {path} is not a file", param="output")
+        path.open("ab" if is_new else "rb+").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise StartupError(f"output {path} cannot be written: {error.strerror}", param="output") from None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ URLS: Final = (CHAT_URL, COMPLETIONS_URL)
 MAX_ROW_BYTES: Final = 4 << 20
 """As for a body over HTTP."""
 MAX_CUSTOM_ID_CHARS: Final = 512
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a line raises that is not as it should be."""
 BATCH_FIELDS: Final = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -61,6 +63,17 @@ class InputRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedRow:
+    """A line of the input and the one output row that is its own."""
+
+    row: InputRow
+    custom_id: str
+    """Of its output; no two rows of a file have the same."""
+    first_number: int | None = None
+    """Line that has the id already; this one is then refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRequest:
     """A row that says what it wants."""
 
@@ -83,6 +96,23 @@ def read_rows(path: Path) -> Iterator[InputRow]:
                 yield InputRow(number=number, data=data)
 
 
+def named_rows(path: Path) -> Iterator[NamedRow]:
+    """The rows and the ids of their outputs; a second row of an id is called `row-N-duplicate`.
+
+    An id stands for one row, so that a later run knows from the output alone which rows are open.
+    """
+    numbers: dict[str, int] = {}
+    for row in read_rows(path):
+        custom_id = custom_id_of(row)
+        first_number = numbers.get(custom_id)
+        if first_number is not None:
+            custom_id = f"{_row_id(row)}-duplicate"
+            while custom_id in numbers:
+                custom_id += "-"
+        numbers[custom_id] = row.number
+        yield NamedRow(row=row, custom_id=custom_id, first_number=first_number)
+
+
 def parse_row(row: InputRow) -> BatchRequest:
     """What the row wants; its body is checked later, by the endpoint's own rules.
 
@@ -93,7 +123,7 @@ def parse_row(row: InputRow) -> BatchRequest:
         raise InvalidParameterError(f"the row is over {MAX_ROW_BYTES} bytes")
     try:
         fields = msgspec.json.decode(row.data, type=dict[str, object])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InvalidParameterError(f"the row is not a JSON object: {error}", code="invalid_json") from error
     if "body" in fields:
         return _batch_form(fields, row=row)
@@ -105,7 +135,7 @@ def custom_id_of(row: InputRow) -> str:
     """The row's id even if the rest of it is wrong; `row-N` if it has none."""
     try:
         return msgspec.json.decode(row.data, type=_DoneRow).custom_id[:MAX_CUSTOM_ID_CHARS]
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return _row_id(row)
 
 
@@ -146,6 +176,19 @@ def error_row(custom_id: str, error: PenstockError) -> OutputRow:
     return OutputRow(custom_id=custom_id, error=told)
 
 
+def refuse_duplicate(named: NamedRow) -> None:
+    """Refuse the second row of an id: its answer could not be told from the first's.
+
+    Raises:
+        InvalidParameterError: an earlier line has the id.
+    """
+    if named.first_number is not None:
+        value = custom_id_of(named.row)
+        raise InvalidParameterError(
+            f"custom_id is {value!r:.80}, line {named.first_number} has it already", param="custom_id"
+        )
+
+
 def done_ids(path: Path) -> set[str]:
     """Ids in an output of an earlier run; a line that was cut off by its end is removed from the file.
 
@@ -162,7 +205,7 @@ def done_ids(path: Path) -> set[str]:
                 break
             try:
                 found.add(msgspec.json.decode(line, type=_DoneRow).custom_id)
-            except msgspec.MsgspecError as error:
+            except UNREADABLE as error:
                 raise StartupError(
                     f"{path} line {number} is no output row ({error}): name another file"
                 ) from error

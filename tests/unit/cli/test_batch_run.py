@@ -13,6 +13,7 @@ from rich.console import Console
 from penstock.cli import commands
 from penstock.cli.batch import Batch, BatchCounts
 from penstock.cli.batch_rows import MAX_ROW_BYTES, done_ids, read_rows
+from penstock.cli.main import main
 from penstock.core.errors import EngineDeadError, GenerateError, NotReadyError, QueueFullError, StartupError
 from penstock.core.text import GenerateRequest, TextDelta
 from penstock.gateway.catalog import Catalog
@@ -185,3 +186,84 @@ def test_the_output_may_not_be_the_input(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").symlink_to(tmp_path / "out.jsonl")
     with pytest.raises(StartupError, match="is the input too"):
         _run(tmp_path)
+
+
+def test_a_second_row_of_the_same_id_is_refused_by_name_and_no_run_loses_or_repeats_it(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"custom_id": "a", "prompt": "x"},
+        {"custom_id": "b", "prompt": "y"},
+        {"custom_id": "a", "prompt": "z"},
+    ]
+    (tmp_path / "in.jsonl").write_text(_lines(*rows))
+    counts = _run(tmp_path)
+    output = _output(tmp_path)
+    assert (counts.num_answered, counts.num_failed) == (2, 1)
+    assert output["a"]["error"] is None
+    refused = output["row-3-duplicate"]["error"]
+    assert refused["param"] == "custom_id"
+    assert "custom_id is 'a'" in refused["message"]
+    assert "line 1" in refused["message"]
+    assert _run(tmp_path) == BatchCounts(num_skipped=3)
+
+
+@pytest.mark.parametrize("kept", range(3))
+def test_whichever_row_was_written_first_the_next_run_writes_the_others(tmp_path: Path, kept: int) -> None:
+    rows = [
+        {"custom_id": "a", "prompt": "x"},
+        {"custom_id": "a", "prompt": "y"},
+        {"custom_id": "a", "prompt": "z"},
+    ]
+    (tmp_path / "in.jsonl").write_text(_lines(*rows))
+    _run(tmp_path)
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(lines[kept])
+    _run(tmp_path)
+    assert set(_output(tmp_path)) == {"a", "row-2-duplicate", "row-3-duplicate"}
+    assert _output(tmp_path)["a"]["error"] is None
+
+
+def test_a_row_that_is_not_utf_8_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"custom_id": "\xff"}\n' + _lines(GOOD).encode())
+    counts = _run(tmp_path)
+    assert (counts.num_answered, counts.num_failed) == (1, 1)
+    assert "not a JSON object" in _output(tmp_path)["row-1"]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("nowhere/out.jsonl", "cannot be written: No such file"),
+        ("folder", "is not a file"),
+        ("in.jsonl/out.jsonl", "cannot be written: Not a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, words: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    (tmp_path / "folder").mkdir()
+    assert main(["run", str(tmp_path / "in.jsonl"), str(tmp_path / target)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_an_input_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    monkeypatch.setattr(Path, "open", _refuse_to_open)
+    with pytest.raises(StartupError, match=r"in\.jsonl cannot be read: Permission denied"):
+        _run(tmp_path)
+
+
+def _refuse_to_open(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_looking_at_the_output_leaves_no_file_behind(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(_lines(GOOD))
+    clock = SystemClock()
+    services = make_services(Catalog(), clock=clock, events=Metrics([], clock=clock))
+    Batch(services, source=tmp_path / "in.jsonl", target=tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
