@@ -19,13 +19,14 @@ def talk(model: str | None, *, url: str | None, api_key: str | None, conversatio
     """`penstock chat`; the return value is the exit code.
 
     Raises:
-        StartupError: the model cannot be loaded.
+        StartupError: the model cannot be loaded, or `url` is none.
+        TalkError: nobody answers at `url`.
     """
     console = Console()
     with asyncio.Runner() as runner:
         partner: Partner
         if url is not None:
-            partner = ServerPartner(url, model=model, api_key=api_key)
+            partner = runner.run(_connected(url, model=model, api_key=api_key))
         else:
             from penstock.cli.local_model import open_named  # brings torch, which --url does not need
 
@@ -36,6 +37,16 @@ def talk(model: str | None, *, url: str | None, api_key: str | None, conversatio
         finally:
             runner.run(partner.close())
     return 0
+
+
+async def _connected(url: str, *, model: str | None, api_key: str | None) -> ServerPartner:
+    partner = ServerPartner(url, model=model, api_key=api_key)
+    try:
+        await partner.connect()
+    except BaseException:
+        await partner.close()
+        raise
+    return partner
 
 
 def run_batch(

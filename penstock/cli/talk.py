@@ -4,10 +4,12 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final, Protocol
+from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 
-from penstock.core.errors import PenstockError
+from penstock.core.errors import PenstockError, StartupError
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.ports import ModelClient
@@ -17,12 +19,35 @@ CONNECT_TIMEOUT_S: Final = 10.0
 SILENCE_TIMEOUT_S: Final = 120.0
 """A server sends at least a comment line each 15 s."""
 MAX_ERROR_CHARS: Final = 500
+FAILURES: Final = (aiohttp.ClientError, OSError, ValueError)
+"""What HTTP and JSON raise; a time-out is an OSError, a line that is too long a ValueError."""
 
 
 class TalkError(PenstockError):
     """The other side did not answer; the message says why, ask again."""
 
     default_code = "no_answer"
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    error: object = None
+
+
+class _ListedModel(msgspec.Struct):
+    id: str
+
+
+class _Listing(msgspec.Struct):
+    data: list[_ListedModel]
 
 
 class Partner(Protocol):
@@ -73,33 +98,54 @@ class AsyncClose(Protocol):
 
 
 class ServerPartner:
-    """Any server with OpenAI's chat API."""
+    """Any server with OpenAI's chat API.
+
+    Raises:
+        StartupError: `url` is none of a server.
+    """
 
     def __init__(self, url: str, *, model: str | None, api_key: str | None) -> None:
+        _check_url(url)
         self._url = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
+    async def connect(self) -> None:
+        """Find out that the server is there, and its first model if none was named.
+
+        Raises:
+            TalkError: nobody answers at this address, or it has no models.
+        """
+        try:
+            async with self._open().get(f"{self._url}/v1/models") as response:
+                if self._model is None:
+                    await _check(response)
+                    self._model = _first_model(await response.json())
+        except FAILURES as error:
+            raise self._failed(error) from error
+
     async def answer(self, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[str, None]:
         """See `Partner`."""
+        if self._model is None:
+            await self.connect()
         body = {
-            "model": await self._model_name(),
+            "model": self._model,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "temperature": params.temperature,
             "max_tokens": params.max_tokens,
             "stream": True,
         }
         try:
-            async with self._open().post("/v1/chat/completions", json=body) as response:
+            async with self._open().post(f"{self._url}/v1/chat/completions", json=body) as response:
                 await _check(response)
                 async for line in response.content:
                     piece = _piece(line)
                     if piece is None:
                         return
                     yield piece
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise TalkError(f"{self._url}: {str(error) or type(error).__name__}") from error
+        except FAILURES as error:
+            raise self._failed(error) from error
 
     async def close(self) -> None:
         """See `Partner`."""
@@ -111,16 +157,29 @@ class ServerPartner:
             timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S
             )
-            self._session = aiohttp.ClientSession(self._url, timeout=timeout, headers=self._headers)
+            self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
         return self._session
 
-    async def _model_name(self) -> str:
-        """The model that was asked for, else the server's first."""
-        if self._model is None:
-            async with self._open().get("/v1/models") as response:
-                await _check(response)
-                self._model = str((await response.json())["data"][0]["id"])
-        return self._model
+    def _failed(self, error: Exception) -> TalkError:
+        text = " ".join((str(error) or type(error).__name__).split())
+        return TalkError(f"{self._url}: {text}"[:MAX_ERROR_CHARS])
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise StartupError(f"url is {url!r}, it must be like http://host:8000", param="url")
+
+
+def _first_model(listing: object) -> str:
+    try:
+        return msgspec.convert(listing, _Listing).data[0].id
+    except (msgspec.ValidationError, IndexError):
+        raise TalkError("/v1/models of the server names no model") from None
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:
@@ -146,8 +205,11 @@ def _piece(line: bytes) -> str | None:
     data = line.removeprefix(b"data:").strip()
     if data == b"[DONE]":
         return None
-    event = json.loads(data)
-    if "error" in event:
-        raise TalkError(str(event["error"].get("message", event["error"]))[:MAX_ERROR_CHARS])
-    choices = event.get("choices") or [{}]
-    return str(choices[0].get("delta", {}).get("content") or "")
+    event = msgspec.json.decode(data, type=_Event)
+    if event.error is not None:
+        raise TalkError(_message_in(event.error)[:MAX_ERROR_CHARS])
+    return event.choices[0].delta.content or "" if event.choices else ""
+
+
+def _message_in(error: object) -> str:
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
