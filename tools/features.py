@@ -70,6 +70,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("prefix_caching", "prefix caching"),
     _engine("chunked_prefill", "chunked prefill"),
     _engine("preemption", "preemption"),
+    _engine("fcfs", "scheduling policy fcfs"),
     _engine("sliding_window", "sliding window"),
     _engine("eager_bfloat16", "kernels eager, bfloat16"),
 )

@@ -308,6 +308,8 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         if not case.is_cut and "preemption" not in case.names:  # there the neighbours evict what was cached
             assert again.usage is not None
             assert again.usage.cached_tokens > 0
+    if name == "fcfs" and not case.is_cut:
+        assert case.engine.order(case.request) == [Priority.BATCH, Priority.REALTIME]
     if name == "chunked_prefill":
         assert run.max_step_tokens <= CHUNK
     if name == "preemption" and not case.is_cut:

@@ -1,5 +1,6 @@
 """The engines that the pairs run on: one for each combination of engine features, kept for the session."""
 
+import asyncio
 from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import msgspec
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
 from penstock.cli.model_source import find_model
 from penstock.core.ids import RequestId
+from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Priority, TextDelta, Usage
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from tests.docs.tiny_model import make_tiny_model
@@ -23,6 +25,7 @@ FEW_BLOCKS = 16
 FEW_WINDOW_BLOCKS = 11
 """As `FEW_BLOCKS`, where blocks behind the window are given back."""
 NUM_NEIGHBOURS = 3
+NUM_SEATS = NUM_NEIGHBOURS + 2
 
 
 @dataclass(slots=True)
@@ -81,6 +84,13 @@ class FeatureEngine:
         """One request, with neighbours where the engine is short of blocks."""
         return self._thread.run(self._run(request, cut_after=cut_after))
 
+    def order(self, request: GenerateRequest) -> list[Priority]:
+        """Priorities in the order of their ends, of a batch request and a realtime one that came after it.
+
+        Each takes every seat, and both wait behind a third.
+        """
+        return self._thread.run(self._order(request))
+
     def num_prompt_tokens(self, request: GenerateRequest) -> int:
         """Tokens of the prompt or rendered conversation."""
         is_text = request.messages is None
@@ -105,6 +115,23 @@ class FeatureEngine:
         memory = await self._local.engine.memory()
         run.num_owned_after = memory.kv_bytes_owned // self._local.info.bytes_per_block
         return run
+
+    async def _order(self, request: GenerateRequest) -> list[Priority]:
+        params = SamplingParams(n=NUM_SEATS, max_tokens=2, ignore_eos=True)
+        kept = msgspec.structs.replace(request, prompt="x", messages=None, params=params, echo=False)
+        kept = msgspec.structs.replace(kept, continue_final_message=False)
+        ended: list[Priority] = []
+
+        async def read(stream, priority: Priority) -> None:  # type: ignore[no-untyped-def]
+            async for _ in stream:
+                pass
+            ended.append(priority)
+
+        order = (Priority.INTERACTIVE, Priority.BATCH, Priority.REALTIME)
+        requests = [msgspec.structs.replace(kept, priority=priority) for priority in order]
+        streams = [await self._generate(each) for each in requests]
+        await asyncio.gather(*(read(s, p) for s, p in zip(streams, order, strict=True)))
+        return [priority for priority in ended if priority is not Priority.INTERACTIVE]
 
     async def _generate(self, request: GenerateRequest):  # type: ignore[no-untyped-def]
         self._num_requests += 1
@@ -138,9 +165,10 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
         max_model_len=56,
         warmup=False,
         scheduler=SchedulerConfig(
-            max_num_seqs=NUM_NEIGHBOURS + 2,
+            max_num_seqs=NUM_SEATS,
             max_num_batched_tokens=CHUNK if "chunked_prefill" in features else 256,
             enable_prefix_caching="prefix_caching" in features,
+            policy="fcfs" if "fcfs" in features else "fair",
         ),
         kv=KvConfig(
             block_size=BLOCK_SIZE,

@@ -9,7 +9,7 @@ import pytest
 from penstock import LLM
 from penstock.cli.refused import refuse_flags
 from penstock.core.errors import InvalidParameterError, PenstockError, StartupError
-from penstock.core.text import GenerateRequest
+from penstock.core.text import GenerateRequest, Priority
 from penstock.server.app import PUBLIC_ROUTES
 from penstock.server.validation import validate
 from tests.docs.feature_checks import BASE, BEHAVIOURS, Case, check_complete, check_engine_feature
@@ -90,6 +90,11 @@ def test_pair(pair: tuple[Feature, Feature], engines: Engines, alone_runs: Alone
         check_engine_feature(
             name, run, engines(engine_names - {name}).run(request, cut_after=cut_after), case
         )
+
+
+def test_the_policy_that_is_not_first_come_first_served_has_another_order(engines: Engines) -> None:
+    """So that the law of `fcfs` says something."""
+    assert engines(frozenset()).order(BASE) == [Priority.REALTIME, Priority.BATCH]
 
 
 @pytest.mark.parametrize("pair", REFUSED_PAIRS, ids=lambda pair: pair_id(pair.first, pair.second))
