@@ -25,8 +25,10 @@ MAX_LAST_MESSAGES: Final = 1000
 """Messages read after a child's end before its socket is given up."""
 STACK_DUMP_S: Final = 0.1
 """Time a hung child gets to write its stack before it is killed."""
-CHILD_ENVIRONMENT: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""torch takes huge pages for its tensors: fresh 4 KiB pages made a 39 MB logits tensor cost 20 ms, not 6."""
+CHILD_ENVIRONMENT: Final = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000"}
+"""Defaults under the operator's own environment. torch takes huge pages for its tensors: fresh 4 KiB pages
+made a 39 MB logits tensor cost 20 ms, not 6. OpenMP's threads sleep soon at a barrier: where the API process
+or a neighbour needs a core, spinning made steps up to 13 times slower; alone on two cores it costs a third."""
 
 log = logging.getLogger("penstock.supervisor")
 
@@ -70,7 +72,7 @@ class EngineProcess:
                 self._address,
                 str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **CHILD_ENVIRONMENT},
+                env={**CHILD_ENVIRONMENT, **os.environ},
             )
         except OSError as error:
             raise StartupError(f"the engine process cannot be started: {error.strerror}") from error
