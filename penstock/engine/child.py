@@ -28,7 +28,7 @@ STACK_DUMP_S: Final = 0.1
 CHILD_ENVIRONMENT: Final = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "1000"}
 """Defaults under the operator's own environment. torch takes huge pages for its tensors: fresh 4 KiB pages
 made a 39 MB logits tensor cost 20 ms, not 6. OpenMP's threads sleep soon at a barrier: where the API process
-or a neighbour needs a core, spinning made steps up to 13 times slower; alone on two cores it costs a third."""
+or a neighbour needs a core, spinning made steps up to 13 times slower; alone it saves a third."""
 
 log = logging.getLogger("penstock.supervisor")
 
