@@ -177,12 +177,13 @@ def _section(route: Route) -> str:
     )
 
 
-_EXAMPLE: Final = """curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
-  -d '{"messages": [{"role": "user", "content": "Hello"}]}'"""
+_ADDRESS: Final = "ADDRESS"
+_EXAMPLE: Final = f"""curl http://{_ADDRESS}/v1/chat/completions -H 'content-type: application/json' \\
+  -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'"""
 
 
 def page(routes: tuple[Route, ...], *, title: str) -> bytes:
-    """The page for people."""
+    """The page for people; `page_at` puts the address in."""
     sections = "".join(_section(route) for route in routes)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
@@ -190,6 +191,11 @@ def page(routes: tuple[Route, ...], *, title: str) -> bytes:
         "Errors have one shape: <code>{&quot;error&quot;: {message, type, param, code}}</code>.</p>"
         f"<pre>{html.escape(_EXAMPLE)}</pre>{sections}</html>"
     ).encode()
+
+
+def page_at(template: bytes, *, address: str) -> bytes:
+    """The page with a command that asks `address`, which a client wrote: it is escaped."""
+    return template.replace(_ADDRESS.encode(), html.escape(address).encode(), 1)
 
 
 def routes_for(routes: tuple[Route, ...], *, title: str, access: Access) -> tuple[Route, ...]:
@@ -200,8 +206,9 @@ def routes_for(routes: tuple[Route, ...], *, title: str, access: Access) -> tupl
     async def openapi_json(call: Call) -> Reply | StreamReply:
         return Reply(body=machine[access is Access.ADMIN or not call.services.user_keys.is_empty])
 
-    async def docs(_: Call) -> Reply | StreamReply:
-        return Reply(body=people, content_type=HTML_TYPE, headers=((b"content-security-policy", _CSP),))
+    async def docs(call: Call) -> Reply | StreamReply:
+        body = page_at(people, address=call.address)
+        return Reply(body=body, content_type=HTML_TYPE, headers=((b"content-security-policy", _CSP),))
 
     rows = (
         Route(

@@ -34,6 +34,7 @@ logger = logging.getLogger("penstock.server")
 MAX_QUERY_BYTES: Final = 8192
 MAX_QUERY_FIELDS: Final = 32
 _CLIENT_GONE_STATUS: Final = 499
+_HOST: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
@@ -51,6 +52,15 @@ def _header(scope: Scope, wanted: bytes) -> str | None:
             text: str = value.decode("latin-1")
             return text
     return None
+
+
+def address_of(scope: Scope) -> str:
+    """The Host header if it looks like an address, else where this listener is bound."""
+    host = _header(scope, b"host") or ""
+    if _HOST.fullmatch(host):
+        return host
+    name, port = scope.get("server") or ("localhost", None)
+    return name if port is None else f"{name}:{port}"
 
 
 def read_query(scope: Scope) -> dict[str, object]:
@@ -162,6 +172,7 @@ class Endpoint(Response):
             tenant_id=tenant_id,
             arrival_s=arrival_s,
             path_params=self._path_params,
+            address=address_of(scope),
             body=body,
         )
 

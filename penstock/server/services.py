@@ -100,6 +100,8 @@ class Call:
     path_params: Mapping[str, str]
     body: BaseModel | None
     """An instance of the route's model; None where the route has none."""
+    address: str = "localhost"
+    """Host and port under which the client reached us: a plain name or address, fit for a command line."""
 
     def new_engine_id(self) -> RequestId:
         """A key for one engine request: never the client's word alone, which may come twice."""

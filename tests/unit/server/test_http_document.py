@@ -47,7 +47,21 @@ async def test_the_page_loads_nothing_and_runs_nothing():
         page = await b.http.get("/docs")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "<script" not in page.text
-    assert "http" not in page.text.replace("http://127.0.0.1:8000", "")
+    assert "http" not in page.text.replace(f"curl http://{page.url.netloc.decode()}/v1", "")
+
+
+@pytest.mark.parametrize("host", ["box.local:9001", "127.0.0.1:80", "[::1]:8000"])
+async def test_the_example_asks_the_address_that_the_page_came_from(host):
+    async with bench() as b:
+        page = await b.http.get("/docs", headers={"host": host})
+    assert f"<pre>curl http://{host}/v1/chat/completions -H" in page.text
+
+
+@pytest.mark.parametrize("host", ["<script>", "x;reboot", "$(id)", "a b"])
+async def test_the_example_shows_no_host_that_is_not_one(host):
+    async with bench() as b:
+        page = await b.http.get("/docs", headers={"host": host})
+    assert "<pre>curl http://penstock/v1/chat/completions -H" in page.text
 
 
 @pytest.mark.parametrize(
