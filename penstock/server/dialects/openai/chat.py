@@ -62,15 +62,31 @@ class ToolCall(WireModel):
 
 
 class ChatMessage(WireModel):
-    """One turn; `developer` is the newer word for `system`."""
+    """One turn; `developer` is the newer word for `system`.
+
+    The model's chat template gets every field that is set; what it makes of `name`, `tool_calls` and
+    `tool_call_id` is its own affair.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)] | None
     ) = None
-    name: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOL_CALLS)] | None = None
-    tool_call_id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = None
+    name: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = Field(
+        default=None,
+        description="Handed to the model's chat template; it changes the prompt only if the template reads "
+        "it.",
+    )
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOL_CALLS)] | None = Field(
+        default=None,
+        description="Of an earlier answer, for role assistant. Handed to the model's chat template; they "
+        "change the prompt only if the template reads them.",
+    )
+    tool_call_id: Annotated[Text, Field(max_length=MAX_NAME_CHARS)] | None = Field(
+        default=None,
+        description="The call that this message answers, for role tool. Handed to the model's chat template; "
+        "it changes the prompt only if the template reads it.",
+    )
     refusal: None = None
     audio: None = None
     function_call: None = None
