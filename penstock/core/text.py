@@ -97,6 +97,9 @@ class TextLogprob(msgspec.Struct, frozen=True, kw_only=True):
     token_id: int = -1
     rank: int = 0
     """1 for the likeliest token."""
+    text_offset: int = 0
+    """Index in the answer's text at which the token begins, at most the text's length; a token that is not
+    in the text stands where it would have been. 0 in `top`."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

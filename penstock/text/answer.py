@@ -4,6 +4,8 @@ Joins the detokenizer, the stop-string search and the text of logprobs, and deci
 nothing of the engine's stream, of other answers or of usage (`stream`).
 """
 
+from msgspec.structs import replace
+
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, TextDelta, TextLogprob, TokenLogprob, TokenLogprobs
@@ -24,6 +26,9 @@ class Answer:
         "_detokenizer",
         "_index",
         "_min_tokens",
+        "_num_chars",
+        "_num_shown",
+        "_offsets",
         "_request_id",
         "_stops",
         "_tokenizer",
@@ -56,6 +61,11 @@ class Answer:
         # Lists, since a model may produce thousands of tokens without any text.
         self._waiting_ids: list[int] = []
         self._waiting_logprobs: list[TextLogprob] = []
+        self._offsets: list[int] | None = None if params.logprobs is None else []
+        """Where the tokens being read begin in the text."""
+        self._num_chars = 0
+        """Length of the text so far, with what is held back."""
+        self._num_shown = 0
         self.num_tokens = 0
         """Tokens taken so far: what is billed."""
         self.finish_reason: FinishReason | None = None
@@ -70,7 +80,9 @@ class Answer:
         text, num_taken = self._read(delta.token_ids)
         self._waiting_ids.extend(delta.token_ids[:num_taken])
         if delta.logprobs is not None:
-            self._waiting_logprobs.extend(map(self._logprob, delta.logprobs[:num_taken]))
+            self._waiting_logprobs.extend(
+                map(self._logprob, delta.logprobs[:num_taken], self._taken_offsets())
+            )
         if self._matched is None and delta.finish_reason is None:
             return self._delta(text) if text else None
         if self._matched is None:
@@ -89,7 +101,7 @@ class Answer:
 
     def _read(self, token_ids: tuple[int, ...]) -> tuple[str, int]:
         """Text of `token_ids` up to a stop string, and how many tokens that took."""
-        push = self._detokenizer.push
+        push = self._push if self._offsets is not None else self._detokenizer.push
         if self._stops is None:
             self.num_tokens += len(token_ids)
             text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
@@ -103,6 +115,18 @@ class Answer:
             if self._stops.matched is not None:
                 return text, taken
         return text, len(token_ids)
+
+    def _push(self, token_id: int) -> str:
+        assert self._offsets is not None
+        self._offsets.append(self._num_chars)
+        piece = self._detokenizer.push(token_id)
+        self._num_chars += len(piece)
+        return piece
+
+    def _taken_offsets(self) -> list[int]:
+        taken, self._offsets = self._offsets, []
+        assert taken is not None
+        return taken
 
     def _flush(self) -> str:
         tail = self._detokenizer.flush()
@@ -119,9 +143,10 @@ class Answer:
     def _delta(self, text: str, *, stop_reason: int | str | None = None) -> TextDelta:
         token_ids = tuple(self._waiting_ids)
         self._waiting_ids.clear()
+        self._num_shown += len(text)
         logprobs = None
         if self._waiting_logprobs:
-            logprobs = tuple(self._waiting_logprobs)
+            logprobs = tuple(map(self._cut, self._waiting_logprobs))
             self._waiting_logprobs.clear()
         return TextDelta(
             request_id=self._request_id,
@@ -133,10 +158,19 @@ class Answer:
             stop_reason=stop_reason,
         )
 
-    def _logprob(self, logprobs: TokenLogprobs) -> TextLogprob:
-        return self._text_logprob(logprobs.sampled, top=tuple(map(self._text_logprob, logprobs.top)))
+    def _cut(self, logprob: TextLogprob) -> TextLogprob:
+        """A stop string, whose end is known only now, may have cut the text before the token."""
+        if self.finish_reason is None or logprob.text_offset <= self._num_shown:
+            return logprob
+        return replace(logprob, text_offset=self._num_shown)
 
-    def _text_logprob(self, logprob: TokenLogprob, *, top: tuple[TextLogprob, ...] = ()) -> TextLogprob:
+    def _logprob(self, logprobs: TokenLogprobs, offset: int) -> TextLogprob:
+        top = tuple(map(self._text_logprob, logprobs.top))
+        return self._text_logprob(logprobs.sampled, top=top, offset=offset)
+
+    def _text_logprob(
+        self, logprob: TokenLogprob, *, top: tuple[TextLogprob, ...] = (), offset: int = 0
+    ) -> TextLogprob:
         spelled = self._tokenizer.token_bytes(logprob.token_id)
         return TextLogprob(
             token=spelled.decode("utf-8", "replace"),
@@ -145,4 +179,5 @@ class Answer:
             top=top,
             token_id=logprob.token_id,
             rank=logprob.rank,
+            text_offset=offset,
         )

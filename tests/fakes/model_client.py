@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from penstock.core.errors import PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
@@ -84,9 +86,12 @@ class FakeModelClient:
                 count += 1
                 last = position == len(pieces) - 1
                 done = last and index == request.params.n - 1
-                yield self._delta(
+                delta = self._delta(
                     request, index=index, piece=piece, last=last, num_pieces=len(pieces), done=done
                 )
+                offset = sum(map(len, pieces[:position]))
+                logprobs = self._logprobs(request, piece, offset=offset)
+                yield msgspec.structs.replace(delta, logprobs=logprobs)
         await self._pace(count)
 
     async def _pace(self, count: int) -> None:
@@ -114,13 +119,12 @@ class FakeModelClient:
             request_id=request.request_id,
             index=index,
             text=piece,
-            logprobs=self._logprobs(request, piece),
             finish_reason=reason if last else None,
             usage=self._usage(request, num_pieces) if done else None,
         )
 
     @staticmethod
-    def _logprobs(request: GenerateRequest, piece: str) -> tuple[TextLogprob, ...] | None:
+    def _logprobs(request: GenerateRequest, piece: str, *, offset: int) -> tuple[TextLogprob, ...] | None:
         k = request.params.logprobs
         if k is None:
             return None
@@ -128,7 +132,15 @@ class FakeModelClient:
             TextLogprob(token=f"{piece}{i}", token_bytes=f"{piece}{i}".encode(), logprob=-float(i))
             for i in range(k)
         )
-        return (TextLogprob(token=piece, token_bytes=piece.encode(), logprob=float("-inf"), top=top),)
+        return (
+            TextLogprob(
+                token=piece,
+                token_bytes=piece.encode(),
+                logprob=float("-inf"),
+                top=top,
+                text_offset=offset,
+            ),
+        )
 
     @staticmethod
     def _usage(request: GenerateRequest, num_pieces: int) -> Usage:

@@ -218,6 +218,43 @@ async def test_an_answer_keeps_its_leading_space_after_visible_text():
     assert text_of(await collect(service, make_request((1,)))) == "world"
 
 
+def with_logprobs(ids, **fields):
+    entries = tuple(TokenLogprobs(sampled=TokenLogprob(token_id=i, logprob=-0.5, rank=1)) for i in ids)
+    return tokens(ids, logprobs=entries, **fields)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+async def test_offsets_of_logprobs_index_into_the_text_that_was_returned(at_once, skip):
+    """Special tokens that are skipped and the parts of one character take no place of their own."""
+    ids = [1, *ids_of("hello"), 1, *ids_of(" \N{OWL}!")]
+    script = [with_logprobs(ids)] if at_once else [with_logprobs([i]) for i in ids]
+    service, _, _ = make_service([*script, last()])
+    params = SamplingParams(logprobs=0, skip_special_tokens=skip)
+    deltas = await collect(service, make_request(params=params))
+    text = text_of(deltas)
+    found = [logprob for delta in deltas for logprob in delta.logprobs or ()]
+    assert [logprob.token_id for logprob in found] == ids
+    place = 0
+    for logprob in found:
+        is_hidden = logprob.token_id == 1 and skip
+        assert logprob.text_offset == place
+        if not is_hidden and "\N{REPLACEMENT CHARACTER}" not in logprob.token:
+            assert text.startswith(logprob.token, place)
+            place += len(logprob.token)
+        elif logprob.token_bytes == "\N{OWL}".encode()[-1:]:
+            place += 1
+    assert place == len(text)
+
+
+async def test_offsets_stay_within_a_text_that_a_stop_string_has_cut():
+    script = [with_logprobs([i]) for i in ids_of("hello world")]
+    service, _, _ = make_service([*script, last()])
+    deltas = await collect(service, make_request(params=SamplingParams(logprobs=0, stop=("lo wor",))))
+    offsets = [logprob.text_offset for delta in deltas for logprob in delta.logprobs or ()]
+    assert (text_of(deltas), offsets) == ("hel", [0, 3])
+
+
 async def test_logprobs_carry_the_tokens_own_text_and_bytes():
     sampled, other = ids_of("hello")[0], ids_of("\u00e9")[0]
     entry = TokenLogprobs(

@@ -107,14 +107,10 @@ def chat_logprobs(items: tuple[TextLogprob, ...]) -> ChatLogprobs:
     )
 
 
-def completion_logprobs(items: tuple[TextLogprob, ...], *, offset: int) -> CompletionLogprobs:
-    """Completions style; `offset` is the index in the answer's text of the first token's first character."""
-    offsets = []
-    for item in items:
-        offsets.append(offset)
-        offset += len(item.token)
+def completion_logprobs(items: tuple[TextLogprob, ...]) -> CompletionLogprobs:
+    """Completions style."""
     return CompletionLogprobs(
-        text_offset=offsets,
+        text_offset=[item.text_offset for item in items],
         tokens=[item.token for item in items],
         token_logprobs=[_finite(item.logprob) for item in items],
         top_logprobs=[{each.token: _finite(each.logprob) for each in item.top} for item in items],

@@ -136,7 +136,7 @@ def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> CompletionCho
     return CompletionChoice(
         index=index,
         text=answer.text,
-        logprobs=completion_logprobs(tuple(answer.logprobs), offset=0) if with_logprobs else None,
+        logprobs=completion_logprobs(tuple(answer.logprobs)) if with_logprobs else None,
         finish_reason=finish_word(answer.finish_reason),
         stop_reason=answer.stop_reason,
     )
@@ -180,7 +180,6 @@ class CompletionChunks:
         self._include_usage = include_usage
         self._n = n
         self._texts: dict[int, bytes] = {}
-        self._offsets: dict[int, int] = {}
 
     def text(self, index: int, text: str) -> bytes:
         """A piece of one answer: the fast path."""
@@ -193,9 +192,7 @@ class CompletionChunks:
         """A chunk with log-probabilities or the end of an answer."""
         logprobs = b"null"
         if delta.logprobs:
-            offset = self._offsets.get(index, 0)
-            logprobs = completion_logprobs(delta.logprobs, offset=offset).model_dump_json().encode()
-            self._offsets[index] = offset + sum(len(item.token) for item in delta.logprobs)
+            logprobs = completion_logprobs(delta.logprobs).model_dump_json().encode()
         end = b"null"
         if delta.finish_reason is not None:
             end = encode(finish_word(delta.finish_reason)) + b',"stop_reason":' + encode(delta.stop_reason)
