@@ -16,6 +16,7 @@ from penstock.core.errors import (
     GenerateError,
     InvalidParameterError,
     QueueFullError,
+    StartupError,
 )
 from penstock.core.text import GenerateRequest, Message
 from penstock.text.model_files import read_bytes, read_object
@@ -74,10 +75,13 @@ class ChatTemplate:
         that before `chat_template.json`; the operator's file `override` before all.
 
         Raises:
-            CheckpointError: a file is broken, or `override` is missing.
+            CheckpointError: a file of the folder is broken.
+            StartupError: `override` is missing or not text.
         """
         folder = Path(path)
-        templates = {"default": _read_text(Path(override))} if override else _find_templates(folder)
+        templates = (
+            _find_templates(folder) if override is None else {"default": _override_text(Path(override))}
+        )
         return cls(templates, special_tokens=special_tokens, limits=limits) if templates else None
 
     def start(self) -> None:
@@ -185,6 +189,19 @@ def _templates_in(value: object, *, name: str) -> dict[str, str]:
             raise CheckpointError(f"{name}: chat_template must be a string or a list of named strings")
         found[key] = text
     return found
+
+
+def _override_text(path: Path) -> str:
+    """The operator's file: what is wrong with it is a wrong setting, not a broken model."""
+    name = f"chat_template is {str(path)!r}"
+    try:
+        if not path.exists():
+            raise StartupError(f"{name}: no such file", param="chat_template")
+        return _read_text(path)
+    except CheckpointError as error:
+        raise StartupError(f"{name}: {error.message}", param="chat_template") from None
+    except OSError as error:
+        raise StartupError(f"{name}: {error.strerror}", param="chat_template") from None
 
 
 def _read_text(path: Path) -> str:

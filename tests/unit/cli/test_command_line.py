@@ -39,6 +39,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (("nonsense",), 2, "nonsense"),
         (("run", "missing.jsonl", "out.jsonl"), 2, "missing.jsonl"),
         (("chat", "--temperature", "3"), 2, "--temperature"),
+        (("serve", "--chat-template", "/nope"), 2, "chat_template is '/nope': no such file"),
+        (("serve", "--chat-template", "/"), 2, "chat_template is '/'"),
     ],
 )
 def test_a_wrong_command_line_ends_with_one_line(

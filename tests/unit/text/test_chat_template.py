@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock.core.errors import CheckpointError, InvalidParameterError, PenstockError
+from penstock.core.errors import CheckpointError, InvalidParameterError, PenstockError, StartupError
 from penstock.core.text import GenerateRequest, Message
 from penstock.text.chat_template import ChatTemplate
 from penstock.text.template_worker import Renderer, Setup
@@ -48,6 +48,21 @@ def outcome(render):
         return render()
     except Exception:  # noqa: BLE001  # either stack may refuse in its own way
         return "refused"
+
+
+def test_a_template_can_read_every_field_of_a_message():
+    source = (
+        "{% for m in messages %}{{ m.role }}|{{ m.name }}|{{ m.content }}|{{ m.tool_call_id }}|"
+        "{% for call in m.tool_calls or [] %}{{ call.id }}={{ call.function.name }}{% endfor %};{% endfor %}"
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "hi", "name": "Ann"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+    ]
+    prompt = render_here(source, make_request(messages))
+    assert prompt == "user|Ann|hi||;assistant||||c1=f;tool||2|c1|;"
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -192,8 +207,9 @@ def test_a_malformed_template_entry_is_refused(tmp_path, value):
 
 
 def test_a_missing_or_broken_operators_file_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"own\.jinja is missing"):
+    with pytest.raises(StartupError, match=r"chat_template is '.*own\.jinja': no such file") as caught:
         ChatTemplate.from_folder(tmp_path, special_tokens={}, override=tmp_path / "own.jinja")
+    assert caught.value.exit_code == 2
     (tmp_path / "own.jinja").write_bytes(b"\xff")
-    with pytest.raises(CheckpointError, match=r"own\.jinja is not UTF-8"):
+    with pytest.raises(StartupError, match=r"own\.jinja is not UTF-8"):
         ChatTemplate.from_folder(tmp_path, special_tokens={}, override=tmp_path / "own.jinja")
