@@ -5,11 +5,11 @@ The engine runs in a thread of this process. What this version does not have is 
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeGuard, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -44,6 +44,29 @@ OFFLINE_STEP_TIME_TARGET_MS: Final = 10_000.0
 Prompt = str | Mapping[str, object]
 """Text, or `{"prompt": text}`, or `{"prompt_token_ids": [...]}`."""
 Turn = Mapping[str, object] | Message
+
+T = TypeVar("T")
+
+PARAMS_RULE: Final = "it must be a SamplingParams or a list of them"
+NONE: Final = type(None)
+ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "model": (str, Path, NONE),
+    "dtype": (str,),
+    "kernels": (str,),
+    "revision": (str, NONE),
+    "seed": (int, NONE),
+    "max_model_len": (int, NONE),
+    "max_num_seqs": (int,),
+    "max_num_batched_tokens": (int,),
+    "enable_prefix_caching": (bool,),
+    "block_size": (int,),
+    "num_kv_blocks": (int, NONE),
+    "kv_cache_memory_bytes": (int, NONE),
+    "num_threads": (int, NONE),
+    "chat_template": (str, Path, NONE),
+    "tensor_parallel_size": (int,),
+}
+TYPE_WORDS: Final = {str: "text", Path: "a path", int: "a whole number", bool: "True or False", NONE: "None"}
 
 
 class LLM:
@@ -93,6 +116,8 @@ class LLM:
         quantization: str | None = None,
         **unknown: object,
     ) -> None:
+        given = dict(locals())  # the arguments and nothing else, as this is the first line
+        _check_types({name: given[name] for name in ARGUMENT_TYPES})
         _refuse_arguments(unknown, tensor_parallel_size=tensor_parallel_size, quantization=quantization)
         source = find_model(None if model is None else str(model), revision=revision)
         config = EngineConfig(
@@ -178,7 +203,7 @@ class LLM:
             EngineDeadError: the engine failed as a whole before any answer was complete; later the outputs
                 without an answer have `error` set instead.
         """
-        several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        several = _prompts(prompts)
         params = _one_each(
             sampling_params, num_prompts=len(several), default=self.get_default_sampling_params()
         )
@@ -351,6 +376,20 @@ class OfflineProgress:
         self._progress.update(self._task, advance=1, speed=speed)
 
 
+def _check_types(arguments: Mapping[str, object]) -> None:
+    """Python checks no types; a bool is a number to it, and not to us.
+
+    Raises:
+        StartupError: an argument has another type than `ARGUMENT_TYPES` says.
+    """
+    for name, value in arguments.items():
+        types = ARGUMENT_TYPES[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            words = [TYPE_WORDS[one] for one in types]
+            limit = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+            raise StartupError(f"{name} is {value!r:.80}, it must be {limit}", param=name)
+
+
 def _refuse_arguments(
     unknown: Mapping[str, object], *, tensor_parallel_size: int, quantization: str | None
 ) -> None:
@@ -367,17 +406,31 @@ def _refuse_arguments(
         )
 
 
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, *, num_prompts: int, default: SamplingParams
-) -> list[SamplingParams]:
+def _one_each(params: object, *, num_prompts: int, default: SamplingParams) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [default if params is None else params] * num_prompts
+    if not _is_list(params):
+        raise InvalidParameterError(
+            f"sampling_params is {params!r:.80}, {PARAMS_RULE}", param="sampling_params"
+        )
     if len(params) != num_prompts:
         raise InvalidParameterError(
             f"sampling_params has {len(params)} entries, there are {num_prompts} prompts",
             param="sampling_params",
         )
-    return list(params)
+    return [_params(each) for each in params]
+
+
+def _params(value: object) -> SamplingParams:
+    if not isinstance(value, SamplingParams):
+        raise InvalidParameterError(
+            f"sampling_params holds {value!r:.80}, {PARAMS_RULE}", param="sampling_params"
+        )
+    return value
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _checked(params: SamplingParams) -> SamplingParams:
@@ -395,21 +448,45 @@ def _checked(params: SamplingParams) -> SamplingParams:
         raise InvalidParameterError(f"sampling_params: {error}", param="sampling_params") from error
 
 
+def _prompts(prompts: object) -> list[object]:
+    """One prompt or several, none of them looked at yet."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise InvalidParameterError(
+            f"prompts is {prompts!r:.80}, it must be a prompt or a list of prompts", param="prompts"
+        )
+    return list(prompts)
+
+
 def _prompt(prompt: object) -> str | tuple[int, ...]:
     if isinstance(prompt, str):
         return prompt
-    known = {"prompt", "prompt_token_ids"}
-    if not isinstance(prompt, Mapping) or len(prompt) != 1 or not known.issuperset(prompt):
-        raise InvalidParameterError(
-            "a prompt must be text, {'prompt': text} or {'prompt_token_ids': [...]}", param="prompts"
-        )
+    if isinstance(prompt, Mapping) and len(prompt) == 1:
+        if "prompt" in prompt:
+            return _field(prompt["prompt"], str, name="prompt", limit="text")
+        if "prompt_token_ids" in prompt:
+            ids = prompt["prompt_token_ids"]
+            return _field(ids, tuple[int, ...], name="prompt_token_ids", limit="a list of token ids")
+    raise InvalidParameterError(
+        f"prompts holds {prompt!r:.80}, a prompt must be text, {{'prompt': text}} "
+        "or {'prompt_token_ids': [...]}",
+        param="prompts",
+    )
+
+
+def _field(value: object, kind: type[T], *, name: str, limit: str) -> T:
     try:
-        return msgspec.convert(next(iter(prompt.values())), str | tuple[int, ...])
-    except msgspec.ValidationError as error:
-        raise InvalidParameterError(f"prompts: {error}", param="prompts") from error
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        raise InvalidParameterError(f"{name} is {value!r:.80}, it must be {limit}", param=name) from None
 
 
-def _conversations(messages: Sequence[Turn] | Sequence[Sequence[Turn]]) -> list[tuple[Message, ...]]:
+def _conversations(messages: object) -> list[tuple[Message, ...]]:
+    if not _is_list(messages):
+        raise InvalidParameterError(
+            f"messages is {messages!r:.80}, it must be a list of turns or of conversations", param="messages"
+        )
     is_one = bool(messages) and isinstance(messages[0], Mapping | Message)
     try:
         return msgspec.convert(

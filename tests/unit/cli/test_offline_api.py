@@ -41,6 +41,23 @@ def llm() -> Iterator[LLM]:
         ({"nonsense": 1}, "nonsense is not an argument"),
         ({"block_size": 17}, "block_size is 17"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": 16}, "dtype is 16, it must be text"),
+        ({"max_num_seqs": "4"}, "max_num_seqs is '4', it must be a whole number"),
+        ({"max_num_seqs": True}, "max_num_seqs is True, it must be a whole number"),
+        ({"max_num_seqs": None}, "max_num_seqs is None, it must be a whole number"),
+        ({"max_num_batched_tokens": 2048.0}, r"max_num_batched_tokens is 2048\.0, it must be a whole number"),
+        ({"max_model_len": "1k"}, "max_model_len is '1k', it must be a whole number or None"),
+        ({"block_size": True}, "block_size is True"),
+        ({"num_kv_blocks": 8.5}, r"num_kv_blocks is 8\.5"),
+        ({"kv_cache_memory_bytes": "1GiB"}, "kv_cache_memory_bytes is '1GiB'"),
+        ({"num_threads": False}, "num_threads is False"),
+        ({"seed": "x"}, "seed is 'x', it must be a whole number or None"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching is 1, it must be True or False"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size is True"),
+        ({"revision": 5}, "revision is 5, it must be text or None"),
+        ({"model": 5}, "model is 5, it must be text, a path or None"),
+        ({"chat_template": 5}, "chat_template is 5, it must be text, a path or None"),
+        ({"chat_template": "/nope"}, "chat_template is '/nope': no such file"),
         ({"model": "no/such/place/at/all"}, "no/such/place/at/all"),
     ],
 )
@@ -132,6 +149,16 @@ def test_a_stop_string_may_be_given_alone_or_in_a_list(llm: LLM) -> None:
         ("x", SamplingParams(max_tokens=10_000), "max_tokens is 10000"),
         ("x " * 5000, None, "the model's context holds 256"),
         ("x", [GREEDY, GREEDY], "2 entries, there are 1 prompts"),
+        ("x", {"max_tokens": 2}, "sampling_params is {'max_tokens': 2}, it must be"),
+        ("x", 5, "sampling_params is 5, it must be"),
+        ("x", [{"max_tokens": 2}], "sampling_params holds {'max_tokens': 2}, it must be"),
+        (5, None, "prompts is 5, it must be"),
+        (None, None, "prompts is None, it must be"),
+        (b"x", None, "prompts is b'x', it must be"),
+        ([5], None, "prompts holds 5, a prompt must be"),
+        ({"prompt_token_ids": "abc"}, None, "prompt_token_ids is 'abc', it must be a list of token ids"),
+        ({"prompt_token_ids": [True]}, None, r"prompt_token_ids is \[True\], it must be"),
+        ({"prompt": [1, 2]}, None, r"prompt is \[1, 2\], it must be text"),
     ],
 )
 def test_a_wrong_prompt_or_parameter_is_refused(
@@ -226,3 +253,9 @@ def test_a_closed_llm_says_so() -> None:
     llm.close()
     with pytest.raises(StartupError, match="closed"):
         llm.generate("x")
+
+
+@pytest.mark.parametrize("messages", [5, None, "Hi", {"role": "user", "content": "Hi"}, [5], ["Hi"]])
+def test_messages_that_are_none_are_refused_by_name(llm: LLM, messages: object) -> None:
+    with pytest.raises(InvalidParameterError, match="messages"):
+        llm.chat(messages)  # type: ignore[arg-type]  # the point of the test
