@@ -61,6 +61,9 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     error_code: str | None
     ttft_s: float | None
     """Received to first non-empty token; None if there was none."""
+    tpot_s: float | None = None
+    """Per answer (last token - first token) / (tokens - 1), the mean over the answers of at least two tokens;
+    None if there are none."""
     e2e_s: float
     tokens_per_s: float
     queue_wait_s: float

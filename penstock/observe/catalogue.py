@@ -197,7 +197,7 @@ METRICS: Final[tuple[Spec, ...]] = (
     ),
     _histogram(
         "request_time_per_output_token_seconds",
-        "(E2EL - TTFT) / (tokens - 1), one per request (TPOT).",
+        "(Last token - first token) / (tokens - 1) of an answer; one per request, the mean over n (TPOT).",
         buckets=_SHORT_S,
         otel="gen_ai.server.time_per_output_token",
     ),

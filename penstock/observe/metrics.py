@@ -243,9 +243,8 @@ def _observe(buckets: dict[str, _Buckets], record: RequestRecord) -> None:
     buckets["request_generation_tokens"].observe(record.completion_tokens)
     if record.ttft_s is not None:
         buckets["time_to_first_token_seconds"].observe(record.ttft_s)
-        if record.completion_tokens > 1:
-            tpot = (record.e2e_s - record.ttft_s) / (record.completion_tokens - 1)
-            buckets["request_time_per_output_token_seconds"].observe(tpot)
+    if record.tpot_s is not None:
+        buckets["request_time_per_output_token_seconds"].observe(record.tpot_s)
 
 
 def _waste(stats: StepStats) -> float:

@@ -30,9 +30,11 @@ class RequestMeter:
     __slots__ = (
         "_clock",
         "_events",
+        "_first_s",
         "_gap_start_s",
         "_is_done",
         "_model",
+        "_num_tokens",
         "_request",
         "_start_s",
         "is_accepted",
@@ -48,7 +50,9 @@ class RequestMeter:
         self._events = events
         self._clock = clock
         self._start_s = request.arrival_s or clock.monotonic()
+        self._first_s: dict[int, float] = {}
         self._gap_start_s: dict[int, float] = {}
+        self._num_tokens: dict[int, int] = {}
         self._is_done = False
         self.is_accepted = False
         """Set by the stream: there is one only after the engine has accepted the request."""
@@ -56,15 +60,27 @@ class RequestMeter:
         self.stats_so_far = _NO_STATS
         """Used when the request ends before the engine's last word, by a stop string or its client."""
 
-    def on_tokens(self, index: int) -> None:
-        """Tokens of answer `index` arrived."""
+    def on_tokens(self, index: int, *, num_tokens: int) -> None:
+        """Tokens of answer `index` arrived; it has `num_tokens` now."""
         now_s = self._clock.monotonic()
         last_s = self._gap_start_s.get(index)
         self._gap_start_s[index] = now_s
+        self._num_tokens[index] = num_tokens
         if last_s is not None:
             self._events.on_token_gap(self._model, now_s - last_s)
-        elif self.ttft_s is None:
+            return
+        self._first_s[index] = now_s
+        if self.ttft_s is None:
             self.ttft_s = now_s - self._start_s
+
+    def _tpot_s(self) -> float | None:
+        """Each answer has its own tokens and its own time; tokens of different answers are not added."""
+        each = [
+            (self._gap_start_s[index] - self._first_s[index]) / (num_tokens - 1)
+            for index, num_tokens in self._num_tokens.items()
+            if num_tokens > 1
+        ]
+        return sum(each) / len(each) if each else None
 
     def done(
         self,
@@ -91,6 +107,7 @@ class RequestMeter:
                 finish_reason=reason,
                 error_code=error_code,
                 ttft_s=self.ttft_s,
+                tpot_s=self._tpot_s(),
                 e2e_s=e2e_s,
                 tokens_per_s=usage.completion_tokens / e2e_s if e2e_s else 0.0,
                 queue_wait_s=known.queue_wait_s,
@@ -193,9 +210,9 @@ class TextStream(AsyncGenerator[TextDelta, None]):
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.stats_so_far is not None:
             self._meter.stats_so_far = delta.stats_so_far
-        if delta.token_ids:
-            self._meter.on_tokens(delta.index)
         text = answer.push(delta)
+        if delta.token_ids:
+            self._meter.on_tokens(delta.index, num_tokens=answer.num_tokens)
         if text is None:
             return
         if text.finish_reason is not None:

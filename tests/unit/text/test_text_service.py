@@ -87,6 +87,22 @@ async def test_the_record_holds_the_engines_figures_and_the_clients_times():
     assert sink.gaps_s == [1.0]
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+async def test_time_per_output_token_is_that_of_one_answer_however_many_there_are(n):
+    """The clock ticks at each token of any answer, so an answer's tokens are n seconds apart."""
+    steps = [one_by_one("hello world the", index=index) for index in range(n)]
+    script = [delta for step in zip(*steps, strict=True) for delta in step]
+    service, _, sink = make_service([*script, *(last(index=index) for index in range(n))])
+    await collect(service, make_request(arrival_s=100.0, params=SamplingParams(n=n)))
+    assert [record.tpot_s for record in sink.records] == [n]
+
+
+async def test_an_answer_of_one_token_has_no_time_per_output_token():
+    service, _, sink = make_service([*one_by_one("hello"), last()])
+    await collect(service, make_request())
+    assert [record.tpot_s for record in sink.records] == [None]
+
+
 async def test_the_record_bears_the_id_that_the_client_knows():
     service, engine, sink = make_service([last()])
     await collect(service, make_request(client_request_id="theirs"))
