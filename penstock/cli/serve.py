@@ -1,10 +1,12 @@
 """`penstock serve`: finds the model, builds the house, shows what was chosen, serves until a signal."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Final
+import warnings
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from penstock.cli.http_side import HttpSide
     from penstock.server.lifecycle import Addresses
 
-PLAIN_WIDTH: Final = 120
-
 log = logging.getLogger("penstock.cli")
 
 
@@ -35,16 +35,25 @@ def serve_forever(model: str | None, *, settings: ServeSettings) -> int:
     writer = LogWriter(level=logging.getLevelNamesMapping()[settings.log_level.upper()])
     writer.start()
     try:
-        _run(_serve(model, settings=settings, console=_console()))
+        with logged_warnings():
+            _run(_serve(model, settings=settings, console=Console(stderr=True)))
     finally:
         writer.stop()
     return 0
 
 
-def _console() -> Console:
-    """Standard error; wide enough for the table where no terminal says how wide it is."""
-    console = Console(stderr=True)
-    return console if console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
+@contextlib.contextmanager
+def logged_warnings() -> Iterator[None]:
+    """Python's warnings are lines of the log meanwhile, so that stderr holds one kind of line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _log_warning
+        yield
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
+    log.warning("%s: %s", category.__name__, message, extra={"place": f"{filename}:{lineno}"})
 
 
 async def _serve(model: str | None, *, settings: ServeSettings, console: Console) -> None:
@@ -89,12 +98,10 @@ def _named(source: ModelSource, settings: ServeSettings) -> ModelSource:
 def _show(
     console: Console, side: ModelSide, *, settings: ServeSettings, source: ModelSource, addresses: "Addresses"
 ) -> None:
-    """The table and the address, for people; the same choices once in the log."""
+    """The table and the address, for people; the same once in the log."""
     choices = resolved_choices(settings, side.backend.info)
     print_choices(console, model=source.name, choices=choices)
-    print_address(console, address=addresses.public, model=source.name, has_key=settings.api_key is not None)
-    if addresses.admin is not None:
-        console.print(f"admin at {addresses.admin}", highlight=False)
-    log.info(
-        "ready", extra={"choices": {choice.name: f"{choice.value} ({choice.reason})" for choice in choices}}
-    )
+    has_key = settings.api_key is not None
+    print_address(addresses.public, model=source.name, has_key=has_key, admin=addresses.admin)
+    told = {choice.name: f"{choice.value} ({choice.reason})" for choice in choices}
+    log.info("ready", extra={"address": addresses.public, "admin": addresses.admin, "choices": told})

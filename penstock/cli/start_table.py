@@ -1,6 +1,7 @@
 """What a person sees at start: a bar while the weights load, one table, the address and a curl line.
 
-On a terminal with rich's colours, elsewhere as plain text; always on stderr, so that stdout stays free.
+The bar and the table are for a terminal on stderr; where that is a file, the log there says the same as JSON.
+The address and the curl line are plain lines on stdout, for people and scripts.
 """
 
 from types import TracebackType
@@ -51,7 +52,9 @@ class LoadingBar:
 
 
 def print_choices(console: Console, *, model: str, choices: tuple[Choice, ...]) -> None:
-    """The one table."""
+    """The one table; nothing where there is no terminal."""
+    if not console.is_terminal:
+        return
     table = Table(title=f"Penstock serves {model}", title_justify="left", show_header=False, box=None)
     for style in ("bold", "", "dim"):
         table.add_column(style=style)
@@ -67,8 +70,9 @@ def curl_line(address: str, *, model: str, has_key: bool) -> str:
     return f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
 
 
-def print_address(console: Console, *, address: str, model: str, has_key: bool) -> None:
-    """Where the server is and how to ask it; the last thing printed before requests are served."""
-    console.print(f"\nready at {address}, documentation at {address}/docs\n", highlight=False, soft_wrap=True)
-    line = curl_line(address, model=model, has_key=has_key)
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def print_address(address: str, *, model: str, has_key: bool, admin: str | None = None) -> None:
+    """Where the server is and how to ask it: whole lines on stdout, the last before requests are served."""
+    if admin is not None:
+        print(f"admin at {admin}")
+    print(f"ready at {address}, documentation at {address}/docs")
+    print(curl_line(address, model=model, has_key=has_key), flush=True)

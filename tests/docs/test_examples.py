@@ -31,19 +31,19 @@ def _run(*command: str, timeout_s: float = 90) -> str:
 def server() -> Iterator[tuple[str, str]]:
     """Address of `penstock serve`, and the curl line that it printed; ends with exit code 0."""
     command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", "0", "--max-num-seqs", "8"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     lines: list[str] = []
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while not any(line.startswith("curl ") for line in lines) and time.monotonic() < deadline_s:
-        line = process.stderr.readline()
+        line = process.stdout.readline()
         assert line, "".join(lines)
         lines.append(line)
     url = re.search(r"ready at (\S+?),", "".join(lines))
     assert url is not None, "".join(lines)
     yield url[1], lines[-1].strip()
     process.terminate()
-    process.stderr.close()
+    process.stdout.close()
     assert process.wait(60) == 0
 
 

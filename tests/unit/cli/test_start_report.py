@@ -3,12 +3,14 @@
 import io
 import json
 import shlex
+import warnings
 
 import msgspec
 import pytest
 from rich.console import Console
 
 from penstock.cli.resolved import concurrent_requests, readable_bytes, resolved_choices
+from penstock.cli.serve import logged_warnings
 from penstock.cli.settings import ServeSettings
 from penstock.cli.start_table import LoadingBar, curl_line, print_address, print_choices
 from penstock.core.tokens import EngineInfo
@@ -63,7 +65,7 @@ def test_a_choice_says_whether_it_was_asked_for(info: EngineInfo) -> None:
 
 def test_the_table_holds_what_the_operator_needs(info: EngineInfo) -> None:
     out = io.StringIO()
-    console = Console(file=out, width=200)
+    console = Console(file=out, force_terminal=True, color_system=None, width=200)
     print_choices(console, model="m", choices=resolved_choices(ServeSettings(), info))
     text = out.getvalue()
     words = (
@@ -85,10 +87,31 @@ def test_the_curl_line_is_one_shell_command_with_a_json_body() -> None:
     assert any("Authorization" in word for word in words)
 
 
-def test_the_address_line_does_not_wrap() -> None:
+def test_the_address_and_the_curl_line_are_plain_lines_on_stdout(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    print_address("http://127.0.0.1:8000", model="m", has_key=False)
+    captured = capsys.readouterr()
+    ready, curl = captured.out.splitlines()
+    assert ready.startswith("ready at http://127.0.0.1:8000, ")
+    assert curl == curl_line("http://127.0.0.1:8000", model="m", has_key=False)
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_table_is_for_terminals(info: EngineInfo, is_terminal: bool) -> None:
     out = io.StringIO()
-    print_address(Console(file=out, width=40), address="http://127.0.0.1:8000", model="m", has_key=False)
-    assert any(line.startswith("curl ") and line.endswith("'") for line in out.getvalue().splitlines())
+    console = Console(file=out, force_terminal=is_terminal, width=200)
+    print_choices(console, model="m", choices=resolved_choices(ServeSettings(), info))
+    assert bool(out.getvalue()) == is_terminal
+
+
+def test_a_warning_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with logged_warnings(), caplog.at_level("WARNING", logger="penstock.cli"):
+        warnings.simplefilter("default")
+        warnings.warn("old", UserWarning, stacklevel=1)
+    assert [(one.levelname, one.getMessage()) for one in caplog.records] == [("WARNING", "UserWarning: old")]
 
 
 def test_the_bar_is_silent_without_a_terminal() -> None:
