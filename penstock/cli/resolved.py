@@ -5,6 +5,7 @@ Made once from the settings and what the engine reports, shown by `start_table`,
 
 from dataclasses import dataclass
 
+from penstock.cli.setting import plain
 from penstock.cli.settings import ServeSettings
 from penstock.core.tokens import EngineInfo
 
@@ -86,7 +87,7 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
         (
             "step",
             f"{info.max_num_batched_tokens:,} tokens",
-            f"cut to about {settings.step_time_target_ms:g} ms while answers run",
+            f"cut to about {plain(settings.step_time_target_ms)} ms while answers run",
         ),
     )
     return tuple(Choice(name=name, value=value, reason=reason) for name, value, reason in rows)

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from cyclopts import Parameter
 
 
+def plain(value: float) -> str:
+    """A number with all its digits and no exponent."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
     """Closed interval of legal values; a cyclopts validator."""
@@ -25,7 +30,7 @@ class Range:
             raise ValueError(f"It must be {self}.")
 
     def __str__(self) -> str:
-        return f"between {self.low:.15g} and {self.high:.15g}"
+        return f"between {plain(self.low)} and {plain(self.high)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +44,7 @@ class PowerOfTwo(Range):
             raise ValueError(f"It must be {self}.")
 
     def __str__(self) -> str:
-        return f"a power of two from {self.low:g} to {self.high:g}"
+        return f"a power of two from {plain(self.low)} to {plain(self.high)}"
 
 
 def setting(doc: str, *, allowed: Range | None = None, name: str | None = None) -> Parameter:

@@ -207,3 +207,10 @@ def test_the_largest_and_smallest_legal_settings_pass_the_engine_too() -> None:
             model_revision="",
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("high", "text"), [(1 << 20, "1048576"), (1 << 50, "1125899906842624"), (0.5, "0.5"), (2.0, "2")]
+)
+def test_a_range_is_told_with_all_its_digits(high: float, text: str) -> None:
+    assert str(Range(low=0, high=high)) == f"between 0 and {text}"
