@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import httptools
 import uvicorn
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -142,7 +143,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self.send_400_response("")
             return
         kept = [pair for pair in self.headers if pair[0] not in _OFFER]
-        lines = [b"%b %b HTTP/1.1" % (method, self.url), *(b"%b: %b" % pair for pair in kept), b"", b""]
+        version = self.parser.get_http_version().encode()
+        lines = [
+            b"%b %b HTTP/%b" % (method, self.url, version),
+            *(b"%b: %b" % pair for pair in kept),
+            b"",
+            b"",
+        ]
         self.parser = httptools.HttpRequestParser(self)
         self._parse(b"\r\n".join(lines) + rest)
 
@@ -203,6 +210,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._is_early and not self.parser.should_upgrade():
             self._in_head = False
             super().on_headers_complete()
+            if self.parser.get_http_version() == "1.0":
+                _answer_without_chunks(self.cycle)
             if self.expect_100_continue:
                 # If the request is refused unread, nobody can tell its body from the next request.
                 self.cycle.keep_alive = False
@@ -260,6 +269,20 @@ class BoundedProtocol(HttpToolsProtocol):
             self._events.on_error(error.code)
             self.transport.write(_raw(error))
         self.transport.close()
+
+
+def _answer_without_chunks(cycle: RequestResponseCycle) -> None:
+    """HTTP/1.0 knows no chunks: what has no length ends with the connection, which the parent closes."""
+    send = cycle.send
+
+    async def send_plain(message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.body":
+            # The parent compares with what was announced; here every piece announces itself.
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.chunked_encoding = False
+    cycle.send = send_plain  # type: ignore[method-assign]  # the one cycle of a connection that then ends
 
 
 def _raw(error: PenstockError) -> bytes:

@@ -60,6 +60,26 @@ def leave(writer: asyncio.StreamWriter, *, how: str) -> None:
         writer.close()
 
 
+@pytest.mark.parametrize(
+    "head", ["", "connection: keep-alive\r\n", "connection: upgrade\r\nupgrade: h2c\r\n"]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_http_1_0_gets_no_chunks_and_an_end_by_closing(stream, head):
+    async with running(FakeModelClient()) as server:
+        request = chat(stream=stream).replace(b"HTTP/1.1\r\n", b"HTTP/1.0\r\n" + head.encode(), 1)
+        answer_head, _, body = (await exchange(server, request)).partition(b"\r\n\r\n")
+    assert b" 200 " in answer_head
+    assert b"transfer-encoding" not in answer_head
+    assert b"connection: close" in answer_head
+    if stream:
+        assert b"content-length" not in answer_head
+        assert body.startswith(b"data: {")
+        assert body.endswith(b"data: [DONE]\n\n")
+    else:
+        assert f"content-length: {len(body)}".encode() in answer_head
+        assert json.loads(body)["object"] == "chat.completion"
+
+
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
