@@ -119,7 +119,7 @@ def test_a_client_that_hangs_up_frees_its_blocks(server: ServerProcess) -> None:
             (server.url.split(":")[1][2:], int(server.url.rsplit(":", 1)[1]))
         ) as raw:
             data = json.dumps(body).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
             raw.sendall(head.encode() + data)
             until(lambda: kv_owned(server.url) > 0)
         until(lambda: kv_owned(server.url) == 0, timeout_s=5)
