@@ -173,7 +173,6 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         kernels="reference",
         num_threads=3,
         log_level="debug",
-        log_level="debug",
         max_model_len=77,
         max_num_seqs=5,
         max_num_batched_tokens=55,
