@@ -74,7 +74,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def _bound(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise StartupError(f"{name} is {value:g}, it must be between {low:g} and {high:g}", param=name)
+        limits = f"between {low:.15g} and {high:.15g}"
+        raise StartupError(f"{name} is {value:.15g}, it must be {limits}", param=name)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import logging
 import queue
 import sys
 import threading
+from datetime import UTC, datetime
 from logging.handlers import QueueHandler
 from typing import Final, TextIO
 
@@ -27,13 +28,13 @@ _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON in ASCII, so that nothing in it can move a terminal.
 
-    Fields given by `extra` are kept.
+    Fields given by `extra` are kept. Times are UTC (RFC 3339).
     """
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end; DEL, which JSON leaves alone, is escaped too."""
         line: dict[str, object] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
+            "time": datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
