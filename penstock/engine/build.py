@@ -66,7 +66,15 @@ def _join(
 ) -> EngineCore:
     layout = make_cache_layout(loaded.model.layer_windows)
     limits = msgspec.structs.replace(config.scheduler, max_model_len=loaded.max_model_len)
-    num_blocks = _num_blocks(config, loaded, layout, limits)
+    block_bytes = _block_bytes(config, loaded, layout)
+    num_blocks = resolve_num_blocks(
+        config.kv,
+        scheduler=limits,
+        layout=layout,
+        bytes_per_block=block_bytes,
+        free_memory_bytes=available_memory_bytes(),
+        max_model_len=loaded.max_model_len,
+    )
     runner = Runner(
         loaded, layout=layout, num_blocks=num_blocks, block_size=config.kv.block_size, faults=faults
     )
@@ -91,7 +99,14 @@ def _join(
         kv=kv,
         ranks=ranks,
         info=_info(
-            config, loaded, kv=kv, limits=limits, load_time_s=load_time_s, warmup_time_s=warmup_time_s
+            config,
+            loaded,
+            limits=limits,
+            layout=layout,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            load_time_s=load_time_s,
+            warmup_time_s=warmup_time_s,
         ),
     )
 
@@ -103,19 +118,6 @@ def _block_bytes(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout)
         num_kv_heads=loaded.model.num_kv_heads,
         head_dim=loaded.model.head_dim,
         dtype=loaded.dtype,
-    )
-
-
-def _num_blocks(
-    config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, limits: SchedulerConfig
-) -> int:
-    return resolve_num_blocks(
-        config.kv,
-        scheduler=limits,
-        layout=layout,
-        bytes_per_block=_block_bytes(config, loaded, layout),
-        free_memory_bytes=available_memory_bytes(),
-        max_model_len=loaded.max_model_len,
     )
 
 
@@ -134,13 +136,13 @@ def _info(
     config: EngineConfig,
     loaded: LoadedModel,
     *,
-    kv: KvManager,
     limits: SchedulerConfig,
+    layout: CacheLayout,
+    num_blocks: int,
+    block_bytes: int,
     load_time_s: float,
     warmup_time_s: float,
 ) -> EngineInfo:
-    layout = make_cache_layout(loaded.model.layer_windows)
-    block_bytes = _block_bytes(config, loaded, layout)
     return EngineInfo(
         architecture=loaded.architecture,
         num_parameters=loaded.num_parameters,
@@ -149,10 +151,10 @@ def _info(
         device=config.device,
         vocab_size=loaded.model.vocab_size,
         weights_bytes=loaded.weights_bytes,
-        kv_bytes=kv.pool.num_blocks * block_bytes,
+        kv_bytes=num_blocks * block_bytes,
         bytes_per_block=block_bytes,
         block_size=config.kv.block_size,
-        num_blocks=kv.pool.num_blocks,
+        num_blocks=num_blocks,
         num_cache_groups=len(layout.groups),
         cache_group_windows=layout.windows,
         max_model_len=limits.max_model_len,

@@ -7,7 +7,7 @@ it. What it is not: it does not restart anything, knows no text and loads no tor
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -15,7 +15,7 @@ from penstock.core.error_info import info_to_error
 from penstock.core.errors import InvalidParameterError, NotReadyError, PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.ports import EngineEvents
-from penstock.core.tokens import EngineRequest, TokenDelta
+from penstock.core.tokens import EngineRequest, MemoryReport, RequestReport, TokenDelta
 from penstock.engine.wire import (
     Abort,
     Accepted,
@@ -38,7 +38,7 @@ class TokenStream(AsyncGenerator[TokenDelta, None]):
     def __init__(self, request: EngineRequest, on_close: Callable[["TokenStream"], None]) -> None:
         self.request = request
         self.has_tokens = False
-        """True once a delta has arrived: such a request cannot be queued again."""
+        """True once a token has arrived: such a request cannot be queued again."""
         self.was_resubmitted = False
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._items: asyncio.Queue[TokenDelta | PenstockError] = asyncio.Queue()
@@ -142,7 +142,19 @@ class StreamTable:
             raise
         return stream
 
-    async def ask(self, what: str) -> Answer:
+    async def memory(self) -> MemoryReport:
+        """See `EngineAdmin`."""
+        answer = await self._ask("memory")
+        assert answer.memory is not None
+        return answer.memory
+
+    async def requests(self) -> Sequence[RequestReport]:
+        """See `EngineAdmin`."""
+        answer = await self._ask("requests")
+        assert answer.requests is not None
+        return answer.requests
+
+    async def _ask(self, what: str) -> Answer:
         """Put an operator's question to the engine.
 
         Raises:

@@ -72,15 +72,11 @@ class InProcessEngine:
 
     async def memory(self) -> MemoryReport:
         """See `EngineAdmin`."""
-        answer = await self._table.ask("memory")
-        assert answer.memory is not None
-        return answer.memory
+        return await self._table.memory()
 
     async def requests(self) -> Sequence[RequestReport]:
         """See `EngineAdmin`."""
-        answer = await self._table.ask("requests")
-        assert answer.requests is not None
-        return answer.requests
+        return await self._table.requests()
 
     async def close(self) -> None:
         """Stop the thread; requests in flight end with `EngineDeadError`."""

@@ -190,16 +190,12 @@ class SubprocessEngine:
     async def memory(self) -> MemoryReport:
         """See `EngineAdmin`."""
         self._refuse_unless_alive()
-        answer = await self._table.ask("memory")
-        assert answer.memory is not None
-        return answer.memory
+        return await self._table.memory()
 
     async def requests(self) -> Sequence[RequestReport]:
         """See `EngineAdmin`."""
         self._refuse_unless_alive()
-        answer = await self._table.ask("requests")
-        assert answer.requests is not None
-        return answer.requests
+        return await self._table.requests()
 
     def _refuse_unless_alive(self) -> None:
         if self._state is not EngineState.READY:
