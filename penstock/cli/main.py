@@ -109,6 +109,9 @@ def doctor() -> int:
     return report(Console())
 
 
+app.command("penstock.cli.bench:bench", name="bench", help="Measure a server, the engine or the kernels.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the return value is the exit code.
 

@@ -1,0 +1,8 @@
+"""`penstock bench`: the commands that measure, each in its own module and imported only when it is called.
+
+Load over HTTP (`serve`, `sweep`) is in `bench_load`; what drives the engine itself is in `bench_engine`.
+"""
+
+from cyclopts import App
+
+bench = App(name="bench", help="Measure a server, the engine or the kernels.", help_format="plaintext")
