@@ -1,0 +1,65 @@
+// Weights in the order in which the linear kernels read them.
+//
+// A matrix [out_features N, in_features K] is cut into panels of 32 output features; a panel is read from its first
+// byte to its last by one thread. Inside a panel the inputs follow each other in groups that fill one instruction:
+//
+// ```
+// bf16  [ceil(N/32)] [Kp/2] [32 features] [2 inputs]      128 bytes a pair of inputs
+// int8  [ceil(N/32)] [Kp/4] [32 features] [4 inputs]      128 bytes for four inputs; signed
+// int4  [ceil(N/32)] [Kp/8] [32 features] [8 inputs]      byte j of a feature: low nibble input j, high nibble input j + 4
+// ```
+//
+// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero. 16 rows of 64 bytes at a stride of
+// 128 are one operand tile of AMX; two such vectors a row are what AVX-512 multiplies by a broadcast group of the input.
+//
+// Quantization (both symmetric, round to nearest even):
+//   int8  one scale a feature: scale = max|w| / 127, q = clamp(round(w / scale), -127, 127)
+//   int4  one scale a feature and `group_size` inputs (32, 64 or 128), stored as float16; q in [-8, 7], stored as q + 8
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "penstock/huge_buffer.h"
+#include "penstock/pool.h"
+#include "penstock/program.h"
+
+namespace penstock {
+
+enum class WeightFormat : int { bf16, int8, int4 };
+
+inline constexpr int panel_features = 32;
+inline constexpr int input_alignment = 64;
+
+struct Matrix {
+    WeightFormat format;
+    int out_features;
+    int in_features;
+    int padded_inputs;   // in_features rounded up to `input_alignment`
+    int num_panels;
+    int group_size;      // int4: inputs that share a scale; 0 otherwise
+    HugeBuffer values;   // panels, as drawn above
+    HugeBuffer scales;   // int8: float32 [num_panels * 32]; int4: float16 [num_panels][padded_inputs / group_size][32]
+
+    std::size_t num_bytes() const { return values.size() + scales.size(); }
+    std::size_t panel_bytes() const { return num_panels ? values.size() / static_cast<std::size_t>(num_panels) : 0; }
+};
+
+// The source of a pack: element (n, k) at data + n * row_stride + k * col_stride (strides in elements).
+struct Plain {
+    const void* data;
+    DType dtype;  // bf16 or f32
+    std::int64_t row_stride;
+    std::int64_t col_stride;
+    int out_features;
+    int in_features;
+};
+
+// Pack, and quantize if the format asks for it, with all threads of the pool.
+std::shared_ptr<Matrix> pack(const Plain& plain, WeightFormat format, int group_size, Pool& pool);
+
+// The values that the matrix stands for, float32 [out_features, in_features], row major.
+void unpack(const Matrix& matrix, float* out);
+
+}  // namespace penstock

@@ -1,0 +1,103 @@
+// The one pool of threads that computes: the caller and `threads - 1` others, which do every operation of a step
+// together, with a barrier between operations.
+//
+// ```
+// caller   run(job) ---- job(worker 0) --- barrier --- ... --- return
+// thread 1   asleep ---- job(worker 1) --- barrier --- ... --- lingers, then sleeps
+// ```
+//
+// Threads spin only while a job runs and for `linger_us` after it (a step is a few jobs in a row); else they sleep on
+// a futex. A thread that waits long inside a job (its neighbour was preempted) yields the core.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "penstock/huge_buffer.h"
+
+namespace penstock {
+
+inline constexpr std::size_t cache_line = 64;
+
+class Pool;
+
+// One thread's view of a job.
+class Worker {
+public:
+    Worker(Pool& pool, int id, int count) : id(id), count(count), pool_(pool) {}
+    Worker(const Worker&) = delete;
+    Worker& operator=(const Worker&) = delete;
+
+    const int id;     // 0 to count - 1; 0 is the caller
+    const int count;  // threads in the job
+
+    // Wait for all threads of the job. Also makes the next `share` start at 0.
+    void barrier();
+
+    // Call task(i) for i in [0, num_tasks), each once, by whichever thread is free; tasks are handed out in rising
+    // order. At most one `share` between two barriers, and the same num_tasks in all threads.
+    template <class Task>
+    void share(std::int64_t num_tasks, Task&& task);
+
+    // This thread's memory, at least `bytes` long, 64-byte aligned, kept from call to call; contents are lost when it
+    // grows. One use at a time.
+    std::byte* scratch(std::size_t bytes);
+
+private:
+    Pool& pool_;
+    HugeBuffer scratch_;
+};
+
+class Pool {
+public:
+    // Args:
+    //   threads: 1 or more, the caller included.
+    //   cpus: where thread i is pinned, `cpus[i % size]`; empty leaves the placement to the kernel. The caller's own
+    //     thread is pinned at its first `run`.
+    explicit Pool(int threads, std::vector<int> cpus = {}, int linger_us = 50);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int num_threads() const { return static_cast<int>(workers_.size()); }
+
+    // Run the job on all threads and wait. Not reentrant, one caller at a time; the job must not throw.
+    void run(const std::function<void(Worker&)>& job);
+
+private:
+    friend class Worker;
+    void serve(int id);
+    bool wait_for_job(std::uint32_t seen);
+
+    alignas(cache_line) std::atomic<std::int64_t> next_task_{0};
+    alignas(cache_line) std::atomic<int> arrived_{0};
+    alignas(cache_line) std::atomic<std::uint32_t> phase_{0};
+    alignas(cache_line) std::atomic<std::uint32_t> epoch_{0};  // rises with every job, and once to stop
+    std::atomic<bool> is_stopping_{false};
+    const std::function<void(Worker&)>* job_ = nullptr;
+    std::vector<std::unique_ptr<Worker>> workers_;
+    std::vector<std::thread> threads_;
+    std::vector<int> cpus_;
+    int linger_us_;
+    bool is_caller_pinned_ = false;
+};
+
+template <class Task>
+void Worker::share(std::int64_t num_tasks, Task&& task) {
+    if (count == 1) {
+        for (std::int64_t i = 0; i < num_tasks; ++i) task(i);
+        return;
+    }
+    for (;;) {
+        const std::int64_t i = pool_.next_task_.fetch_add(1, std::memory_order_relaxed);
+        if (i >= num_tasks) return;
+        task(i);
+    }
+}
+
+}  // namespace penstock

@@ -1,0 +1,115 @@
+// See pool.h.
+#include "penstock/pool.h"
+
+#include <chrono>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace penstock {
+
+namespace {
+
+// About 20 us of polite spinning: longer than any operation's imbalance, shorter than a scheduler's time slice.
+constexpr int spins_before_yield = 1000;
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+void pin_this_thread(const std::vector<int>& cpus, int id) {
+#if defined(__linux__)
+    if (cpus.empty()) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpus[static_cast<std::size_t>(id) % cpus.size()], &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+#else
+    (void)cpus;
+    (void)id;
+#endif
+}
+
+}  // namespace
+
+void Worker::barrier() {
+    if (count == 1) return;
+    Pool& pool = pool_;
+    const std::uint32_t phase = pool.phase_.load(std::memory_order_acquire);
+    if (pool.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+        pool.arrived_.store(0, std::memory_order_relaxed);
+        pool.next_task_.store(0, std::memory_order_relaxed);
+        pool.phase_.store(phase + 1, std::memory_order_release);
+        return;
+    }
+    for (int spins = 0; pool.phase_.load(std::memory_order_acquire) == phase; ++spins) {
+        if (spins < spins_before_yield) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+std::byte* Worker::scratch(std::size_t bytes) {
+    if (scratch_.size() < bytes) scratch_ = HugeBuffer(bytes);
+    return scratch_.data();
+}
+
+Pool::Pool(int threads, std::vector<int> cpus, int linger_us) : cpus_(std::move(cpus)), linger_us_(linger_us) {
+    for (int id = 0; id < threads; ++id) workers_.push_back(std::make_unique<Worker>(*this, id, threads));
+    for (int id = 1; id < threads; ++id) threads_.emplace_back([this, id] { serve(id); });
+}
+
+Pool::~Pool() {
+    is_stopping_.store(true, std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+}
+
+void Pool::run(const std::function<void(Worker&)>& job) {
+    if (!is_caller_pinned_) {
+        pin_this_thread(cpus_, 0);
+        is_caller_pinned_ = true;
+    }
+    job_ = &job;
+    next_task_.store(0, std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    if (!threads_.empty()) epoch_.notify_all();
+    job(*workers_[0]);
+    workers_[0]->barrier();  // nobody leaves a job while another is still in it
+}
+
+void Pool::serve(int id) {
+    pin_this_thread(cpus_, id);
+    std::uint32_t seen = 0;
+    while (wait_for_job(seen)) {
+        ++seen;
+        (*job_)(*workers_[static_cast<std::size_t>(id)]);
+        workers_[static_cast<std::size_t>(id)]->barrier();
+    }
+}
+
+// True when the job after number `seen` is there, false to stop.
+bool Pool::wait_for_job(std::uint32_t seen) {
+    using Clock = std::chrono::steady_clock;
+    const auto until = Clock::now() + std::chrono::microseconds(linger_us_);
+    while (epoch_.load(std::memory_order_acquire) == seen) {
+        if (Clock::now() < until) {
+            for (int i = 0; i < 16; ++i) pause();
+        } else {
+            epoch_.wait(seen, std::memory_order_acquire);
+        }
+    }
+    return !is_stopping_.load(std::memory_order_relaxed);
+}
+
+}  // namespace penstock

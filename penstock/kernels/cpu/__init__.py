@@ -1,0 +1,1 @@
+"""The native home: C++ kernels, chosen by instruction set, run by one pool of threads."""

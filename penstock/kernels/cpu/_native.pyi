@@ -1,0 +1,252 @@
+"""What the extension module offers. Addresses are `tensor.data_ptr()`; the caller keeps their owners alive.
+
+Rooms: programs (csrc/src/program.cpp), linear, attention, dense, sampling, probes. Each `add_*` appends one
+operation to a program; nothing is computed until `Program.run`.
+"""
+
+from enum import Enum
+
+class DType(Enum):
+    bf16 = 0
+    f32 = 1
+    i8 = 2
+    i32 = 3
+    i64 = 4
+
+class Pool:
+    def __init__(self, threads: int, cpus: list[int], linger_us: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+class Ref:
+    """Some columns of a buffer of a program."""
+
+    @property
+    def buffer(self) -> int: ...
+    @property
+    def col(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def dtype(self) -> DType: ...
+    def columns(self, start: int, cols: int) -> Ref: ...
+
+class QuantizedRef:
+    """int8 rows with a scale each and sums of every 32 values: i8 [rows, K], f32 [rows, 1], i32 [rows, ceil(K / 64) * 2]."""
+
+    def __init__(self, values: Ref, scales: Ref, sums: Ref) -> None: ...
+
+class AttentionInputs:
+    def __init__(
+        self,
+        num_seqs: int,
+        query_start_loc: int,
+        seq_lens: int,
+        block_tables: int,
+        max_num_blocks: int,
+        slot_mapping: int,
+    ) -> None: ...
+
+class LayerKv:
+    def __init__(self, keys: int, values: int, block_bytes: int, group: int) -> None: ...
+
+class Program:
+    def __init__(self, pool: Pool, isa: str, deterministic: bool) -> None: ...
+    def add_buffer(self, dtype: DType, cols: int) -> Ref: ...
+    def add_external(self, dtype: DType, cols: int) -> Ref: ...
+    def set_layers(self, layers: list[LayerKv]) -> None: ...
+    def run(self, num_rows: int, externals: list[tuple[int, int]], groups: list[AttentionInputs]) -> None:
+        """externals: (address, bytes from row to row) in the order of `add_external`."""
+    def profile(
+        self, num_rows: int, externals: list[tuple[int, int]], groups: list[AttentionInputs], rounds: int
+    ) -> list[float]:
+        """Seconds of each operation, mean of `rounds`."""
+    def shrink(self) -> None: ...
+    @property
+    def op_names(self) -> list[str]: ...
+    @property
+    def buffer_bytes(self) -> int: ...
+
+def supported_isas() -> list[str]: ...
+
+# ---- linear
+
+class Matrix:
+    """A packed weight."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def format(self) -> str:
+        """bf16, int8 or int4"""
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def unpack(self, out: int) -> None:
+        """Write what it stands for to float32 [out_features, in_features]."""
+
+def pack(
+    pool: Pool,
+    *,
+    data: int,
+    dtype: DType,
+    row_stride: int,
+    col_stride: int,
+    out_features: int,
+    in_features: int,
+    format: str,
+    group_size: int,
+) -> Matrix: ...
+def add_linear(
+    program: Program,
+    *,
+    x: Ref | QuantizedRef,
+    matrices: list[Matrix],
+    biases: list[int],
+    outs: list[Ref],
+    add: bool,
+) -> None:
+    """One product per matrix, all of the same x. biases: addresses of float32 [out_features], 0 for none.
+    outs: bf16 or f32. add: add to what stands in `outs` (a residual) instead of storing."""
+
+def add_gated_linear(
+    program: Program,
+    *,
+    x: Ref | QuantizedRef,
+    gate: Matrix,
+    up: Matrix,
+    gate_bias: int,
+    up_bias: int,
+    activation: str,
+    out: Ref,
+) -> None:
+    """out = activation(gate(x)) * up(x); activation: silu, gelu or gelu_tanh; out bf16."""
+
+# ---- dense; weights are addresses of bf16 values; x may be bf16 or f32; out may be bf16 or f32, or quantized
+
+def add_embedding(
+    program: Program, *, ids: Ref, table: int, num_rows: int, row_stride: int, scale: float, out: Ref
+) -> None:
+    """ids: i64 [rows, 1]. An id outside the table gives NaN."""
+
+def add_rms_norm(
+    program: Program,
+    *,
+    x: Ref,
+    weight: int,
+    eps: float,
+    weight_offset: float,
+    group: int,
+    residual: Ref | None,
+    sum: Ref | None,
+    out: Ref | QuantizedRef,
+) -> None:
+    """group: values that are normed together (cols for a whole row, head_dim for each head; weight has `group` values).
+    residual: added to x first; sum: where x + residual goes (may be `residual` itself)."""
+
+def add_layer_norm(
+    program: Program,
+    *,
+    x: Ref,
+    weight: int,
+    bias: int,
+    eps: float,
+    residual: Ref | None,
+    sum: Ref | None,
+    out: Ref | QuantizedRef,
+) -> None: ...
+def add_quantize(program: Program, *, x: Ref, out: QuantizedRef) -> None:
+    """scale = max|x| / 127 of the row (a row of zeros has scale 0), round to nearest even."""
+
+def add_convert(program: Program, *, x: Ref, out: Ref) -> None:
+    """Copy, changing the dtype."""
+
+def add_sum(program: Program, *, a: Ref, b: Ref, out: Ref) -> None: ...
+def add_scale(program: Program, *, x: Ref, factor: float, out: Ref) -> None: ...
+def add_activation(program: Program, *, x: Ref, activation: str, out: Ref | QuantizedRef) -> None: ...
+def add_gated_activation(
+    program: Program, *, gate: Ref, up: Ref, activation: str, out: Ref | QuantizedRef
+) -> None: ...
+def add_softcap(program: Program, *, x: Ref, cap: float) -> None:
+    """In place: cap * tanh(x / cap)."""
+
+def add_moe(
+    program: Program,
+    *,
+    x: Ref,
+    router: int,
+    num_experts: int,
+    experts: list[tuple[Matrix, Matrix, Matrix]],
+    top_k: int,
+    renormalize: bool,
+    activation: str,
+    quantize: bool,
+    out: Ref,
+    add: bool,
+) -> None:
+    """x bf16; router: bf16 [num_experts, hidden]; experts: gate, up, down; quantize: int8 activations inside."""
+
+# ---- attention
+
+def kv_block_bytes(*, kv_format: str, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+    """Bytes of the keys (as many again for the values) of one block of one layer; kv_format: bf16 or int8."""
+
+def add_rope_angles(
+    program: Program, *, positions: Ref, frequencies: int, num_frequencies: int, factor: float, out: Ref
+) -> None:
+    """positions: i64 [rows, 1]; frequencies: float32; out: f32 [rows, 2 * num], cosines then sines."""
+
+def add_rope(program: Program, *, x: Ref, head_dim: int, angles: Ref, out: Ref) -> None: ...
+def add_write_kv(
+    program: Program,
+    *,
+    keys: Ref,
+    values: Ref,
+    layer: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    kv_format: str,
+) -> None: ...
+def add_rope_write_kv(
+    program: Program,
+    *,
+    query: Ref,
+    keys: Ref,
+    values: Ref,
+    angles: Ref,
+    layer: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    kv_format: str,
+) -> None:
+    """Rotate the query in place, rotate the keys and write them, write the values."""
+
+def add_attention(
+    program: Program,
+    *,
+    query: Ref,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    kv_format: str,
+    scale: float,
+    window: int,
+    softcap: float,
+    out: Ref,
+) -> None:
+    """window: 0 for none; softcap: 0.0 for none; query and out bf16 [rows, num_heads * head_dim]."""
+
+# ---- probes
+
+def read_bandwidth(pool: Pool, *, num_bytes: int, passes: int) -> float:
+    """Best bytes a second over the passes, all threads reading a buffer in huge pages."""
+
+def multiply_peak(pool: Pool, *, isa: str, dtype: str, seconds: float) -> float:
+    """Operations a second (two for each multiply-add) from registers alone; dtype: bf16, int8 or f32."""
