@@ -76,9 +76,9 @@ def arrival_times(arrivals: Arrivals, *, num_requests: int, rng: np.random.Gener
         return np.zeros(num_requests)
     if arrivals.kind == "bursts":
         burst_idx = np.arange(num_requests) // arrivals.burst_size
-        return burst_idx * (arrivals.burst_size / arrivals.request_rate)
+        return np.asarray(burst_idx * (arrivals.burst_size / arrivals.request_rate), dtype=np.float64)
     gaps = _gaps(arrivals, num_gaps=num_requests - 1, rng=rng)
-    return np.concatenate(([0.0], np.cumsum(gaps)))
+    return np.cumsum(np.insert(gaps, 0, 0.0), dtype=np.float64)
 
 
 def _gaps(arrivals: Arrivals, *, num_gaps: int, rng: np.random.Generator) -> NDArray[np.float64]:

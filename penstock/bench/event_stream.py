@@ -1,9 +1,9 @@
 """Bytes of an event stream to the data of its events, whatever the pieces they come in. Used by `client`.
 
-**Source:** WHATWG HTML, 9.2.6 "Interpreting an event stream": a blank line ends an event, lines end with CR LF,
-LF or CR, several `data` lines are joined by LF, a line that starts with a colon is a comment. Two deliberate
-differences: other fields are not kept, and what stands after the last blank line counts (`rest`), because some
-servers close behind `[DONE]` without one.
+**Source:** WHATWG HTML, 9.2.6 "Interpreting an event stream": a blank line ends an event, lines end with
+CR LF, LF or CR, several `data` lines are joined by LF, a line that starts with a colon is a comment. Two
+deliberate differences: other fields are not kept, and what stands after the last blank line counts (`rest`),
+because some servers close behind `[DONE]` without one.
 """
 
 from typing import Final

@@ -4,6 +4,7 @@ Made here from explicit lists (`from_lists`, for other benchmarks) or by `prompt
 data only: `load` sends it, `client` puts one request on the wire.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -14,7 +15,7 @@ Prompt = tuple[int, ...] | str
 """Token ids where the server takes them, else text."""
 MAX_REQUESTS: Final = 100_000
 MAX_TOKENS: Final = 100_000_000
-"""Prompt and answer tokens of a workload: times of all pieces are kept until the report (about 8 bytes each)."""
+"""Prompt and answer tokens of a workload: times of all pieces are kept until the report, 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +46,8 @@ class Workload:
     """True: each is sent when it is due, and its latency counts from then. False: each of `max_concurrency`
     users sends its next request when the last one has ended; `arrival_s` is not looked at."""
     max_concurrency: int | None = None
-    """Most requests in flight, at least 1; None is all of them. In an open loop a request that must wait for a
-    place waits at its own cost: the wait is in its latency."""
+    """Most requests in flight, at least 1; None is all of them. In an open loop a request that must wait for
+    a place waits at its own cost: the wait is in its latency."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.requests) <= MAX_REQUESTS:
@@ -59,7 +60,7 @@ class Workload:
         if num_tokens > MAX_TOKENS:
             raise InvalidParameterError(f"{num_tokens} tokens in all, there must be at most {MAX_TOKENS}")
         times = [request.arrival_s for request in self.requests]
-        if any(late < early for early, late in zip(times, times[1:], strict=False)) or times[0] < 0:
+        if times[0] < 0 or any(late < early for early, late in itertools.pairwise(times)):
             raise InvalidParameterError("arrival times go back")
 
     @property
@@ -85,8 +86,8 @@ def from_lists(
     Args:
         prompts: token ids or text, one per request.
         output_lens: tokens to generate, one per request.
-        arrival_s: seconds after the start, one per request, never going back; makes it an open loop. None is a
-            closed loop.
+        arrival_s: seconds after the start, one per request, never going back; makes it an open loop. None
+            is a closed loop.
         max_concurrency: most requests in flight; None is all at once.
 
     Raises:
