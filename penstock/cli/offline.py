@@ -39,6 +39,7 @@ from penstock.text.service import TextService
 DEFAULT_MAX_TOKENS: Final = 16
 """When no parameters are given, as at vLLM."""
 OFFLINE_STEP_TIME_TARGET_MS: Final = 10_000.0
+OFFLINE_DECODE_STRETCH: Final = 1_000_000.0
 """Nobody watches the tokens come, so a prompt is not cut to keep the others flowing."""
 
 Prompt = str | Mapping[str, object]
@@ -133,6 +134,7 @@ class LLM:
                     max_num_batched_tokens=max_num_batched_tokens,
                     enable_prefix_caching=enable_prefix_caching,
                     step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
+                    decode_stretch=OFFLINE_DECODE_STRETCH,
                 )
             ),
             kv=KvConfig(

@@ -55,6 +55,14 @@ class ServeSettings:
             allowed=Range(low=1, high=600_000),
         ),
     ] = 150.0
+    decode_stretch: Annotated[
+        float,
+        setting(
+            "A step that computes prompts beside running answers takes at most about so many times what the "
+            "answers take alone; steps up to 50 ms are always allowed.",
+            allowed=Range(low=1, high=1_000_000),
+        ),
+    ] = 2.2
     scheduling_policy: Annotated[
         Literal["fcfs", "priority", "fair"],
         setting(
@@ -130,6 +138,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             step_time_target_ms=settings.step_time_target_ms,
+            decode_stretch=settings.decode_stretch,
             max_num_queued_reqs=settings.max_num_queued_reqs,
             max_num_queued_tokens=settings.max_num_queued_tokens,
             enable_prefix_caching=settings.enable_prefix_caching,

@@ -22,6 +22,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of prompt and answer together."""
     step_time_target_ms: float = 150.0
     """A step with running decodes takes at most about this long: the prefill chunk is cut to fit."""
+    decode_stretch: float = 2.2
+    """A step that computes prompts beside running decodes takes at most about so many times what the decodes take
+    alone (but steps up to 50 ms are always allowed); at least 1, large for throughput alone."""
     max_num_queued_reqs: int = 1024
     """Requests that may wait; beyond it `QueueFullError` (429)."""
     max_num_queued_tokens: int = 1_000_000
@@ -97,6 +100,7 @@ def validate_engine_config(config: EngineConfig) -> None:
     _bound("max_num_seqs", sched.max_num_seqs, 1, 4096)
     _bound("max_num_batched_tokens", sched.max_num_batched_tokens, sched.max_num_seqs, 1 << 20)
     _bound("step_time_target_ms", sched.step_time_target_ms, 1, 600_000)
+    _bound("decode_stretch", sched.decode_stretch, 1, 1_000_000)
     _bound("max_num_queued_reqs", sched.max_num_queued_reqs, 1, 1_000_000)
     _bound("max_num_queued_tokens", sched.max_num_queued_tokens, 1, 1 << 40)
     _bound("block_size", config.kv.block_size, 1, 256)

@@ -19,6 +19,9 @@ OUTLIER_FACTOR: Final = 4.0
 machine must not shrink the batch for the next hundred steps."""
 MIN_STEPS_FOR_OUTLIERS: Final = 16
 
+UNNOTICED_GAP_S: Final = 0.05
+"""Nobody reads 20 tokens a second: a stream with gaps up to this is as good as one with shorter ones."""
+
 
 class StepLoad(NamedTuple):
     """What a step's time depends on."""
@@ -88,3 +91,20 @@ class CostModel:
         if b <= 0.0:
             return float("inf") if spare_s > 0 else 0.0
         return max(0.0, spare_s / b)
+
+
+def step_target_s(configured_s: float, *, decodes_s: float, stretch: float) -> float:
+    """How long a step may take that computes prompts beside running decodes.
+
+    At most what is configured, and at most `stretch` times what the decodes alone take, so that a
+    running answer hardly slows when a prompt arrives; but a step shorter than `UNNOTICED_GAP_S` disturbs
+    nobody. Where the decodes alone take more than half of all that (a large model on a slow machine), the step
+    may take twice their time: prompts that only get the crumbs would leave the batch half empty.
+
+    Args:
+        configured_s: `step_time_target_ms`, in seconds.
+        decodes_s: predicted time of a step with the decodes alone.
+        stretch: `decode_stretch`, 1 or more.
+    """
+    gentle_s = max(UNNOTICED_GAP_S, stretch * decodes_s)
+    return max(2 * decodes_s, min(configured_s, gentle_s))

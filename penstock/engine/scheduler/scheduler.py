@@ -38,7 +38,7 @@ from penstock.engine.scheduler.answer import (
     judge_token,
     token_delta,
 )
-from penstock.engine.scheduler.cost import CostModel, StepLoad
+from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
 from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
 from penstock.engine.scheduler.group_maker import GroupMaker
 from penstock.engine.scheduler.plan import (
@@ -261,17 +261,17 @@ class Scheduler:
         return prefills
 
     def _limit_chunks(self, draft: StepDraft) -> None:
-        """With decodes in the step, cut the budget to what ends within the target; one block at least.
-
-        Where the decodes alone take more than half of the target (a large model on a slow machine), the step
-        may take twice their time: prompts that only get the crumbs would leave the batch half empty.
-        """
+        """With decodes in the step, cut the budget to what ends within the target; one block at least."""
         num_decodes = len(draft.decodes)
         if not num_decodes:
             return
         decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens)
         budget = self.cost.token_budget(
-            target_s=max(self._config.step_time_target_ms / 1000, 2 * self.cost.predict(decodes)),
+            target_s=step_target_s(
+                self._config.step_time_target_ms / 1000,
+                decodes_s=self.cost.predict(decodes),
+                stretch=self._config.decode_stretch,
+            ),
             num_seqs=num_decodes + 1,
             num_kv_tokens=draft.num_kv_tokens,
         )

@@ -177,6 +177,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         max_num_seqs=5,
         max_num_batched_tokens=55,
         step_time_target_ms=9.0,
+        decode_stretch=3.0,
         max_num_queued_reqs=4,
         max_num_queued_tokens=44,
         enable_prefix_caching=False,

@@ -5,6 +5,7 @@ from policy_rig import Rig, shape
 
 from penstock.core.errors import InvalidParameterError, QueueFullError
 from penstock.core.text import FinishReason, Priority
+from penstock.engine.scheduler.cost import UNNOTICED_GAP_S, step_target_s
 
 
 def test_one_request_from_prompt_to_end():
@@ -64,6 +65,33 @@ def test_the_chunk_is_cut_to_the_time_target_while_others_decode():
     plan = rig.scheduler.schedule()
     # A token costs about 1 ms, so about 19 fit beside the decode.
     assert 10 <= shape(plan)[1][2] <= 22
+
+
+@pytest.mark.parametrize(("stretch", "low", "high"), [(2.0, 80, 120), (4.0, 260, 340)])
+def test_a_prompt_stretches_a_step_with_decodes_by_so_much(stretch: float, low: int, high: int):
+    rig = Rig(
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        step_time_target_ms=1000.0,
+        decode_stretch=stretch,
+        block_size=4,
+        num_blocks=512,
+    )
+    rig.add("a", [1] * 200, max_tokens=40)
+    rig.step(step_time_s=0.1 + 0.2)
+    for _ in range(20):
+        rig.step(step_time_s=0.1)
+    rig.add("b", [2] * 480, max_tokens=2)
+    plan, _ = rig.step(step_time_s=0.2)
+    # A step costs 100 ms and a token 1 ms; the configured target of 1000 ms does not bind.
+    assert low <= shape(plan)[1][2] <= high
+
+
+def test_steps_that_nobody_notices_are_not_cut():
+    assert step_target_s(0.15, decodes_s=0.002, stretch=2.2) == UNNOTICED_GAP_S
+    assert step_target_s(0.02, decodes_s=0.002, stretch=2.2) == 0.02
+    assert step_target_s(0.15, decodes_s=0.04, stretch=2.2) == pytest.approx(0.088)
+    assert step_target_s(0.15, decodes_s=0.1, stretch=2.2) == 0.2
 
 
 def test_a_chunk_of_one_block_is_always_made():
