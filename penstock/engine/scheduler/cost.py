@@ -1,6 +1,9 @@
 """How long a step takes: a linear model, fitted online from the steps themselves.
 
-    step_time = a + b * tokens + c * sequences + d * kv_tokens_read        all coefficients >= 0
+    step_time = a + b * tokens + c * sequences + d * kv_tokens_read + e * chunk_pairs;  a..e >= 0
+
+Decodes read the KV cache (d); a prompt's chunk multiplies each of its tokens with the whole context before it
+(e), which is what makes the end of a long prompt dearer than its beginning.
 
 It knows no requests. `scheduler` asks it for the token budget of a step under a time target and for the
 wait in the queue. Pure Python, about 20 microseconds an update.
@@ -10,8 +13,8 @@ from typing import Final, NamedTuple
 
 FORGETTING: Final = 0.98
 """Weight of a step against the next one: the last 50 steps or so count."""
-SCALES: Final = (1.0, 256.0, 16.0, 16384.0)
-"""Typical sizes of the four features, so that the ridge treats them alike."""
+SCALES: Final = (1.0, 256.0, 16.0, 16384.0, 262144.0)
+"""Typical sizes of the five features, so that the ridge treats them alike."""
 RIDGE: Final = 1e-6
 SWEEPS: Final = 6
 OUTLIER_FACTOR: Final = 4.0
@@ -30,6 +33,8 @@ class StepLoad(NamedTuple):
     num_seqs: int
     num_kv_tokens: int
     """Sum of the context lengths that attention reads."""
+    num_chunk_pairs: int = 0
+    """Sum over prompt chunks of their tokens times the context after them; decodes have none."""
 
 
 class CostModel:
@@ -43,21 +48,23 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._gram = [[RIDGE if i == j else 0.0 for j in range(4)] for i in range(4)]
-        self._moment = [0.0] * 4
-        self._weights = [0.0] * 4
+        size = len(SCALES)
+        self._gram = [[RIDGE if i == j else 0.0 for j in range(size)] for i in range(size)]
+        self._moment = [0.0] * size
+        self._weights = [0.0] * size
         self._num_steps = 0
 
     @property
-    def coefficients(self) -> tuple[float, float, float, float]:
-        """Seconds: a, b per token, c per sequence, d per KV token read."""
-        a, b, c, d = (weight / scale for weight, scale in zip(self._weights, SCALES, strict=True))
-        return a, b, c, d
+    def coefficients(self) -> tuple[float, float, float, float, float]:
+        """Seconds: a, b per token, c per sequence, d per KV token read, e per chunk pair."""
+        a, b, c, d, e = (weight / scale for weight, scale in zip(self._weights, SCALES, strict=True))
+        return a, b, c, d, e
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a step takes; 0 before the first observation."""
-        a, b, c, d = self.coefficients
-        return a + b * load.num_tokens + c * load.num_seqs + d * load.num_kv_tokens
+        a, b, c, d, e = self.coefficients
+        decodes_s = a + b * load.num_tokens + c * load.num_seqs + d * load.num_kv_tokens
+        return decodes_s + e * load.num_chunk_pairs
 
     def observe(self, load: StepLoad, *, step_time_s: float) -> None:
         """Learn from one step; ignores times that are not positive."""
@@ -72,7 +79,7 @@ class CostModel:
     def _update_equations(self, features: tuple[float, ...], *, step_time_s: float) -> None:
         scaled = [value / scale for value, scale in zip(features, SCALES, strict=True)]
         for i, row in enumerate(self._gram):
-            for j in range(4):
+            for j in range(len(scaled)):
                 row[j] = FORGETTING * row[j] + scaled[i] * scaled[j]
             row[i] += (1.0 - FORGETTING) * RIDGE
             self._moment[i] = FORGETTING * self._moment[i] + scaled[i] * step_time_s
@@ -84,13 +91,23 @@ class CostModel:
                 gradient = self._moment[i] - sum(map(float.__mul__, row, weights))
                 weights[i] = max(0.0, weights[i] + gradient / row[i])
 
-    def token_budget(self, *, target_s: float, num_seqs: int, num_kv_tokens: int) -> float:
-        """Most tokens that a step may compute to end within `target_s`; infinite if tokens cost nothing."""
-        a, b, c, d = self.coefficients
+    def token_budget(
+        self, *, target_s: float, num_seqs: int, num_kv_tokens: int, chunk_start: int = 0
+    ) -> float:
+        """Most tokens that a step may compute to end within `target_s`; infinite if tokens cost nothing.
+
+        Args:
+            target_s: seconds.
+            num_seqs: sequences in the step, the chunk's included.
+            num_kv_tokens: context that is read for all of them.
+            chunk_start: tokens before the chunk; each of the chunk's tokens is multiplied with those.
+        """
+        a, b, c, d, e = self.coefficients
         spare_s = target_s - a - c * num_seqs - d * num_kv_tokens
-        if b <= 0.0:
+        per_token_s = b + e * chunk_start
+        if per_token_s <= 0.0:
             return float("inf") if spare_s > 0 else 0.0
-        return max(0.0, spare_s / b)
+        return max(0.0, spare_s / per_token_s)
 
 
 def step_target_s(configured_s: float, *, decodes_s: float, stretch: float) -> float:
@@ -98,8 +115,8 @@ def step_target_s(configured_s: float, *, decodes_s: float, stretch: float) -> f
 
     At most what is configured, and at most `stretch` times what the decodes alone take, so that a
     running answer hardly slows when a prompt arrives; but a step shorter than `UNNOTICED_GAP_S` disturbs
-    nobody. Where the decodes alone take more than half of all that (a large model on a slow machine), the step
-    may take twice their time: prompts that only get the crumbs would leave the batch half empty.
+    nobody. Where the decodes alone take more than half of all that (a large model on a slow machine), the
+    step may take twice their time: prompts that only get the crumbs would leave the batch half empty.
 
     Args:
         configured_s: `step_time_target_ms`, in seconds.

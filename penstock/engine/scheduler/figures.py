@@ -15,6 +15,7 @@ class StepCounts:
     num_seqs: int = 0
     num_tokens: int = 0
     num_kv_tokens: int = 0
+    num_chunk_pairs: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_prefix_query_tokens: int = 0

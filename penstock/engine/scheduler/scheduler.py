@@ -227,7 +227,8 @@ class Scheduler:
         if self._must_recheck_paths:
             self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
-        self._limit_chunks(draft)
+        prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
+        self._limit_chunks(draft, chunk_start=prefills[0].next_position if prefills else 0)
         self._schedule_prefills(draft, prefills)
         self._admit(draft)
         return self._finish_plan(draft)
@@ -260,8 +261,13 @@ class Scheduler:
                     draft.decodes.add(seq.seq_id)
         return prefills
 
-    def _limit_chunks(self, draft: StepDraft) -> None:
-        """With decodes in the step, cut the budget to what ends within the target; one block at least."""
+    def _limit_chunks(self, draft: StepDraft, *, chunk_start: int) -> None:
+        """With decodes in the step, cut the budget to what ends within the target; one block at least.
+
+        Args:
+            draft: with all decodes of the step.
+            chunk_start: where the first prompt goes on.
+        """
         num_decodes = len(draft.decodes)
         if not num_decodes:
             return
@@ -273,13 +279,13 @@ class Scheduler:
                 stretch=self._config.decode_stretch,
             ),
             num_seqs=num_decodes + 1,
-            num_kv_tokens=draft.num_kv_tokens,
+            num_kv_tokens=draft.num_kv_tokens + chunk_start,
+            chunk_start=chunk_start,
         )
         num_tokens = max(self._kv.block_size, min(draft.num_tokens_left, budget - num_decodes))
         draft.num_tokens_left = min(draft.num_tokens_left, int(num_tokens))
 
     def _schedule_prefills(self, draft: StepDraft, prefills: list[Sequence]) -> None:
-        prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
         for seq in prefills:
             if draft.num_tokens_left <= 0:
                 return
@@ -471,7 +477,7 @@ class Scheduler:
         for sampled in result.tokens:
             counts.num_generated_tokens += self._take_token(sampled)
         self._free_closed()
-        load = StepLoad(counts.num_tokens, counts.num_seqs, counts.num_kv_tokens)
+        load = StepLoad(counts.num_tokens, counts.num_seqs, counts.num_kv_tokens, counts.num_chunk_pairs)
         if counts.num_seqs and not failures:
             self.cost.observe(load, step_time_s=result.step_time_s)
         return StepOutput(deltas=self.take_deltas(), stats=self._stats(counts, result.step_time_s))
@@ -485,6 +491,7 @@ class Scheduler:
         counts.num_kv_tokens += entry.start + num_tokens
         if num_tokens > 1 or seq.num_outputs == 0:
             counts.num_prompt_tokens += num_tokens
+            counts.num_chunk_pairs += num_tokens * (entry.start + num_tokens)
         seq.num_inflight_tokens -= num_tokens
         if not has_failed:
             seq.num_computed_tokens += num_tokens

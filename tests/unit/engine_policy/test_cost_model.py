@@ -27,6 +27,22 @@ def test_it_learns_the_law_of_the_steps():
         assert model.predict(load) == pytest.approx(law(load), rel=0.05)
 
 
+def test_it_learns_that_the_end_of_a_long_prompt_is_dearer():
+    model = CostModel()
+    rng = random.Random(5)
+    for _ in range(300):
+        num_tokens, start = rng.randint(1, 512), rng.randrange(4096)
+        kv_tokens = start + num_tokens
+        load = StepLoad(num_tokens, 1, kv_tokens, num_tokens * kv_tokens)
+        model.observe(load, step_time_s=law(load) + 2e-7 * load.num_chunk_pairs)
+    early, late = (
+        model.token_budget(target_s=0.1, num_seqs=1, num_kv_tokens=start, chunk_start=start)
+        for start in (0, 4000)
+    )
+    assert early == pytest.approx((0.1 - 0.0042) / 0.0001, rel=0.1)
+    assert late == pytest.approx((0.1 - 0.0042 - 0.004) / (0.0001 + 0.0008), rel=0.1)
+
+
 def test_no_coefficient_is_negative_whatever_it_sees():
     model = CostModel()
     rng = random.Random(3)
@@ -80,4 +96,4 @@ def test_a_target_that_decodes_alone_exceed_leaves_no_budget():
 def test_a_step_without_time_teaches_nothing():
     model = CostModel()
     model.observe(StepLoad(10, 1, 10), step_time_s=0.0)
-    assert model.coefficients == (0.0, 0.0, 0.0, 0.0)
+    assert model.coefficients == (0.0, 0.0, 0.0, 0.0, 0.0)
