@@ -6,3 +6,9 @@ Load over HTTP (`serve`, `sweep`) is in `bench_load`; what drives the engine its
 from cyclopts import App
 
 bench = App(name="bench", help="Measure a server, the engine or the kernels.", help_format="plaintext")
+
+_ENGINE = "penstock.cli.bench_engine"
+bench.command(f"{_ENGINE}:compare", name="compare", help="Penstock beside other engines, in turns.")
+
+_LOAD = "penstock.cli.bench_load"
+bench.command(f"{_LOAD}:serve", name="serve", help="Put load on an OpenAI-compatible server and measure it.")
