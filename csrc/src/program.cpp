@@ -44,6 +44,12 @@ Ref Program::add_external(DType dtype, int cols) {
     return {static_cast<int>(buffers_.size()) - 1, 0, cols, dtype};
 }
 
+bool Program::is_padded(const Ref& ref) const {
+    if (ref.cols % 64 == 0) return true;
+    const Buffer& buffer = buffers_[static_cast<std::size_t>(ref.buffer)];
+    return !buffer.is_external && ref.col % 64 == 0 && ref.col + ref.cols == buffer.cols;
+}
+
 void Program::reserve(std::int64_t num_rows) {
     if (num_rows <= capacity_rows_) return;
     const std::int64_t rows = (num_rows + row_granularity - 1) / row_granularity * row_granularity;

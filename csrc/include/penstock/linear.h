@@ -39,11 +39,13 @@ struct Operand {
     std::int64_t sums_row_bytes = 0;
 
     template <class T>
-    const T* row(std::int64_t r) const {
+    [[gnu::always_inline]] const T* row(std::int64_t r) const {
         return reinterpret_cast<const T*>(data + r * row_bytes);
     }
-    float scale(std::int64_t r) const { return *reinterpret_cast<const float*>(scales + r * scales_row_bytes); }
-    const std::int32_t* group_sums(std::int64_t r) const {
+    [[gnu::always_inline]] float scale(std::int64_t r) const {
+        return *reinterpret_cast<const float*>(scales + r * scales_row_bytes);
+    }
+    [[gnu::always_inline]] const std::int32_t* group_sums(std::int64_t r) const {
         return reinterpret_cast<const std::int32_t*>(sums + r * sums_row_bytes);
     }
 };

@@ -42,6 +42,7 @@ struct Matrix {
     HugeBuffer values;   // panels, as drawn above
     HugeBuffer scales;   // int8: float32 [num_panels * 32]; int4: float16 [num_panels][padded_inputs / group_size][32]
 
+    int num_groups() const { return group_size ? (padded_inputs + group_size - 1) / group_size : 0; }
     std::size_t num_bytes() const { return values.size() + scales.size(); }
     std::size_t panel_bytes() const { return num_panels ? values.size() / static_cast<std::size_t>(num_panels) : 0; }
 };

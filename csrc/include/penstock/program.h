@@ -105,6 +105,8 @@ public:
     Ref add_buffer(DType dtype, int cols);
     // A buffer whose address (and distance of rows) each run brings, in the order of these calls.
     Ref add_external(DType dtype, int cols);
+    // Whether every row of the columns is followed by zeros up to a multiple of 64 values: what the linear kernels read.
+    bool is_padded(const Ref& ref) const;
     // Appends an operation; it must refer to buffers of this program only.
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
 

@@ -1,0 +1,8 @@
+// The epilogues for avx2. See epilogue.inl.
+#include "epilogue.inl"
+
+namespace penstock {
+
+const EpilogueKernels epilogue_avx2{&store_sums, &add_sums, &gate_sums};
+
+}  // namespace penstock

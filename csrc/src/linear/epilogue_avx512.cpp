@@ -1,0 +1,8 @@
+// The epilogues for avx512. See epilogue.inl.
+#include "epilogue.inl"
+
+namespace penstock {
+
+const EpilogueKernels epilogue_avx512{&store_sums, &add_sums, &gate_sums};
+
+}  // namespace penstock

@@ -1,0 +1,8 @@
+// The epilogues for scalar. See epilogue.inl.
+#include "epilogue.inl"
+
+namespace penstock {
+
+const EpilogueKernels epilogue_scalar{&store_sums, &add_sums, &gate_sums};
+
+}  // namespace penstock

@@ -1,0 +1,284 @@
+// The driver of the linear operations: cuts the work into tasks, calls the multiply kernel and finishes its results.
+//
+// ```
+// few rows    the weights are read once, in memory order; a task is a run of panels, the runs get shorter towards the end
+//             so that threads end together
+// many rows   rows are cut into blocks whose operand stays in the L2 cache; a task is one panel and one row block,
+//             all panels of a block before the next block
+// a task      for each 96 rows: multiply into a tile on the stack, finish the tile (bias, gate, residual, store)
+// ```
+#include "penstock/linear_op.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "epilogue.h"
+
+namespace penstock {
+
+namespace {
+
+// Rows of a tile of sums: 12 KiB, a quarter of the L1 cache, a multiple of every kernel's `rows_at_once`.
+constexpr int tile_rows = 96;
+
+struct alignas(64) Tile {
+    float values[tile_rows * panel_features];
+};
+
+// A panel of one of an operation's outputs.
+struct PanelRef {
+    int projection;
+    int panel;
+};
+
+// Tasks per thread at which one task's length hardly matters to when the last thread ends.
+constexpr int tasks_per_thread = 4;
+
+struct RowBlocks {
+    int size;
+    std::int64_t count;
+};
+
+std::int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const std::int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return std::int64_t{1} << 20;  // what current cores have at least
+}
+
+std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Blocks of equal size whose operand fills at most half of the L2 cache (the rest is for the panels), and enough of them
+// that every thread has tasks.
+RowBlocks row_blocks(std::int64_t num_rows, std::int64_t row_bytes, std::int64_t num_panels, int rows_at_once,
+                     int threads) {
+    const std::int64_t fitting = std::max<std::int64_t>(l2_bytes() / 2 / row_bytes, rows_at_once);
+    std::int64_t count = (num_rows + fitting - 1) / fitting;
+    const std::int64_t wanted = (std::int64_t{tasks_per_thread} * threads + num_panels - 1) / num_panels;
+    count = std::max(count, std::min(wanted, num_rows / rows_at_once));
+    const std::int64_t size = round_up((num_rows + count - 1) / count, rows_at_once);
+    return {static_cast<int>(size), (num_rows + size - 1) / size};
+}
+
+// The runs of panels of a single row block: starts of the tasks, and the end. Each run is a share of what is left.
+std::vector<int> panel_runs(int num_panels, int threads) {
+    std::vector<int> starts{0};
+    while (starts.back() < num_panels) {
+        const int left = num_panels - starts.back();
+        starts.push_back(starts.back() + std::max(1, left / (2 * threads)));
+    }
+    return starts;
+}
+
+std::shared_ptr<const std::vector<float>> copy_of(const float* bias, const Matrix& matrix) {
+    if (!bias) return nullptr;
+    auto copy = std::make_shared<std::vector<float>>(bias, bias + matrix.out_features);
+    copy->resize(static_cast<std::size_t>(matrix.num_panels) * panel_features);
+    return copy;
+}
+
+// A matrix with its bias, padded to whole panels.
+struct BoundProjection {
+    std::shared_ptr<const Matrix> matrix;
+    std::shared_ptr<const std::vector<float>> bias;
+
+    explicit BoundProjection(const Projection& from) : matrix(from.matrix), bias(copy_of(from.bias, *from.matrix)) {}
+
+    const float* panel_bias(int panel) const { return bias ? bias->data() + panel * panel_features : nullptr; }
+    int cols(int panel) const { return std::min(panel_features, matrix->out_features - panel * panel_features); }
+};
+
+const EpilogueKernels& epilogue_of(Isa isa) {
+    if (isa == Isa::scalar) return epilogue_scalar;
+    return isa == Isa::avx2 ? epilogue_avx2 : epilogue_avx512;
+}
+
+Multiply multiply_of(const LinearKernels& kernels, WeightFormat format, bool is_quantized) {
+    switch (format) {
+        case WeightFormat::bf16: return kernels.bf16;
+        case WeightFormat::int8: return is_quantized ? kernels.int8 : kernels.int8_weight_only;
+        case WeightFormat::int4: return is_quantized ? kernels.int4 : kernels.int4_weight_only;
+    }
+    return nullptr;
+}
+
+void require(bool holds, const std::string& otherwise) {
+    if (!holds) throw std::invalid_argument(otherwise);
+}
+
+int input_cols(const Program& program, const LinearInput& x) {
+    if (const auto* quantized = std::get_if<QuantizedRef>(&x)) {
+        const Ref& values = quantized->values;
+        require(values.dtype == DType::i8 && quantized->scales.dtype == DType::f32 && quantized->sums.dtype == DType::i32,
+                "quantized rows are i8 values, f32 scales and i32 sums");
+        require(quantized->sums.cols >= round_up(values.cols, input_alignment) / sum_group,
+                "quantized rows need a sum for every 32 values, padding included");
+        require(program.is_padded(values), "int8 rows whose length is no multiple of 64 need a padded buffer");
+        return values.cols;
+    }
+    const Ref& rows = std::get<Ref>(x);
+    require(rows.dtype == DType::bf16, "rows are bf16 or quantized");
+    require(program.is_padded(rows), "bf16 rows whose length is no multiple of 64 need a padded buffer");
+    return rows.cols;
+}
+
+void check(const Program& program, const LinearInput& x, const Matrix& matrix, const Ref& out) {
+    const int cols = input_cols(program, x);
+    require(cols == matrix.in_features, "rows have " + std::to_string(cols) + " values, the matrix takes " +
+                                            std::to_string(matrix.in_features));
+    require(out.cols == matrix.out_features, "the output has " + std::to_string(out.cols) + " columns, the matrix gives " +
+                                                 std::to_string(matrix.out_features));
+    require(out.dtype == DType::bf16 || out.dtype == DType::f32, "the output is bf16 or f32");
+    require(std::holds_alternative<Ref>(x) || matrix.format != WeightFormat::bf16,
+            "bf16 matrices take bf16 rows, not quantized ones");
+}
+
+Operand operand_of(const Step& step, const LinearInput& x) {
+    if (const auto* quantized = std::get_if<QuantizedRef>(&x)) {
+        const Rows values = step.at(quantized->values), scales = step.at(quantized->scales);
+        const Rows sums = step.at(quantized->sums);
+        return {values.data, values.row_bytes, scales.data, scales.row_bytes, sums.data, sums.row_bytes};
+    }
+    const Rows rows = step.at(std::get<Ref>(x));
+    return {rows.data, rows.row_bytes};
+}
+
+// What all linear operations share: the distribution of panels and rows over the threads.
+class PanelOp : public Op {
+public:
+    PanelOp(const Program& program, LinearInput x)
+        : x_(std::move(x)),
+          epilogue_(epilogue_of(program.isa())),
+          rows_at_once_(linear_kernels(program.isa()).rows_at_once),
+          threads_(program.pool().num_threads()) {}
+
+    void run(const Step& step, Worker& worker) const final {
+        const Operand x = operand_of(step, x_);
+        const auto num_panels = static_cast<std::int64_t>(panels_.size());
+        const RowBlocks blocks = row_blocks(step.num_rows, x.row_bytes, num_panels, rows_at_once_, threads_);
+        if (blocks.count == 1) {
+            worker.share(static_cast<std::int64_t>(runs_.size()) - 1, [&](std::int64_t task) {
+                const auto i = static_cast<std::size_t>(task);
+                for (int at = runs_[i]; at < runs_[i + 1]; ++at) run_panel(step, x, at, 0, step.num_rows);
+            });
+            return;
+        }
+        worker.share(blocks.count * num_panels, [&](std::int64_t task) {
+            const std::int64_t first = task / num_panels * blocks.size;
+            run_panel(step, x, static_cast<int>(task % num_panels), first,
+                      std::min<std::int64_t>(step.num_rows, first + blocks.size));
+        });
+    }
+
+protected:
+    // The panel's results for at most `tile_rows` rows.
+    virtual void run_tile(const Step& step, const Operand& x, const PanelRef& at, std::int64_t first_row,
+                          int num_rows) const = 0;
+
+    void add_panels(int projection, int num_panels) {
+        for (int panel = 0; panel < num_panels; ++panel) panels_.push_back({projection, panel});
+        runs_ = panel_runs(static_cast<int>(panels_.size()), threads_);
+    }
+
+    const LinearInput x_;
+    const EpilogueKernels& epilogue_;
+
+private:
+    void run_panel(const Step& step, const Operand& x, int at, std::int64_t first, std::int64_t end) const {
+        for (; first < end; first += tile_rows) {
+            const int num_rows = static_cast<int>(std::min<std::int64_t>(tile_rows, end - first));
+            run_tile(step, x, panels_[static_cast<std::size_t>(at)], first, num_rows);
+        }
+    }
+
+    const int rows_at_once_;
+    const int threads_;
+    std::vector<PanelRef> panels_;
+    std::vector<int> runs_;
+};
+
+class LinearOp final : public PanelOp {
+public:
+    LinearOp(const Program& program, const LinearInput& x, const std::vector<Projection>& projections,
+             const std::vector<Ref>& outs, bool add)
+        : PanelOp(program, x), outs_(outs), finish_(add ? epilogue_.add : epilogue_.store) {
+        for (const Projection& projection : projections) {
+            const Matrix& matrix = *projection.matrix;
+            add_panels(static_cast<int>(projections_.size()), matrix.num_panels);
+            projections_.emplace_back(projection);
+            multiply_.push_back(multiply_of(linear_kernels(program.isa()), matrix.format,
+                                            std::holds_alternative<QuantizedRef>(x)));
+        }
+    }
+
+    std::string_view name() const override { return "linear"; }
+
+protected:
+    void run_tile(const Step& step, const Operand& x, const PanelRef& at, std::int64_t first_row,
+                  int num_rows) const override {
+        const auto i = static_cast<std::size_t>(at.projection);
+        const BoundProjection& projection = projections_[i];
+        Tile tile;
+        multiply_[i](x, first_row, num_rows, *projection.matrix, at.panel, tile.values);
+        finish_({tile.values, projection.panel_bias(at.panel)},
+                {step.at(outs_[i]), first_row, num_rows, at.panel * panel_features, projection.cols(at.panel)});
+    }
+
+private:
+    std::vector<BoundProjection> projections_;
+    std::vector<Multiply> multiply_;
+    std::vector<Ref> outs_;
+    void (*finish_)(const Sums&, const Destination&);
+};
+
+class GatedLinearOp final : public PanelOp {
+public:
+    GatedLinearOp(const Program& program, const LinearInput& x, const Projection& gate, const Projection& up, Gate kind,
+                  const Ref& out)
+        : PanelOp(program, x), gate_(gate), up_(up), kind_(kind), out_(out) {
+        const bool is_quantized = std::holds_alternative<QuantizedRef>(x);
+        multiply_gate_ = multiply_of(linear_kernels(program.isa()), gate.matrix->format, is_quantized);
+        multiply_up_ = multiply_of(linear_kernels(program.isa()), up.matrix->format, is_quantized);
+        add_panels(0, gate.matrix->num_panels);
+    }
+
+    std::string_view name() const override { return "gated_linear"; }
+
+protected:
+    void run_tile(const Step& step, const Operand& x, const PanelRef& at, std::int64_t first_row,
+                  int num_rows) const override {
+        Tile gate, up;
+        multiply_gate_(x, first_row, num_rows, *gate_.matrix, at.panel, gate.values);
+        multiply_up_(x, first_row, num_rows, *up_.matrix, at.panel, up.values);
+        epilogue_.gate(kind_, {gate.values, gate_.panel_bias(at.panel)}, {up.values, up_.panel_bias(at.panel)},
+                       {step.at(out_), first_row, num_rows, at.panel * panel_features, gate_.cols(at.panel)});
+    }
+
+private:
+    BoundProjection gate_, up_;
+    Multiply multiply_gate_, multiply_up_;
+    Gate kind_;
+    Ref out_;
+};
+
+}  // namespace
+
+void add_linear(Program& program, const LinearInput& x, const std::vector<Projection>& projections,
+                const std::vector<Ref>& outs, bool add) {
+    require(!projections.empty() && projections.size() == outs.size(), "one output for each of one or more matrices");
+    for (std::size_t i = 0; i < outs.size(); ++i) check(program, x, *projections[i].matrix, outs[i]);
+    program.add(std::make_unique<LinearOp>(program, x, projections, outs, add));
+}
+
+void add_gated_linear(Program& program, const LinearInput& x, const Projection& gate, const Projection& up, Gate kind,
+                      const Ref& out) {
+    check(program, x, *gate.matrix, out);
+    check(program, x, *up.matrix, out);
+    program.add(std::make_unique<GatedLinearOp>(program, x, gate, up, kind, out));
+}
+
+}  // namespace penstock

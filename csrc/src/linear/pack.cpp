@@ -1,0 +1,80 @@
+// Allocates a packed matrix and hands it to its format. See matrix.h.
+#include "pack.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace penstock {
+
+namespace {
+
+void check(const Plain& plain, WeightFormat format, int group_size) {
+    if (plain.dtype != DType::bf16 && plain.dtype != DType::f32) {
+        throw std::invalid_argument("a weight is packed from bf16 or f32 values");
+    }
+    if (plain.out_features < 1 || plain.in_features < 1) {
+        throw std::invalid_argument("a weight has at least one input and one output feature, not [" +
+                                    std::to_string(plain.out_features) + ", " + std::to_string(plain.in_features) + "]");
+    }
+    const bool is_group = group_size == 32 || group_size == 64 || group_size == 128;
+    if (format == WeightFormat::int4 ? !is_group : group_size != 0) {
+        throw std::invalid_argument("group_size " + std::to_string(group_size) +
+                                    ": int4 takes 32, 64 or 128, the other formats 0");
+    }
+}
+
+std::size_t value_bytes(WeightFormat format, std::size_t count) {
+    switch (format) {
+        case WeightFormat::bf16: return count * 2;
+        case WeightFormat::int8: return count;
+        case WeightFormat::int4: return count / 2;
+    }
+    return 0;
+}
+
+std::size_t scale_bytes(const Matrix& matrix) {
+    const auto features = static_cast<std::size_t>(matrix.num_panels) * panel_features;
+    switch (matrix.format) {
+        case WeightFormat::bf16: return 0;
+        case WeightFormat::int8: return features * sizeof(float);
+        case WeightFormat::int4: return features * static_cast<std::size_t>(matrix.num_groups()) * sizeof(std::uint16_t);
+    }
+    return 0;
+}
+
+std::shared_ptr<Matrix> allocate(const Plain& plain, WeightFormat format, int group_size) {
+    auto matrix = std::make_shared<Matrix>();
+    matrix->format = format;
+    matrix->out_features = plain.out_features;
+    matrix->in_features = plain.in_features;
+    matrix->padded_inputs = (plain.in_features + input_alignment - 1) / input_alignment * input_alignment;
+    matrix->num_panels = (plain.out_features + panel_features - 1) / panel_features;
+    matrix->group_size = group_size;
+    const auto features = static_cast<std::size_t>(matrix->num_panels) * panel_features;
+    matrix->values = HugeBuffer(value_bytes(format, features * static_cast<std::size_t>(matrix->padded_inputs)));
+    matrix->scales = HugeBuffer(scale_bytes(*matrix));
+    return matrix;
+}
+
+}  // namespace
+
+std::shared_ptr<Matrix> pack(const Plain& plain, WeightFormat format, int group_size, Pool& pool) {
+    check(plain, format, group_size);
+    auto matrix = allocate(plain, format, group_size);
+    switch (format) {
+        case WeightFormat::bf16: pack_bf16(plain, *matrix, pool); break;
+        case WeightFormat::int8: pack_int8 ? pack_int8(plain, *matrix, pool) : throw std::invalid_argument("no int8 yet"); break;
+        case WeightFormat::int4: pack_int4 ? pack_int4(plain, *matrix, pool) : throw std::invalid_argument("no int4 yet"); break;
+    }
+    return matrix;
+}
+
+void unpack(const Matrix& matrix, float* out) {
+    switch (matrix.format) {
+        case WeightFormat::bf16: return unpack_bf16(matrix, out);
+        case WeightFormat::int8: return unpack_int8(matrix, out);
+        case WeightFormat::int4: return unpack_int4(matrix, out);
+    }
+}
+
+}  // namespace penstock
