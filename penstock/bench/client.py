@@ -210,7 +210,7 @@ class RequestSender:
             if data == b"[DONE]":
                 continue
             event = _decode_event(data)
-            if event.error != b"null":
+            if bytes(event.error) != b"null":
                 raise _FailedError("stream_error", _text_in(bytes(event.error)))
             for choice in event.choices:
                 self._take(choice, record, now_s=now_s)
