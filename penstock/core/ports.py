@@ -70,6 +70,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     kv_usage: float
     num_preemptions: int
+    inference_s: float = 0.0
+    """First scheduled step to the end, by the engine's clock."""
     is_accepted: bool = True
     """False if it was refused before the engine took it; its times then say nothing about the service."""
 

@@ -53,6 +53,8 @@ class RequestStats(msgspec.Struct, frozen=True, array_like=True):
     kv_usage: float
     """Owned blocks over all blocks, 0 to 1, in that step."""
     num_preemptions: int
+    inference_s: float = 0.0
+    """From the first scheduled step to the end."""
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):

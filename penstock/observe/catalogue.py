@@ -210,6 +210,11 @@ METRICS: Final[tuple[Spec, ...]] = (
     _histogram(
         "request_queue_time_seconds", "Arrival in the engine to the first scheduled step.", buckets=_FIRST_S
     ),
+    _histogram(
+        "request_inference_time_seconds",
+        "First scheduled step to the end, by the engine's clock.",
+        buckets=_LONG_S,
+    ),
     _histogram("request_prompt_tokens", "Prompt tokens per request.", buckets=_TOKENS),
     _histogram("request_generation_tokens", "Generated tokens per request.", buckets=_TOKENS),
     _histogram(

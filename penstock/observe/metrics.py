@@ -239,6 +239,7 @@ class Metrics:
 def _observe(buckets: dict[str, _Buckets], record: RequestRecord) -> None:
     buckets["e2e_request_latency_seconds"].observe(record.e2e_s)
     buckets["request_queue_time_seconds"].observe(record.queue_wait_s)
+    buckets["request_inference_time_seconds"].observe(record.inference_s)
     buckets["request_prompt_tokens"].observe(record.prompt_tokens)
     buckets["request_generation_tokens"].observe(record.completion_tokens)
     if record.ttft_s is not None:

@@ -114,6 +114,7 @@ class RequestMeter:
                 batch_size=known.batch_size,
                 kv_usage=known.kv_usage,
                 num_preemptions=known.num_preemptions,
+                inference_s=known.inference_s,
                 is_accepted=self.is_accepted,
             )
         )

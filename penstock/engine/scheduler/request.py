@@ -187,4 +187,5 @@ class SequenceGroup:
             batch_size=self.batch_size,
             kv_usage=self.kv_usage,
             num_preemptions=self.num_preemptions,
+            inference_s=now_s - started_s,
         )

@@ -378,6 +378,7 @@ def test_the_last_delta_tells_how_the_request_fared():
     rig.step()
     stats = rig.of("b")[-1].stats
     assert stats.queue_wait_s == pytest.approx(2.0)
+    assert stats.inference_s == pytest.approx(0.01)
     assert stats.batch_size == 2
     assert stats.kv_usage == pytest.approx(0.4)
 

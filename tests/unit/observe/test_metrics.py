@@ -51,6 +51,7 @@ RECORD = RequestRecord(
     batch_size=2,
     kv_usage=0.1,
     num_preemptions=0,
+    inference_s=0.9,
 )
 
 
@@ -106,6 +107,7 @@ def test_a_request_gives_ttft_tpot_e2el_and_one_count_by_how_it_ended(metrics):
     assert of(found, "request_time_per_output_token_seconds_sum") == 0.15
     assert of(found, "e2e_request_latency_seconds_sum") == 1.0
     assert of(found, "request_queue_time_seconds_bucket", le="0.06") == 1
+    assert of(found, "request_inference_time_seconds_sum") == 0.9
 
 
 def test_a_request_without_a_token_has_no_first_token_time(metrics):

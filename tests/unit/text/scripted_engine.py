@@ -8,7 +8,7 @@ from penstock.core.ports import RequestRecord
 from penstock.core.text import FinishReason
 from penstock.core.tokens import EngineInfo, EngineRequest, RequestStats, StepStats, TokenDelta
 
-STATS = RequestStats(3, 2, 9, 0.25, 4, 0.5, 1)
+STATS = RequestStats(3, 2, 9, 0.25, 4, 0.5, 1, 2.5)
 
 
 def make_info(*, vocab_size: int = 500, max_model_len: int = 64) -> EngineInfo:

@@ -82,7 +82,7 @@ async def test_the_record_holds_the_engines_figures_and_the_clients_times():
         0.5,
         1,
     )
-    assert (record.ttft_s, record.e2e_s) == (1.0, 3.0)
+    assert (record.ttft_s, record.e2e_s, record.inference_s) == (1.0, 3.0, 2.5)
     assert record.tokens_per_s == pytest.approx(2 / 3)
     assert sink.gaps_s == [1.0]
 
