@@ -1,8 +1,60 @@
 // Binding of the dense kernels.
+#include "penstock/dense.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+
 #include "module.h"
 
 namespace penstock {
 
-void bind_dense(nb::module_&) {}
+namespace {
+
+using namespace nb::literals;
+
+const std::uint16_t* bf16_at(std::uintptr_t address) { return reinterpret_cast<const std::uint16_t*>(address); }
+
+void embedding(Program& program, const Ref& ids, std::uintptr_t table, std::int64_t num_rows, std::int64_t row_stride,
+               float scale, const Ref& out) {
+    add_embedding(program, {ids, bf16_at(table), num_rows, row_stride, scale, out});
+}
+
+void rms_norm(Program& program, const Ref& x, std::uintptr_t weight, float eps, float weight_offset, int group,
+              const std::optional<Ref>& residual, const std::optional<Ref>& sum, const RowsOut& out) {
+    add_rms_norm(program, {x, bf16_at(weight), nullptr, eps, weight_offset, group, residual, sum, out});
+}
+
+void layer_norm(Program& program, const Ref& x, std::uintptr_t weight, std::uintptr_t bias, float eps,
+                const std::optional<Ref>& residual, const std::optional<Ref>& sum, const RowsOut& out) {
+    add_layer_norm(program, {x, bf16_at(weight), bf16_at(bias), eps, 0.0f, x.cols, residual, sum, out});
+}
+
+void activation(Program& program, const Ref& x, const std::string& name, const RowsOut& out) {
+    add_activation(program, x, activation_named(name), out);
+}
+
+void gated_activation(Program& program, const Ref& gate, const Ref& up, const std::string& name, const RowsOut& out) {
+    add_gated_activation(program, gate, up, activation_named(name), out);
+}
+
+}  // namespace
+
+void bind_dense(nb::module_& m) {
+    m.def("add_embedding", &embedding, "program"_a, nb::kw_only(), "ids"_a, "table"_a, "num_rows"_a, "row_stride"_a,
+          "scale"_a, "out"_a);
+    m.def("add_rms_norm", &rms_norm, "program"_a, nb::kw_only(), "x"_a, "weight"_a, "eps"_a, "weight_offset"_a,
+          "group"_a, "residual"_a.none(), "sum"_a.none(), "out"_a);
+    m.def("add_layer_norm", &layer_norm, "program"_a, nb::kw_only(), "x"_a, "weight"_a, "bias"_a, "eps"_a,
+          "residual"_a.none(), "sum"_a.none(), "out"_a);
+    m.def("add_quantize", &add_quantize, "program"_a, nb::kw_only(), "x"_a, "out"_a);
+    m.def("add_convert", &add_convert, "program"_a, nb::kw_only(), "x"_a, "out"_a);
+    m.def("add_sum", &add_sum, "program"_a, nb::kw_only(), "a"_a, "b"_a, "out"_a);
+    m.def("add_scale", &add_scale, "program"_a, nb::kw_only(), "x"_a, "factor"_a, "out"_a);
+    m.def("add_activation", &activation, "program"_a, nb::kw_only(), "x"_a, "activation"_a, "out"_a);
+    m.def("add_gated_activation", &gated_activation, "program"_a, nb::kw_only(), "gate"_a, "up"_a, "activation"_a,
+          "out"_a);
+    m.def("add_softcap", &add_softcap, "program"_a, nb::kw_only(), "x"_a, "cap"_a);
+}
 
 }  // namespace penstock
