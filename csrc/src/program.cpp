@@ -62,12 +62,14 @@ void Program::reserve(std::int64_t num_rows) {
 
 void Program::shrink() {
     arena_ = HugeBuffer();
+    shared_ = HugeBuffer();
     capacity_rows_ = 0;
 }
 
 Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
                    std::span<const AttentionInputs> groups) {
     reserve(num_rows);
+    if (shared_.size() < shared_bytes_) shared_ = HugeBuffer(shared_bytes_);
     bound_.clear();
     std::byte* own = arena_.data();
     std::size_t next_external = 0;
@@ -80,7 +82,7 @@ Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
             own += capacity_rows_ * buffer.row_bytes;
         }
     }
-    return {num_rows, groups, layers_, bound_};
+    return {num_rows, groups, layers_, bound_, shared_.data()};
 }
 
 void Program::run(std::int64_t num_rows, std::span<const External> externals,

@@ -73,6 +73,7 @@ struct Step {
     std::span<const AttentionInputs> groups;
     std::span<const LayerKv> layers;
     std::span<const Rows> buffers;
+    std::byte* shared;  // see Program::reserve_shared
 
     Rows at(const Ref& ref) const {
         const Rows& rows = buffers[static_cast<std::size_t>(ref.buffer)];
@@ -109,6 +110,10 @@ public:
     bool is_padded(const Ref& ref) const;
     // Appends an operation; it must refer to buffers of this program only.
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+
+    // At least so many bytes at `Step::shared`, for whichever operation runs: all its threads see the same memory, and what
+    // it left there is lost to the next. 64-byte aligned; a page costs memory only once it is touched.
+    void reserve_shared(std::size_t bytes) { shared_bytes_ = bytes > shared_bytes_ ? bytes : shared_bytes_; }
 
     // Where the layers' keys and values are, by layer; stays until the next call.
     void set_layers(std::vector<LayerKv> layers) { layers_ = std::move(layers); }
@@ -148,6 +153,8 @@ private:
     std::vector<LayerKv> layers_;
     std::vector<Rows> bound_;
     HugeBuffer arena_;
+    HugeBuffer shared_;
+    std::size_t shared_bytes_ = 0;
     std::int64_t capacity_rows_ = 0;
 };
 
