@@ -33,6 +33,12 @@ def environment(*, packages: tuple[str, ...] = PACKAGES) -> dict[str, object]:
     }
 
 
+def machine_words() -> str:
+    """The machine, the commit and the time in one line, for pictures."""
+    facts = environment(packages=())
+    return f"{facts['cpu']}, {facts['cores']} cores, commit {facts['commit'] or 'unknown'}, {facts['date']}"
+
+
 def cpu_name() -> str:
     """The processor's own name; what the platform calls it where there is no /proc/cpuinfo."""
     try:

@@ -91,7 +91,10 @@ class WordWriter:
     """What the server adds to every prompt: BOS, the chat template."""
 
     def write(self, segments: Sequence[Segment]) -> str:
-        """See `PromptWriter`; what the server adds is taken off the last segment, which keeps one word."""
+        """See `PromptWriter`; what the server adds is taken off the last segment, which keeps one word.
+
+        Each word has its space before it: then it is the same token at the start of a text as elsewhere.
+        """
         chosen: list[str] = []
         for place, segment in enumerate(segments):
             is_last = place == len(segments) - 1
@@ -99,7 +102,7 @@ class WordWriter:
             num_words = max(round(wanted / self.tokens_per_word), 1 if is_last else 0)
             rng = np.random.default_rng([self.seed, *segment.key])
             chosen.extend(self.words[i] for i in rng.integers(0, len(self.words), size=num_words).tolist())
-        return " ".join(chosen)
+        return "".join(f" {word}" for word in chosen)
 
 
 def token_id_writer(

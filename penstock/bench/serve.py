@@ -87,6 +87,7 @@ async def prepare(options: ServeOptions) -> Prepared:
 
     Raises:
         TargetError: the server or the model is not there, or a first short request fails.
+        InvalidParameterError: the requests are longer than the model's context.
     """
     facts = await probe.find(options.target, ready_timeout_s=options.ready_timeout_s)
     model = probe.choose_model(facts, wanted=options.target.model or None)
@@ -111,8 +112,9 @@ def _check_lengths(recipe: Recipe, *, max_model_len: int | None) -> None:
     else:
         return  # open-ended distributions are cut where the server cuts them, and counted as failures
     if max_model_len is not None and longest > max_model_len:
-        raise TargetError(
-            f"prompt and answer have up to {longest} tokens, max_model_len of the server is {max_model_len}"
+        raise InvalidParameterError(
+            f"prompt and answer have up to {longest} tokens, max_model_len of the server is {max_model_len}",
+            param="random_input_len",
         )
 
 

@@ -20,7 +20,9 @@ from rich.console import Console
 from penstock.bench.arrivals import ArrivalKind, Arrivals
 from penstock.bench.lengths import parse_lengths
 from penstock.bench.load import Status, loop_factory
+from penstock.bench.machine import machine_words
 from penstock.bench.measure import METRICS, Metric, Summary, check_percentiles
+from penstock.bench.plots import Picture, draw_run, require_matplotlib, save_figure
 from penstock.bench.recipe import Recipe
 from penstock.bench.report import print_summary, result_name, write_json
 from penstock.bench.serve import ServeOptions, measure, prepare, record, title_of, warm_up
@@ -214,7 +216,11 @@ async def _serve(flags: LoadFlags) -> int:
         metadata=outputs.metadata,
         is_detailed=flags.report.save_detailed,
     )
-    outputs.save(kept, benchmark="serve", model=prepared.target.model)
+    path = outputs.path("serve", model=prepared.target.model)
+    outputs.save(kept, path=path)
+    if outputs.is_drawn:
+        subtitle = f"{title}\n{machine_words()}"
+        outputs.draw(draw_run(measured.result, title="penstock bench serve", subtitle=subtitle), path=path)
     return exit_code(measured.summary)
 
 
@@ -402,6 +408,8 @@ class Outputs:
             StartupError: the folder cannot be made, or a picture is wanted and cannot be drawn.
         """
         is_saved = flags.save_result or flags.save_detailed
+        if flags.plot:
+            require_matplotlib()
         if is_saved or flags.plot:
             _make_folder(flags.result_dir)
         return cls(
@@ -417,12 +425,18 @@ class Outputs:
         """Of the JSON; the picture has the same name with `.png`."""
         return self.folder / (self.filename or result_name(benchmark, model=model, label=self.label))
 
-    def save(self, kept: dict[str, object], *, benchmark: str, model: str) -> None:
+    def save(self, kept: dict[str, object], *, path: Path) -> None:
         """Write the JSON if it is wanted."""
         if self.is_saved:
-            path = self.path(benchmark, model=model)
             write_json(kept, path=path)
             print(f"result: {path}")
+
+    @staticmethod
+    def draw(picture: Picture, *, path: Path) -> None:
+        """Write the picture beside the JSON at `path`."""
+        picture_path = path.with_suffix(".png")
+        save_figure(picture, path=picture_path)
+        print(f"picture: {picture_path}")
 
 
 def _make_folder(folder: Path) -> None:
