@@ -13,7 +13,12 @@ import msgspec
 import torch
 
 from penstock.core.tokens import EngineInfo
-from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
+from penstock.engine.config import (
+    EngineConfig,
+    SchedulerConfig,
+    check_whole_prompts,
+    validate_engine_config,
+)
 from penstock.engine.core import EngineCore
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
@@ -66,6 +71,7 @@ def _join(
 ) -> EngineCore:
     layout = make_cache_layout(loaded.model.layer_windows)
     limits = msgspec.structs.replace(config.scheduler, max_model_len=loaded.max_model_len)
+    check_whole_prompts(limits, max_model_len=limits.max_model_len)
     block_bytes = _block_bytes(config, loaded, layout)
     num_blocks = resolve_num_blocks(
         config.kv,

@@ -9,6 +9,10 @@ from penstock.core.errors import StartupError
 DTYPES: Final = ("auto", "float32", "bfloat16")
 KERNELS: Final = ("auto", "reference", "eager")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+MAX_MODEL_LEN: Final = 1 << 24
+MAX_BLOCK_SIZE: Final = MAX_MODEL_LEN
+"""A block may hold a whole context: each sequence then owns its memory in one piece from start to end,
+as engines without paging have it; `bench ladder` measures that. Useful sizes are 8 to 64."""
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +35,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens that may wait; beyond it `QueueFullError` (429)."""
     enable_prefix_caching: bool = True
     """Keep full blocks in the prefix tree for later requests."""
+    enable_chunked_prefill: bool = True
+    """Compute a prompt in chunks that fit beside running decodes; False computes each whole in one step,
+    however long the others wait, and needs `max_num_batched_tokens` of at least `max_model_len`."""
     max_preemptions: int = 3
     """After so many preemptions a request is protected from further ones."""
     policy: Literal["fcfs", "priority", "fair"] = "fair"
@@ -41,7 +48,7 @@ class KvConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The pool of KV blocks."""
 
     block_size: int = 16
-    """Token slots in a block; a power of two from 1 to 256."""
+    """Token slots in a block; a power of two from 1 to `MAX_BLOCK_SIZE`."""
     num_blocks: int | None = None
     """Size of the pool; None derives it from `kv_cache_memory_bytes`."""
     kv_cache_memory_bytes: int | None = None
@@ -103,12 +110,28 @@ def validate_engine_config(config: EngineConfig) -> None:
     _bound("decode_stretch", sched.decode_stretch, 1, 1_000_000)
     _bound("max_num_queued_reqs", sched.max_num_queued_reqs, 1, 1_000_000)
     _bound("max_num_queued_tokens", sched.max_num_queued_tokens, 1, 1 << 40)
-    _bound("block_size", config.kv.block_size, 1, 256)
+    _bound("block_size", config.kv.block_size, 1, MAX_BLOCK_SIZE)
     if config.kv.block_size & (config.kv.block_size - 1):
         raise StartupError(f"block_size is {config.kv.block_size}, it must be a power of two")
     if config.kv.num_blocks is not None:
         _bound("num_blocks", config.kv.num_blocks, 2, 1 << 31)
     if config.max_model_len is not None:
-        _bound("max_model_len", config.max_model_len, 2, 1 << 24)
+        _bound("max_model_len", config.max_model_len, 2, MAX_MODEL_LEN)
+        check_whole_prompts(sched, max_model_len=config.max_model_len)
     if config.num_threads is not None:
         _bound("num_threads", config.num_threads, 1, 1024)
+
+
+def check_whole_prompts(scheduler: SchedulerConfig, *, max_model_len: int) -> None:
+    """Without chunked prefill every prompt that is admitted must fit a step.
+
+    Raises:
+        StartupError: it would not; names both limits.
+    """
+    if scheduler.enable_chunked_prefill or scheduler.max_num_batched_tokens >= max_model_len:
+        return
+    raise StartupError(
+        f"max_num_batched_tokens is {scheduler.max_num_batched_tokens}, it must be at least max_model_len, "
+        f"which is {max_model_len}, with enable_chunked_prefill off: a prompt is then computed in one step",
+        param="max_num_batched_tokens",
+    )

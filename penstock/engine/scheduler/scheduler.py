@@ -269,7 +269,7 @@ class Scheduler:
             chunk_start: where the first prompt goes on.
         """
         num_decodes = len(draft.decodes)
-        if not num_decodes:
+        if not num_decodes or not self._config.enable_chunked_prefill:
             return
         decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens)
         budget = self.cost.token_budget(
@@ -290,16 +290,32 @@ class Scheduler:
             if draft.num_tokens_left <= 0:
                 return
             gap = seq.group.target(seq) - seq.next_position
-            if gap > 0 and seq.group.state is GroupState.RUNNING:
-                self._place(draft, seq, num_tokens=min(gap, draft.num_tokens_left))
+            if gap <= 0 or seq.group.state is not GroupState.RUNNING:
+                continue
+            if not self._fits_step(draft, num_tokens=gap):
+                draft.num_tokens_left = 0  # nobody behind it gets what it waits for
+                return
+            self._place(draft, seq, num_tokens=min(gap, draft.num_tokens_left))
+
+    def _fits_step(self, draft: StepDraft, *, num_tokens: int) -> bool:
+        """True if the step has room for the rest of a prompt, or may compute a part of it.
+
+        Without chunked prefill it waits for a step with enough room: running answers end, and the budget is
+        at least `max_model_len`.
+        """
+        return self._config.enable_chunked_prefill or num_tokens <= draft.num_tokens_left
 
     def _place(self, draft: StepDraft, seq: Sequence, *, num_tokens: int) -> int:
-        """Put up to `num_tokens` of `seq` into the step, preempting if there is no block at all."""
+        """Put up to `num_tokens` of `seq` into the step, preempting if there is no block at all.
+
+        Without chunked prefill it is all of them or none, preempting as long as some lack a slot.
+        """
         start = seq.next_position
         kv, blocks = self._kv, seq.blocks
         kv.free_behind_window(blocks, num_computed_tokens=seq.num_computed_tokens)
         num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
-        while num_fit <= 0:
+        num_least = 1 if self._config.enable_chunked_prefill else num_tokens
+        while num_fit < num_least:
             if not self._make_room(draft, seq.group):
                 return 0
             num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
@@ -382,7 +398,9 @@ class Scheduler:
             match = self._kv.match(leader.blocks, leader.token_ids, num_tokens=group.target(leader))
             if is_held_back(draft, group, match, block_size=self._kv.block_size):
                 held_back.append(group)
-            elif self._find_room(draft, group, match):
+            elif self._fits_step(
+                draft, num_tokens=group.target(leader) - match.num_blocks * self._kv.block_size
+            ) and self._find_room(draft, group, match):
                 self._start(draft, group, match)
                 if draft.num_promised_blocks is not None:
                     draft.num_promised_blocks += self._running.num_promised(group)
