@@ -66,6 +66,8 @@ class RequestRecord:
     """Arrival of each piece of text."""
     num_prompt_tokens: int = 0
     """As the server counted; without a `usage`, as asked for."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the server had in its prefix cache, if it says so."""
     num_output_tokens: int = 0
     counted_by: CountedBy = "pieces"
     finish_reason: str | None = None
@@ -120,9 +122,14 @@ class _Choice(msgspec.Struct):
         return bool(delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls)
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Event(msgspec.Struct):
@@ -215,9 +222,7 @@ class RequestSender:
             for choice in event.choices:
                 self._take(choice, record, now_s=now_s)
             if event.usage is not None:
-                record.num_prompt_tokens = event.usage.prompt_tokens
-                record.num_output_tokens = event.usage.completion_tokens
-                record.counted_by = "usage"
+                _count(event.usage, record)
 
     def _take(self, choice: _Choice, record: RequestRecord, *, now_s: float) -> None:
         if choice.has_text:
@@ -228,6 +233,15 @@ class RequestSender:
         if choice.finish_reason is not None:
             record.finish_reason = choice.finish_reason
         record.last_s = now_s
+
+
+def _count(usage: _Usage, record: RequestRecord) -> None:
+    """The last usage counts: some servers send one with every event."""
+    record.num_prompt_tokens = usage.prompt_tokens
+    record.num_output_tokens = usage.completion_tokens
+    record.counted_by = "usage"
+    if usage.prompt_tokens_details is not None:
+        record.num_cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
 
 
 def request_body(request: LoadRequest, *, target: Target) -> bytes:

@@ -77,6 +77,8 @@ class Summary:
     """By kind, the message of the first."""
     num_prompt_tokens: int
     """As the server counted, answered requests only."""
+    num_cached_tokens: int
+    """Prompt tokens that the server had in its prefix cache; 0 if it does not say."""
     num_output_tokens: int
     num_pieces: int
     tokens_per_piece: float
@@ -186,6 +188,7 @@ def summarize(
         error_rate=_error_rate(failures, num_ok=len(answered)),
         first_failures=_first_failures(result.records),
         num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=sum(record.num_cached_tokens for record in answered),
         num_output_tokens=num_output_tokens,
         num_pieces=num_pieces,
         tokens_per_piece=num_output_tokens / num_pieces if num_pieces else 0.0,
@@ -244,9 +247,7 @@ def _warnings(summary: Summary) -> list[str]:
     ):
         p99_ms = figures.percentile_ms(99.0) if figures is not None else 0.0
         if p99_ms > LATE_MS:
-            found.append(
-                f"{what}: p99 {p99_ms:.0f} ms, which is in the latencies (client CPU, or places held)"
-            )
+            found.append(f"{what}: p99 {p99_ms:.0f} ms, which is in the latencies")
     if summary.num_held:
         found.append(f"{summary.num_held} requests were due while max_concurrency were in flight, and waited")
     if summary.num_counted_by_pieces:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from penstock.bench.client import RequestRecord
 from penstock.bench.load import LoadResult
 from penstock.bench.measure import Metric, metric_values_s
+from penstock.bench.sweep import Sweep, middle_and_tail_ms
 from penstock.core.errors import StartupError
 
 if TYPE_CHECKING:
@@ -115,6 +116,75 @@ def draw_run(result: LoadResult, *, title: str, subtitle: str) -> Picture:
     return picture
 
 
+def draw_sweep(sweep: Sweep, *, subtitle: str) -> Picture:
+    """Four panels of a sweep: throughput, TTFT and ITL over the load, and what a token costs in time."""
+    picture = new_figure("penstock bench sweep", subtitle=subtitle, rows=2, columns=2)
+    throughput, first, gaps, trade = picture.panels
+    unit = "users at a time" if sweep.plan.over == "concurrency" else "requests per second offered"
+    loads = [point.load for point in sweep.points]
+    speeds = [point.summary.output_throughput for point in sweep.points]
+    label(throughput, title="Throughput", x=unit, y="generated tokens per second")
+    throughput.plot(loads, speeds, marker="o", color=COLORS[0])
+    throughput.set_ylim(bottom=0)
+    label(first, title="TTFT", x=unit, y="milliseconds")
+    _draw_metric(first, sweep=sweep, metric="ttft")
+    label(gaps, title="ITL: gaps between texts", x=unit, y="milliseconds")
+    _draw_metric(gaps, sweep=sweep, metric="itl")
+    for panel in (throughput, first, gaps):
+        _scale_loads(panel, sweep=sweep, loads=loads)
+    _draw_trade(trade, sweep=sweep)
+    return picture
+
+
+def _draw_metric(panel: "Axes", *, sweep: Sweep, metric: Metric) -> None:
+    found = [(point.load, point.summary.metrics.get(metric)) for point in sweep.points]
+    drawn = [(load, *middle_and_tail_ms(figures)) for load, figures in found if figures is not None]
+    if not drawn:
+        _say_none(panel)
+        return
+    loads, middles, tails = zip(*drawn, strict=True)
+    for values, name, color in ((middles, "p50", COLORS[0]), (tails, "p99", COLORS[3])):
+        panel.plot(loads, values, marker="o", color=color, label=name)
+    limit = next((slo.limit_ms for slo in sweep.points[0].summary.slos if slo.metric == metric), None)
+    if limit is not None:
+        panel.axhline(limit, color=COLORS[4], linewidth=1.4, linestyle="--", label=f"objective {limit:g} ms")
+    if max(tails) > LOG_SPREAD * min(middles) > 0:
+        _log(panel, axis="y")
+    else:
+        panel.set_ylim(bottom=0)
+    _legend(panel)
+
+
+def _scale_loads(panel: "Axes", *, sweep: Sweep, loads: Sequence[float]) -> None:
+    """Loads that grow by factors stand at equal distances; the saturation point is marked."""
+    if loads[-1] > 4 * loads[0]:
+        _log(panel, axis="x")
+        panel.minorticks_off()
+    panel.set_xticks(list(loads), [f"{load:g}" for load in loads])
+    if sweep.saturation is not None:
+        panel.axvline(sweep.saturation, color=COLORS[1], linewidth=1.4, linestyle=":", label="saturated")
+        _legend(panel)
+
+
+def _draw_trade(panel: "Axes", *, sweep: Sweep) -> None:
+    x_name = "tokens per second of one answer (1 / TPOT)"
+    label(panel, title="Speed of one against speed of all", x=x_name, y="generated tokens per second, all")
+    found = [
+        (1e3 / middle_and_tail_ms(figures)[0], point.summary.output_throughput, point.load)
+        for point in sweep.points
+        if (figures := point.summary.metrics.get("tpot")) is not None and middle_and_tail_ms(figures)[0] > 0
+    ]
+    if not found:
+        _say_none(panel)
+        return
+    one, all_of_them, _ = zip(*found, strict=True)
+    panel.plot(one, all_of_them, marker="o", color=COLORS[2])
+    for x, y, load in found:
+        panel.annotate(f"{load:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=INK)
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+
+
 def _draw_latencies(panel: "Axes", *, result: LoadResult) -> None:
     label(panel, title="Latency", x="milliseconds", y="share of requests (%)")
     names: tuple[tuple[Metric, str], ...] = (("ttft", "TTFT"), ("e2el", "E2EL"))
@@ -138,12 +208,12 @@ def _draw_gaps(panel: "Axes", *, result: LoadResult) -> None:
     is_log = _is_spread(values)
     if is_log:
         values = np.maximum(values, 0.01)  # texts in one chunk have no gap, a logarithm needs one
-        panel.set_xscale("log")
+        _log(panel, axis="x")
         bins = np.geomspace(values.min(), max(values.max(), values.min() * 1.01), num=_num_bins(values))
     else:
         bins = np.linspace(0, values.max() or 1.0, num=_num_bins(values))
     panel.hist(values, bins=bins.tolist(), color=COLORS[0], alpha=0.85)
-    panel.set_yscale("log")
+    _log(panel, axis="y")
     for percentile, color in ((50, COLORS[1]), (99, COLORS[3])):
         at_ms = float(np.percentile(values, percentile))
         panel.axvline(at_ms, color=color, linewidth=1.5, label=f"p{percentile} {at_ms:.1f} ms")
@@ -158,7 +228,8 @@ def _draw_throughput(panel: "Axes", *, result: LoadResult) -> None:
     panel.stairs(counts / np.diff(edges), edges, color=COLORS[0], fill=True, alpha=0.75)
     panel.set_ylim(bottom=0)
     beside = panel.twinx()
-    beside.spines[["top"]].set_visible(False)
+    beside.spines[:].set_visible(False)
+    panel.spines[["top", "right"]].set_visible(False)
     times, running = _in_flight(result.records)
     beside.step(times, running, where="post", color=COLORS[1], linewidth=1.4)
     beside.set_ylabel("requests in flight", fontsize=9, color=COLORS[1])
@@ -173,7 +244,7 @@ def _draw_first_texts(panel: "Axes", *, result: LoadResult) -> None:
         times, values = zip(*answered, strict=True)
         panel.scatter(times, values, s=14, color=COLORS[0], alpha=0.7, linewidths=0)
         if _is_spread(np.asarray(values)):
-            panel.set_yscale("log")
+            _log(panel, axis="y")
         else:
             panel.set_ylim(bottom=0)
     failed = [r.start_s for r in result.records if not r.is_ok]
@@ -198,9 +269,20 @@ def _is_spread(values: NDArray[np.float64]) -> bool:
 
 def _scale_x(panel: "Axes", *, values: NDArray[np.float64]) -> None:
     if len(values) and values.min() > 0 and values.max() > LOG_SPREAD * values.min():
-        panel.set_xscale("log")
+        _log(panel, axis="x")
     else:
         panel.set_xlim(left=0)
+
+
+def _log(panel: "Axes", *, axis: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    scaled = panel.xaxis if axis == "x" else panel.yaxis
+    panel.set_xscale("log") if axis == "x" else panel.set_yscale("log")
+    scaled.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    scaled.set_major_formatter("{x:g}")
+    scaled.set_minor_formatter(NullFormatter())
 
 
 def _num_bins(values: NDArray[np.float64]) -> int:

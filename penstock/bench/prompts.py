@@ -6,7 +6,7 @@ model answers does not matter, how long it takes does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -56,6 +56,10 @@ class PromptWriter(Protocol):
         """The prompt of these segments; the same ones give the same prompt."""
         ...
 
+    def with_seed(self, seed: int) -> "PromptWriter":
+        """A writer of other prompts, so that no cache knows them."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenIdWriter:
@@ -75,6 +79,10 @@ class TokenIdWriter:
             drawn = rng.integers(self.low, self.high, size=segment.num_tokens).tolist()
             found.extend(self._ordinary(token_id) for token_id in drawn)
         return tuple(found)
+
+    def with_seed(self, seed: int) -> "TokenIdWriter":
+        """See `PromptWriter`."""
+        return replace(self, seed=seed)
 
     def _ordinary(self, token_id: int) -> int:
         return self.low if token_id in self.special_ids else token_id
@@ -103,6 +111,10 @@ class WordWriter:
             rng = np.random.default_rng([self.seed, *segment.key])
             chosen.extend(self.words[i] for i in rng.integers(0, len(self.words), size=num_words).tolist())
         return "".join(f" {word}" for word in chosen)
+
+    def with_seed(self, seed: int) -> "WordWriter":
+        """See `PromptWriter`."""
+        return replace(self, seed=seed)
 
 
 def token_id_writer(

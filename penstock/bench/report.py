@@ -88,6 +88,7 @@ def summary_fields(summary: Summary) -> dict[str, object]:
         "first_failures": summary.first_failures,
         "error_rate": rounded(summary.error_rate),
         "total_input_tokens": summary.num_prompt_tokens,
+        "cached_input_tokens": summary.num_cached_tokens,
         "total_output_tokens": summary.num_output_tokens,
         "tokens_per_piece": rounded(summary.tokens_per_piece),
         "answers_without_usage": summary.num_counted_by_pieces,
@@ -136,6 +137,7 @@ def request_fields(record: RequestRecord) -> dict[str, object]:
         "e2el_ms": rounded(record.e2el_s * 1e3) if record.is_ok else None,
         "itl_ms": [rounded(gap * 1e3) for gap in gaps_s(record)],
         "input_tokens": record.num_prompt_tokens,
+        "cached_tokens": record.num_cached_tokens,
         "output_tokens": record.num_output_tokens,
         "output_tokens_asked": record.num_output_tokens_asked,
         "finish_reason": record.finish_reason,
@@ -199,7 +201,7 @@ def _total_rows(summary: Summary) -> list[tuple[str, str]]:
     rows = [
         ("requests", f"{summary.num_ok} of {ended} answered well, error rate {summary.error_rate:.1%}"),
         ("duration", f"{summary.duration_s:.2f} s, at most {summary.max_in_flight} in flight"),
-        ("tokens", f"{summary.num_prompt_tokens} in, {summary.num_output_tokens} out"),
+        ("tokens", _token_words(summary)),
         ("requests/s", f"{summary.request_throughput:.2f}"),
         (
             "tokens/s",
@@ -218,6 +220,11 @@ def _total_rows(summary: Summary) -> list[tuple[str, str]]:
             ("sent late", f"p50 {late.percentile_ms(50.0):.1f} ms, p99 {late.percentile_ms(99.0):.1f} ms")
         )
     return rows
+
+
+def _token_words(summary: Summary) -> str:
+    cached = f" ({summary.num_cached_tokens} from the prefix cache)" if summary.num_cached_tokens else ""
+    return f"{summary.num_prompt_tokens} in{cached}, {summary.num_output_tokens} out"
 
 
 def _latencies(summary: Summary) -> Table:

@@ -22,11 +22,12 @@ from penstock.bench.lengths import parse_lengths
 from penstock.bench.load import Status, loop_factory
 from penstock.bench.machine import machine_words
 from penstock.bench.measure import METRICS, Metric, Summary, check_percentiles
-from penstock.bench.plots import Picture, draw_run, require_matplotlib, save_figure
+from penstock.bench.plots import Picture, draw_run, draw_sweep, require_matplotlib, save_figure
 from penstock.bench.recipe import Recipe
 from penstock.bench.report import print_summary, result_name, write_json
 from penstock.bench.serve import ServeOptions, measure, prepare, record, title_of, warm_up
 from penstock.bench.slo import parse_slos
+from penstock.bench.sweep import Sweep, SweepOver, SweepPlan, print_sweep, run_sweep, sweep_record
 from penstock.bench.target import Route, Target, TargetError
 from penstock.bench.trace import TimeUnit, TraceRequest, read_trace
 from penstock.bench.workload import MAX_REQUESTS
@@ -200,6 +201,97 @@ def serve(
     return ended(lambda: _serve(flags))
 
 
+def sweep(
+    *,
+    over: Annotated[SweepOver, setting("What grows: users of a closed loop, or the rate.")] = "concurrency",
+    loads: Annotated[str, setting("Users, or requests per second, rising.")] = "1,2,4,8,16,32,64,128,256",
+    min_gain: Annotated[
+        float,
+        setting(
+            "Share of added load that must become throughput, else saturated.",
+            allowed=Range(low=0.001, high=0.999),
+        ),
+    ] = 0.1,
+    min_good: Annotated[
+        float,
+        setting("Share of requests that must keep --goodput.", allowed=Range(low=0.001, high=1)),
+    ] = 0.9,
+    arrivals: Annotated[ArrivalKind | None, setting("As for `bench serve`; with --over rate.")] = None,
+    burstiness: Annotated[
+        float, setting("As for `bench serve`; with --over rate.", allowed=Range(low=1e-3, high=1e6))
+    ] = 1.0,
+    burst_size: Annotated[
+        int,
+        setting("As for `bench serve`; with --over rate.", allowed=Range(low=1, high=MAX_REQUESTS)),
+    ] = 1,
+    target: TargetFlags | None = None,
+    prompts: PromptFlags | None = None,
+    report: ReportFlags | None = None,
+) -> int:
+    """Raise the load on a server until it is saturated, and draw the curve."""
+    try:
+        plan = SweepPlan(
+            over=over,
+            loads=_numbers(loads, param="loads"),
+            num_requests=prompts.num_prompts if prompts else None,
+            min_gain=min_gain,
+            min_good=min_good,
+        )
+        is_rate = over == "rate"
+        pace = PaceFlags(
+            request_rate=plan.loads[0] if is_rate else math.inf,
+            arrivals=arrivals,
+            burstiness=burstiness,
+            burst_size=burst_size,
+        )
+        flags = LoadFlags(
+            target=target or TargetFlags(),
+            prompts=prompts or PromptFlags(),
+            pace=pace,
+            report=report or ReportFlags(),
+        )
+        _check_sweep(flags)
+    except RequestError as error:
+        return _failed(error, code=EXIT_USAGE)
+    return ended(lambda: _sweep(flags, plan=plan))
+
+
+def _check_sweep(flags: LoadFlags) -> None:
+    if flags.prompts.dataset_name == "trace":
+        raise InvalidParameterError("dataset_name is trace, a sweep sets the times itself: use bench serve")
+    if flags.report.save_detailed:
+        raise InvalidParameterError(
+            "save_detailed is set, a sweep keeps no rows of requests: use bench serve"
+        )
+
+
+async def _sweep(flags: LoadFlags, *, plan: SweepPlan) -> int:
+    options = serve_options(flags)
+    outputs = Outputs.of(flags.report)
+    console, is_shown = Console(stderr=True), flags.report.progress
+    prepared = await prepare(options)
+    await warm_up(options, prepared=prepared, console=console, is_shown=is_shown)
+    found = await run_sweep(options, plan=plan, prepared=prepared, console=console, is_shown=is_shown)
+    target = prepared.target
+    title = f"{target.model} at {target.request_url}: sweep over {plan.over}"
+    print_sweep(Console(), sweep=found, title=title, notes=prepared.notes)
+    kept = sweep_record(found, options=options, prepared=prepared, metadata=outputs.metadata)
+    path = outputs.path("sweep", model=target.model)
+    outputs.save(kept, path=path)
+    if outputs.is_drawn:
+        lengths = f"prompts {options.recipe.input_lens}, answers {options.recipe.output_lens}"
+        subtitle = f"{title}, {lengths}\n{machine_words()}"
+        outputs.draw(draw_sweep(found, subtitle=subtitle), path=path)
+    return sweep_exit_code(found)
+
+
+def sweep_exit_code(found: Sweep) -> int:
+    """Failed requests beyond saturation are what a sweep looks for: only an early end is no success."""
+    if found.reason == "errors":
+        return EXIT_FAILED
+    return EXIT_BY_STATUS[found.points[-1].summary.status]
+
+
 async def _serve(flags: LoadFlags) -> int:
     options = serve_options(flags)
     outputs = Outputs.of(flags.report)
@@ -265,7 +357,7 @@ def serve_options(flags: LoadFlags) -> ServeOptions:
         ready_timeout_s=flags.target.ready_check_timeout_sec,
         slos=parse_slos(report.goodput),
         metrics=_metrics(report.percentile_metrics),
-        percentiles=check_percentiles(_numbers(report.metric_percentiles)),
+        percentiles=check_percentiles(_numbers(report.metric_percentiles, param="metric_percentiles")),
     )
 
 
@@ -378,13 +470,12 @@ def _metrics(text: str) -> tuple[Metric, ...]:
     return found
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _numbers(text: str, *, param: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
         raise InvalidParameterError(
-            f"metric_percentiles is {text!r:.80}, it must be numbers from 0 to 100",
-            param="metric_percentiles",
+            f"{param} is {text!r:.80}, it must be numbers with commas between", param=param
         ) from None
 
 
