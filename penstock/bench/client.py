@@ -13,6 +13,7 @@ Called by `load`, which decides when.
 
 import asyncio
 import contextlib
+import os
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -280,12 +281,16 @@ def _check_answer(record: RequestRecord, *, target: Target) -> None:
 def failure_of(error: Exception) -> Failure:
     """The kind of an exception of aiohttp, the sockets or the decoder."""
     message = one_line(str(error) or type(error).__name__)
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+    if isinstance(error, aiohttp.ClientConnectorError):
+        reason = error.os_error
+        told = os.strerror(reason.errno) if reason.errno and reason.errno > 0 else reason.strerror or message
+        return Failure(kind="connect", message=one_line(f"{error.host}:{error.port}: {told}"))
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
         return Failure(kind="connect", message=message)
     if isinstance(error, TimeoutError):
-        return Failure(kind="timeout", message=message)
-    if isinstance(error, aiohttp.ClientError | OSError):
-        return Failure(kind="disconnected", message=message)
+        return Failure(kind="timeout", message="no end of the answer within the time for a request")
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | OSError):
+        return Failure(kind="disconnected", message="the connection broke before the answer was whole")
     return Failure(kind="malformed", message=message)
 
 

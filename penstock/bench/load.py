@@ -247,16 +247,17 @@ class Load:
         finally:
             self.counters.num_done += 1
             self.counters.num_failed += not record.is_ok
-            self._places.release()
         if record.failure is not None and record.failure.kind in TRANSPORT_KINDS:
             await self._end_if_dead(record.failure)
+        # Only now: a user whose connection broke does not send again before it is known why.
+        self._places.release()
 
     async def _end_if_dead(self, failure: Failure) -> None:
         """One question at a time, however many requests broke."""
         if self._alive_check is None or self._alive_check.done():
             self._alive_check = asyncio.ensure_future(self._is_alive())
         if not await asyncio.shield(self._alive_check):
-            self._stop.set("server_died", failure.message)
+            self._stop.set("server_died", f"nobody listens there any more ({failure.message})")
 
     @contextlib.asynccontextmanager
     async def _probed(self) -> AsyncIterator[None]:

@@ -25,6 +25,8 @@ from penstock.text.tokenizer import Tokenizer
 
 PromptFormat = Literal["auto", "ids", "text"]
 PROBE_TOKENS: Final = 16
+UNEXPECTED_CACHED: Final = 0.2
+"""Share of prompt tokens that no cache should know: all prompts begin with the same chat template at most."""
 SCALE_WORDS: Final = (8, 72)
 """Words of the two prompts that measure tokens per word; both fit any context."""
 
@@ -80,6 +82,8 @@ class Measured:
 
     result: LoadResult
     summary: Summary
+    notes: tuple[str, ...] = ()
+    """What to know about the figures."""
 
 
 async def prepare(options: ServeOptions) -> Prepared:
@@ -210,7 +214,17 @@ async def measure(
     workload = make_workload(options.recipe, writer=prepared.writer)
     with live(console, title=title, is_shown=is_shown) as watcher:
         result = await drive(workload, prepared.target, watcher=watcher)
-    return Measured(result=result, summary=figures(options, result=result))
+    summary = figures(options, result=result)
+    return Measured(result=result, summary=summary, notes=_cache_notes(options.recipe, summary=summary))
+
+
+def _cache_notes(recipe: Recipe, *, summary: Summary) -> tuple[str, ...]:
+    """Tell if a cache made the prompts cheaper than their lengths say."""
+    is_shared = recipe.prefix_len > 0 or any(request.hash_ids for request in recipe.trace)
+    if is_shared or summary.num_cached_tokens <= UNEXPECTED_CACHED * summary.num_prompt_tokens:
+        return ()
+    seen = f"{summary.num_cached_tokens} of {summary.num_prompt_tokens} prompt tokens came from the server's"
+    return (f"{seen} prefix cache, it has had these prompts before: use another --seed",)
 
 
 def figures(options: ServeOptions, *, result: LoadResult) -> Summary:
@@ -281,7 +295,7 @@ def record(
         workload=workload_fields(options, prepared=prepared),
         summary=measured.summary,
         server=prepared.server,
-        notes=prepared.notes,
+        notes=(*prepared.notes, *measured.notes),
         metadata=metadata,
         requests=measured.result if is_detailed else None,
     )

@@ -300,7 +300,7 @@ async def _serve(flags: LoadFlags) -> int:
     await warm_up(options, prepared=prepared, console=console, is_shown=flags.report.progress)
     measured = await measure(options, prepared=prepared, console=console, is_shown=flags.report.progress)
     title = title_of(options, prepared=prepared)
-    print_summary(Console(), summary=measured.summary, title=title, notes=prepared.notes)
+    print_summary(Console(), summary=measured.summary, title=title, notes=(*prepared.notes, *measured.notes))
     kept = record(
         options,
         prepared=prepared,
