@@ -1,0 +1,12 @@
+// int8 rows by int8 weights with TDPBSSD: 64 inputs a product. Same bits as int8_scalar.cpp.
+#include "../tiles/tile.h"
+#include "int8_tiles.inl"
+
+namespace penstock {
+
+void multiply_int8_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+    if (num_rows < int8_tile_rows) return multiply_int8_avx512(x, first_row, num_rows, w, panel, out);
+    multiply_int8(x, first_row, num_rows, w, panel, out);
+}
+
+}  // namespace penstock
