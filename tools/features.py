@@ -69,6 +69,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _request("cancel", "cancellation"),
     _engine("prefix_caching", "prefix caching"),
     _engine("chunked_prefill", "chunked prefill"),
+    _engine("whole_prompts", "enable_chunked_prefill off"),
     _engine("preemption", "preemption"),
     _engine("fcfs", "scheduling policy fcfs"),
     _engine("sliding_window", "sliding window"),
@@ -94,6 +95,12 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         second="echo",
         words=("echo", "logprobs"),
         reason="the prompt's logprobs are not computed",
+    ),
+    RefusedPair(
+        first="chunked_prefill",
+        second="whole_prompts",
+        words=("max_num_batched_tokens", "enable_chunked_prefill"),
+        reason="a budget below a whole context cuts prompts",
     ),
 )
 

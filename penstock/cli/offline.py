@@ -60,6 +60,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "max_num_seqs": (int,),
     "max_num_batched_tokens": (int,),
     "enable_prefix_caching": (bool,),
+    "enable_chunked_prefill": (bool,),
     "block_size": (int,),
     "num_kv_blocks": (int, NONE),
     "kv_cache_memory_bytes": (int, NONE),
@@ -83,6 +84,7 @@ class LLM:
         max_num_seqs: most sequences in one step, 1 to 4096.
         max_num_batched_tokens: most tokens in one step.
         enable_prefix_caching: keep blocks for prompts that begin alike.
+        enable_chunked_prefill: compute prompts in chunks; False computes each whole in one step.
         block_size: token slots in a KV block, a power of two.
         num_kv_blocks: size of the pool; None derives it.
         kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
@@ -108,6 +110,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -133,6 +136,7 @@ class LLM:
                     max_num_seqs=max_num_seqs,
                     max_num_batched_tokens=max_num_batched_tokens,
                     enable_prefix_caching=enable_prefix_caching,
+                    enable_chunked_prefill=enable_chunked_prefill,
                     step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
                     decode_stretch=OFFLINE_DECODE_STRETCH,
                 )

@@ -39,8 +39,6 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "enable_auto_tool_choice": _NO_TOOLS,
     "trust_remote_code": "code from model folders is never run; see the list of known architectures",
     "enforce_eager": "there are no recorded graphs to switch off; --kernels eager is the plain path",
-    "enable_chunked_prefill": "prompts are always computed in chunks that fit the step",
-    "no_enable_chunked_prefill": "prompts are always computed in chunks that fit the step",
     "task": "only text generation is served yet",
     "runner": "only text generation is served yet",
     "tokenizer": "the tokenizer comes with the model",

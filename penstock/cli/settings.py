@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from penstock.cli.setting import PowerOfTwo, Range, setting
-from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.engine.config import MAX_BLOCK_SIZE, EngineConfig, KvConfig, SchedulerConfig
 
 GIB = 1 << 30
 
@@ -80,9 +80,17 @@ class ServeSettings:
     enable_prefix_caching: Annotated[
         bool, setting("Keep the blocks of earlier prompts for later requests that begin alike.")
     ] = True
-    block_size: Annotated[int, setting("Token slots in a KV block.", allowed=PowerOfTwo(low=1, high=256))] = (
-        16
-    )
+    enable_chunked_prefill: Annotated[
+        bool,
+        setting("Compute prompts in chunks beside running answers; off, each whole in one step."),
+    ] = True
+    block_size: Annotated[
+        int,
+        setting(
+            "Token slots in a KV block; as many as max_model_len give each sequence its memory in one piece.",
+            allowed=PowerOfTwo(low=1, high=MAX_BLOCK_SIZE),
+        ),
+    ] = 16
     num_kv_blocks: Annotated[
         int | None,
         setting(
@@ -142,6 +150,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             max_num_queued_reqs=settings.max_num_queued_reqs,
             max_num_queued_tokens=settings.max_num_queued_tokens,
             enable_prefix_caching=settings.enable_prefix_caching,
+            enable_chunked_prefill=settings.enable_chunked_prefill,
             policy=settings.scheduling_policy,
         ),
         kv=KvConfig(

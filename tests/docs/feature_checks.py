@@ -312,6 +312,8 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert case.engine.order(case.request) == [Priority.BATCH, Priority.REALTIME]
     if name == "chunked_prefill":
         assert run.max_step_tokens <= CHUNK
+    if name == "whole_prompts" and "prefix_caching" not in case.names:
+        assert run.max_step_tokens >= case.engine.num_prompt_tokens(case.request)
     if name == "preemption" and not case.is_cut:
         assert run.num_preemptions > 0
     if name != "eager_bfloat16" and "eager_bfloat16" not in case.names and name != "sliding_window":

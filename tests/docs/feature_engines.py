@@ -168,6 +168,7 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
             max_num_seqs=NUM_SEATS,
             max_num_batched_tokens=CHUNK if "chunked_prefill" in features else 256,
             enable_prefix_caching="prefix_caching" in features,
+            enable_chunked_prefill="whole_prompts" not in features,
             policy="fcfs" if "fcfs" in features else "fair",
         ),
         kv=KvConfig(
