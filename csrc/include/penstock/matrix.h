@@ -9,12 +9,25 @@
 // int4  [ceil(N/32)] [Kp/8] [32 features] [8 inputs]      byte j of a feature: low nibble input j, high nibble input j + 4
 // ```
 //
-// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero. 16 rows of 64 bytes at a stride of
+// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero (int4: nibbles of 8). 16 rows of 64 bytes at a stride of
 // 128 are one operand tile of AMX; two such vectors a row are what AVX-512 multiplies by a broadcast group of the input.
 //
 // Quantization (both symmetric, round to nearest even):
-//   int8  one scale a feature: scale = max|w| / 127, q = clamp(round(w / scale), -127, 127)
+//   int8  one scale a feature: scale = max|w| / 127, q = round(w / scale) in [-127, 127] (all 0 where scale is 0)
 //   int4  one scale a feature and `group_size` inputs (32, 64 or 128), stored as float16; q in [-8, 7], stored as q + 8
+//
+// The scale of an int4 group is the best of five. All in float32, each operation rounded; m is the group's value of
+// greatest magnitude with its sign (the first of equals), the last group is filled up with zeros:
+//
+// ```
+// for d in -7, -7.5, -8, -8.5, -9:
+//     s = float16(m / d)          i = 1 / s, or 0 where s is 0
+//     q = min(max(round(w * i), -8), 7)
+//     e = (w - q * s)^2, summed by halves: e[j] += e[j + n/2] for j < n/2; n /= 2; until n is 1
+// the first s of the least e, and its q
+// ```
+//
+// Infinity and NaN are refused, for int4 also magnitudes above 458528 (65504 * 7), and more than 131072 inputs.
 #pragma once
 
 #include <cstddef>
@@ -40,7 +53,7 @@ struct Matrix {
     int num_panels;
     int group_size;      // int4: inputs that share a scale; 0 otherwise
     HugeBuffer values;   // panels, as drawn above
-    HugeBuffer scales;   // int8: float32 [num_panels * 32]; int4: float16 [num_panels][padded_inputs / group_size][32]
+    HugeBuffer scales;   // int8: float32 [num_panels * 32]; int4: float16 [num_panels][num_groups()][32]
 
     int num_groups() const { return group_size ? (padded_inputs + group_size - 1) / group_size : 0; }
     std::size_t num_bytes() const { return values.size() + scales.size(); }
