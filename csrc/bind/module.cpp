@@ -118,6 +118,8 @@ void bind_program(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // A process ends with its model alive, which the interpreter does not take down: no leak of ours.
+    nb::set_leak_warnings(false);
     m.def("supported_isas", &supported_isa_names);
     bind_program(m);
     bind_linear(m);

@@ -29,6 +29,7 @@ from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.rank_group import LocalRank
 from penstock.engine.runner.runner import Runner
 from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.kernels.ops import kv_block
 from penstock.models.interface import LoadedModel
 from penstock.models.loader import load_model
 from penstock.observe.clock import SystemClock
@@ -118,13 +119,8 @@ def _join(
 
 
 def _block_bytes(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout) -> int:
-    return bytes_per_block(
-        layout,
-        block_size=config.kv.block_size,
-        num_kv_heads=loaded.model.num_kv_heads,
-        head_dim=loaded.model.head_dim,
-        dtype=loaded.dtype,
-    )
+    shape = loaded.kv_shape(block_size=config.kv.block_size)
+    return bytes_per_block(layout, block=kv_block(loaded.kernels, shape))
 
 
 def _kv_manager(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, num_blocks: int) -> KvManager:
@@ -133,7 +129,7 @@ def _kv_manager(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, 
         num_blocks=num_blocks,
         block_size=config.kv.block_size,
         model_revision=config.model_revision,
-        kv_dtype=str(loaded.dtype),
+        kv_dtype=str(loaded.kv_dtype),
         enable_prefix_caching=config.scheduler.enable_prefix_caching,
     )
 

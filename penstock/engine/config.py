@@ -7,7 +7,7 @@ import msgspec
 from penstock.core.errors import StartupError
 
 DTYPES: Final = ("auto", "float32", "bfloat16")
-KERNELS: Final = ("auto", "reference", "eager")
+KERNELS: Final = ("auto", "native", "reference", "eager")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_MODEL_LEN: Final = 1 << 24
 MAX_BLOCK_SIZE: Final = MAX_MODEL_LEN

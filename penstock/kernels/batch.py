@@ -16,6 +16,7 @@ slot_mapping     [8 9 10 13]         block 2 * 4 + 0..2; block 3 * 4 + 1
 ```
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -43,13 +44,48 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvShape:
+    """What one block of one layer holds: `block_size` keys (and as many values) of every head."""
+
+    block_size: int
+    """Token slots."""
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    """Of what is kept: the model's, or int8 with a scale a token and head."""
+
+    @property
+    def is_int8(self) -> bool:
+        """True if keys and values are quantized."""
+        return self.dtype == torch.int8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvBlock:
+    """How a kernel home keeps the keys (or the values) of one block of one layer."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys; the values take as many."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KvSlab:
-    """Keys and values of one layer; a view into the pool, shared by the groups' layers with this slab."""
+    """Keys and values of one layer; a view into the pool, shared by the groups' layers with this slab.
+
+    The kernel home alone knows what stands where in a block (`ops.kv_block`); everybody else copies and
+    clears whole blocks.
+    """
 
     keys: torch.Tensor
-    """[num_blocks, block_size, num_kv_heads, head_dim]"""
+    """[num_blocks, *block]"""
     values: torch.Tensor
-    """[num_blocks, block_size, num_kv_heads, head_dim]"""
+    """[num_blocks, *block]"""
+    shape: KvShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

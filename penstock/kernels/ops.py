@@ -1,21 +1,22 @@
 """The contract of every operation: shapes, dtypes, meaning, and the dispatch to the chosen home.
 
-A home (`kernels/reference`, `kernels/eager`) is a plain object that fits `KernelSet`; `registry` picks
-it, and the model's layers hold it. Layers call the functions here, which check what they are given and
-pass it on. Nothing here computes. Every home passes the one test in `tests/unit/kernels`.
+A home (`kernels/cpu`, `kernels/eager`, `kernels/reference`) is a plain object that fits `KernelSet`;
+`registry` picks it, and the model's layers hold it. Layers call the functions here, which check what they are
+given and pass it on. Nothing here computes. Every home passes the one test in `tests/unit/kernels`.
 
 Letters: T tokens of the step, S sequences, H query heads, N key/value heads, D head size, R rotated part
 of a head, I input features, O output features, E experts, P blocks of the pool, B slots of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.kernels.batch import AttentionBatch, KvSlab
+from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
+from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +31,38 @@ class AttentionShape:
     """Scores become `softcap * tanh(score / softcap)`; None for no cap."""
 
 
+class LinearWeight(Protocol):
+    """The weight and bias of a product, in the form that the home which made it multiplies by."""
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it keeps resident, a mapped file's pages included."""
+        ...
+
+
+Release = Callable[[Tensor], None]
+"""Told which rows of a weight a home has taken over and will not read again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
     """One expert's gated MLP, SiLU on the gate."""
 
-    gate: Tensor
+    gate: LinearWeight
     """[moe_intermediate_size, hidden_size]"""
-    up: Tensor
+    up: LinearWeight
     """[moe_intermediate_size, hidden_size]"""
-    down: Tensor
+    down: LinearWeight
     """[hidden_size, moe_intermediate_size]"""
 
 
@@ -74,7 +98,11 @@ class KernelSet(Protocol):
         """See `layer_norm`."""
         ...
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope_angles(self, positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
+        """See `rope_angles`."""
+        ...
+
+    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
         """See `rope`."""
         ...
 
@@ -90,12 +118,37 @@ class KernelSet(Protocol):
         """See `gelu`."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    @property
+    def copies_weights(self) -> bool:
+        """True if `prepare_linear` makes a copy, so that the original need not stay in memory."""
+        ...
+
+    def prepare_linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        quantization: Quantization,
+        parts: Sequence[int],
+        release: Release | None,
+    ) -> LinearWeight:
+        """See `prepare_linear`."""
+        ...
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """See `linear`."""
         ...
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
         """See `embedding`."""
+        ...
+
+    def softcap(self, x: Tensor, *, cap: float) -> Tensor:
+        """See `softcap`."""
+        ...
+
+    def kv_block(self, shape: KvShape) -> KvBlock:
+        """See `kv_block`."""
         ...
 
     def write_kv(self, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
@@ -188,7 +241,25 @@ def layer_norm(kernels: KernelSet, x: Tensor, weight: Tensor, bias: Tensor, *, e
     return kernels.layer_norm(x, weight, bias, eps=eps)
 
 
-def rope(kernels: KernelSet, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_angles(kernels: KernelSet, positions: Tensor, frequencies: Tensor, *, factor: float = 1.0) -> Tensor:
+    """Cosines and sines of `position * frequency`, times `factor`.
+
+    Args:
+        kernels: the home that computes it.
+        positions: [T] int64, 0 or more.
+        frequencies: [R / 2] float32.
+        factor: on cosines and sines.
+
+    Returns:
+        [T, R] float32, cosines then sines. The angle is a float32 product, as in training, its cosine exact
+        to a rounding, so that a row does not depend on where it lies in the step.
+    """
+    assert positions.dtype == torch.int64, positions.dtype
+    assert frequencies.dtype == torch.float32, frequencies.dtype
+    return kernels.rope_angles(positions, frequencies, factor=factor)
+
+
+def rope(kernels: KernelSet, x: Tensor, angles: Tensor) -> Tensor:
     """Rotate the first R dimensions of every head by its token's angles; the rest passes.
 
     Dimension i is paired with i + R / 2: `(a, b) -> (a cos - b sin, b cos + a sin)`.
@@ -196,19 +267,17 @@ def rope(kernels: KernelSet, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         kernels: the home that computes it.
         x: [T, H, D] queries or keys; not changed.
-        cos: [T, R / 2] float32, with R even and at most D.
-        sin: [T, R / 2] float32.
+        angles: [T, R] float32, as `rope_angles` returns them, with R even and at most D.
 
     Returns:
         [T, H, D] of x's dtype, computed in float32.
 
     **Source:** Su et al., RoFormer, 2021, section 3.4.2, in the half-split layout of GPT-NeoX.
     """
-    assert cos.shape == sin.shape, (cos.shape, sin.shape)
-    assert cos.shape[0] == x.shape[0], (x.shape, cos.shape)
-    assert 2 * cos.shape[1] <= x.shape[2], (x.shape, cos.shape)
-    assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
-    return kernels.rope(x, cos, sin)
+    assert angles.shape[0] == x.shape[0], (x.shape, angles.shape)
+    assert angles.shape[1] <= x.shape[2], (x.shape, angles.shape)
+    assert angles.dtype == torch.float32, angles.dtype
+    return kernels.rope(x, angles)
 
 
 def silu_and_mul(kernels: KernelSet, gate: Tensor, up: Tensor) -> Tensor:
@@ -262,38 +331,103 @@ def gelu(kernels: KernelSet, x: Tensor, *, tanh: bool) -> Tensor:
     return kernels.gelu(x, tanh=tanh)
 
 
-def linear(kernels: KernelSet, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def prepare_linear(
+    kernels: KernelSet,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    quantization: Quantization = NO_QUANTIZATION,
+    parts: Sequence[int] = (),
+    release: Release | None = None,
+) -> LinearWeight:
+    """Bring a weight into the form that the home multiplies by; once, while loading.
+
+    Args:
+        kernels: the home that will use it.
+        weight: [O, I] float32 or bfloat16; may be a transposed view, and mapped from a file.
+        bias: [O] or None.
+        quantization: the rule is that of `csrc/include/penstock/matrix.h`, in every home.
+        parts: outputs of the pieces in which it is used, adding up to O; none leaves them to the home.
+        release: told of rows that the home has copied.
+
+    Returns:
+        What `linear` takes.
+    """
+    assert weight.dim() == 2, weight.shape
+    assert bias is None or bias.shape == weight.shape[:1], (weight.shape, bias)
+    return kernels.prepare_linear(weight, bias, quantization=quantization, parts=parts, release=release)
+
+
+def linear(kernels: KernelSet, x: Tensor, weight: LinearWeight) -> Tensor:
     """`x @ weight.T + bias`.
 
     Args:
         kernels: the home that computes it.
-        x: [T, I].
-        weight: [O, I], of x's dtype; may be a transposed view.
-        bias: [O] or None.
+        x: [T, I] of the dtype of the weight that was prepared.
+        weight: [O, I] and its bias, from `prepare_linear` of the same home.
 
     Returns:
         [T, O] of x's dtype; sums run in at least float32.
     """
-    assert x.shape[1] == weight.shape[1], (x.shape, weight.shape)
-    assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
-    assert bias is None or bias.shape == weight.shape[:1], (weight.shape, bias)
-    return kernels.linear(x, weight, bias)
+    assert x.shape[1] == weight.in_features, (x.shape, weight.in_features)
+    return kernels.linear(x, weight)
 
 
-def embedding(kernels: KernelSet, token_ids: Tensor, weight: Tensor) -> Tensor:
-    """The rows of `weight` that `token_ids` name.
+def embedding(kernels: KernelSet, token_ids: Tensor, weight: Tensor, *, scale: float = 1.0) -> Tensor:
+    """The rows of `weight` that `token_ids` name, times `scale`.
 
     Args:
         kernels: the home that computes it.
         token_ids: [T] int64, each in [0, vocab_size).
         weight: [vocab_size, I].
+        scale: rounded to the weight's dtype first, as in training (Gemma).
 
     Returns:
         [T, I], a new tensor.
     """
     assert token_ids.dtype == torch.int64, token_ids.dtype
     assert token_ids.dim() == 1, token_ids.shape
-    return kernels.embedding(token_ids, weight)
+    return kernels.embedding(token_ids, weight, scale=torch.tensor(scale, dtype=weight.dtype).item())
+
+
+def softcap(kernels: KernelSet, x: Tensor, *, cap: float) -> Tensor:
+    """`cap * tanh(x / cap)`.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I] float32; not used any more by the caller.
+        cap: above 0.
+
+    Returns:
+        [T, I] float32, possibly x itself.
+
+    **Source:** Gemma Team, Gemma 2, 2024, section 2.
+    """
+    assert x.dtype == torch.float32, x.dtype
+    return kernels.softcap(x, cap=cap)
+
+
+def kv_block(kernels: KernelSet, shape: KvShape) -> KvBlock:
+    """How the home keeps the keys of one block of one layer; the values lie as the keys.
+
+    Args:
+        kernels: the home.
+        shape: what a block holds.
+    """
+    return kernels.kv_block(shape)
+
+
+def make_slab(kernels: KernelSet, shape: KvShape, *, num_blocks: int) -> KvSlab:
+    """Blocks of zeros for one layer, as the home keeps them; for tests and measurements.
+
+    Args:
+        kernels: the home.
+        shape: what a block holds.
+        num_blocks: P.
+    """
+    block = kernels.kv_block(shape)
+    keys, values = (torch.zeros(num_blocks, *block.shape, dtype=block.dtype) for _ in range(2))
+    return KvSlab(keys=keys, values=values, shape=shape)
 
 
 def write_kv(kernels: KernelSet, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
@@ -305,13 +439,12 @@ def write_kv(kernels: KernelSet, keys: Tensor, values: Tensor, slab: KvSlab, slo
         kernels: the home that does it.
         keys: [T, N, D].
         values: [T, N, D].
-        slab: [P, B, N, D] each; may be strided over blocks.
+        slab: P blocks of B slots, as the home keeps them; may be strided over blocks.
         slot_mapping: [T] int64, block_id * B + offset, no slot twice.
     """
     assert keys.shape == values.shape, (keys.shape, values.shape)
-    assert keys.shape[1:] == slab.keys.shape[2:], (keys.shape, slab.keys.shape)
+    assert keys.shape[1:] == (slab.shape.num_kv_heads, slab.shape.head_dim), (keys.shape, slab.shape)
     assert slot_mapping.shape == keys.shape[:1], (slot_mapping.shape, keys.shape)
-    assert keys.dtype == slab.keys.dtype, (keys.dtype, slab.keys.dtype)
     kernels.write_kv(keys, values, slab, slot_mapping)
 
 
@@ -327,7 +460,7 @@ def paged_attention(
     Args:
         kernels: the home that computes it.
         query: [T, H, D], the rows in the order of `batch`.
-        slab: [P, B, N, D] each, this step's keys and values already written.
+        slab: P blocks, this step's keys and values already written.
         batch: lengths and block tables of the layer's cache group.
         shape: scale, window, soft-cap.
 
@@ -337,8 +470,8 @@ def paged_attention(
     **Source:** Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023, section 4;
     soft-cap: Gemma Team, Gemma 2, 2024, section 2.
     """
-    assert query.shape[2] == slab.keys.shape[3], (query.shape, slab.keys.shape)
-    assert query.shape[1] % slab.keys.shape[2] == 0, (query.shape, slab.keys.shape)
+    assert query.shape[2] == slab.shape.head_dim, (query.shape, slab.shape)
+    assert query.shape[1] % slab.shape.num_kv_heads == 0, (query.shape, slab.shape)
     assert query.shape[0] == batch.slot_mapping.shape[0], (query.shape, batch.slot_mapping.shape)
     return kernels.paged_attention(query, slab, batch, shape)
 

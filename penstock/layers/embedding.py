@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from penstock.kernels import ops
@@ -22,7 +21,7 @@ class Embedding:
 
     def scaled(self, indices: Tensor, scale: float) -> Tensor:
         """The same times `scale`, which is rounded to the weight's dtype first, as in training."""
-        return self(indices) * torch.tensor(scale, dtype=self.weight.dtype)
+        return ops.embedding(self.kernels, indices, self.weight, scale=scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,7 @@ class LmHead:
     """Hidden states to logits."""
 
     kernels: ops.KernelSet
-    weight: Tensor
+    weight: ops.LinearWeight
     """[vocab_size, hidden_size]"""
     softcap: float | None = None
     """Logits become `softcap * tanh(logit / softcap)`; None for no cap."""
@@ -38,6 +37,4 @@ class LmHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] to [rows, vocab_size] float32."""
         logits = ops.linear(self.kernels, hidden, self.weight).float()
-        if self.softcap is None:
-            return logits
-        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.softcap is None else ops.softcap(self.kernels, logits, cap=self.softcap)

@@ -1,4 +1,4 @@
-"""A dense layer over a checkpoint's weight, without a copy of it."""
+"""A dense layer over a prepared weight."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,9 @@ class Linear:
     """`x @ weight.T + bias`."""
 
     kernels: ops.KernelSet
-    weight: Tensor
-    """[out_features, in_features]"""
-    bias: Tensor | None = None
-    """[out_features]"""
+    weight: ops.LinearWeight
+    """[out_features, in_features], with its bias."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] to [T, out_features]."""
-        return ops.linear(self.kernels, x, self.weight, self.bias)
+        return ops.linear(self.kernels, x, self.weight)

@@ -139,14 +139,12 @@ class RopeAngles:
     """The angles of a step's tokens."""
 
     kernels: ops.KernelSet
-    cos: Tensor
-    """[T, R / 2] float32"""
-    sin: Tensor
-    """[T, R / 2] float32"""
+    values: Tensor
+    """[T, R] float32: cosines, then sines."""
 
     def rotate(self, x: Tensor) -> Tensor:
         """Queries or keys [T, heads, D], rotated."""
-        return ops.rope(self.kernels, x, self.cos, self.sin)
+        return ops.rope(self.kernels, x, self.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,15 +168,6 @@ class Rope:
         self._factor = spec.scaling.attention_factor
 
     def angles(self, positions: Tensor) -> RopeAngles:
-        """Angles of a step.
-
-        Args:
-            positions: [T] int64, 0 or more.
-
-        Returns:
-            cos and sin; the angle is a float32 product, as in training, its cosine exact to a rounding, so
-            that a row does not depend on where it lies in the step.
-        """
-        angles = (positions.float().unsqueeze(1) * self._frequencies).double()
-        cos = (angles.cos() * self._factor).float()
-        return RopeAngles(kernels=self._kernels, cos=cos, sin=(angles.sin() * self._factor).float())
+        """Angles of a step's positions [T] int64, 0 or more."""
+        values = ops.rope_angles(self._kernels, positions, self._frequencies, factor=self._factor)
+        return RopeAngles(kernels=self._kernels, values=values)

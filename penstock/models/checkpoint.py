@@ -189,6 +189,7 @@ class Checkpoint:
     def __init__(self, entries: dict[str, TensorEntry]) -> None:
         self._entries = entries
         self._maps: dict[Path, mmap.mmap] = {}
+        self._starts: dict[int, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -215,18 +216,51 @@ class Checkpoint:
             )
         return entry
 
-    def read(self, entry: TensorEntry) -> Tensor:
-        """The tensor's data in its own dtype, mapped from the file: no copy. Fills its pages."""
+    def read(self, entry: TensorEntry, *, fill: bool = True) -> Tensor:
+        """The tensor's data in its own dtype, mapped from the file: no copy.
+
+        Args:
+            entry: where it lies.
+            fill: read its pages now, not at the first use.
+        """
         mapped = self._maps.get(entry.file)
         if mapped is None:
             mapped = self._maps[entry.file] = _map(entry.file)
-        _populate(mapped, entry)
+            self._starts[torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()] = mapped
+        if fill:
+            _populate(mapped, entry)
         dtype = DTYPES[entry.dtype]
         if entry.start % dtype.itemsize:  # an unpadded header; aligned reads need a copy
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start)
             return raw.clone().view(dtype).view(entry.shape)
         count = entry.num_bytes // dtype.itemsize
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+    def release(self, tensor: Tensor) -> None:
+        """Forget the pages of (part of) a tensor that was read; a later use reads them from the file again.
+
+        A tensor that is not mapped, or does not lie in one piece, is left alone.
+        """
+        if not tensor.is_contiguous() and not tensor.t().is_contiguous():
+            return
+        place = self._place(tensor)
+        if place is None:
+            return
+        mapped, first = place
+        begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (first + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def is_mapped(self, tensor: Tensor) -> bool:
+        """True if the tensor's data is that of a file."""
+        return self._place(tensor) is not None
+
+    def _place(self, tensor: Tensor) -> tuple[mmap.mmap, int] | None:
+        for start, mapped in self._starts.items():
+            if start <= tensor.data_ptr() < start + len(mapped):
+                return mapped, tensor.data_ptr() - start
+        return None
 
     def dtypes(self) -> set[str]:
         """The format's words for all dtypes in the files."""

@@ -4,14 +4,16 @@
 file implements `CausalLM`; `loader` returns a `LoadedModel`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.kernels.batch import ForwardBatch
+from penstock.kernels.batch import ForwardBatch, KvShape
 from penstock.kernels.ops import KernelSet
+from penstock.kernels.quantization import Quantization
 from penstock.models.config import DecoderShape
 
 
@@ -85,10 +87,26 @@ class LoadedModel:
     """As `config.json` names it, e.g. `LlamaForCausalLM`."""
     kernels: KernelSet
     dtype: torch.dtype
-    """Of weights, activations and KV cache."""
+    """Of weights and activations."""
+    kv_dtype: torch.dtype
+    """Of what the KV cache keeps."""
+    quantization: Quantization
+    execution: str
+    """How passes run: `recorded`, or `op by op` and why."""
     num_parameters: int
     """Tied weights counted once."""
     weights_bytes: int
-    """Of the tensors in use; they are mapped from the files where the dtype is theirs."""
+    """Of what is resident: tensors mapped from the files, and weights in the form of their kernels."""
+    buffer_bytes: Callable[[], int]
+    """Bytes that passes keep between steps."""
     max_model_len: int
     """Longest context in tokens, prompt and answer together."""
+
+    def kv_shape(self, *, block_size: int) -> KvShape:
+        """What a KV block of one layer holds."""
+        return KvShape(
+            block_size=block_size,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+            dtype=self.kv_dtype,
+        )

@@ -4,22 +4,29 @@ Order: config, architecture, headers, a check of every tensor, then the data. Th
 `load_model` once at start. Quantized formats are refused by name.
 """
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 
 from penstock.core.errors import CheckpointError, StartupError, UnsupportedModelError
+from penstock.kernels.batch import KvShape
+from penstock.kernels.ops import KernelSet
+from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.registry import select_kernels
 from penstock.models.checkpoint import Checkpoint, open_checkpoint
 from penstock.models.config import ConfigReader, read_json_config
-from penstock.models.interface import LoadedModel
+from penstock.models.interface import CausalLM, LoadedModel
 from penstock.models.parts import Parts, Weights
 from penstock.models.registry import find_model
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+
+log = logging.getLogger("penstock.models")
 
 TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,6 +75,7 @@ def load_model(
     kernels: str = "auto",
     device: str = "cpu",
     max_model_len: int | None = None,
+    options: KernelOptions = DEFAULT_OPTIONS,
     on_progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a checkpoint.
@@ -78,6 +86,7 @@ def load_model(
         kernels: a name of `kernels.registry`, or `auto`.
         device: `cpu`.
         max_model_len: longest context to serve, in tokens; None for the model's own.
+        options: quantization, threads and what else the kernels are told.
         on_progress: told after each tensor.
 
     Returns:
@@ -93,23 +102,68 @@ def load_model(
     build = find_model(architecture)
     checkpoint = open_checkpoint(path)
     torch_dtype = _resolve_dtype(dtype, checkpoint)
-    kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype)
+    kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
     check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
     shape = build(reader, Parts(weights=check, kernels=kernel_set)).config.shape
     check.refuse_rest()
     served_len = _max_model_len(max_model_len, shape.max_position_embeddings)
     weights = _tracked_weights(checkpoint, dtype=torch_dtype, total=check.file_bytes, on_progress=on_progress)
-    model = build(reader, Parts(weights=weights, kernels=kernel_set, max_model_len=served_len))
+    weights.is_packed = kernel_set.copies_weights
+    parts = Parts(
+        weights=weights,
+        kernels=kernel_set,
+        quantization=options.quantization,
+        max_model_len=served_len,
+    )
+    run = _make_runnable(build(reader, parts), kernel_set, dtype=torch_dtype, options=options)
     return LoadedModel(
-        model=model,
-        config=model.config,
+        model=run.model,
+        config=run.model.config,
         architecture=architecture,
         kernels=kernel_set,
         dtype=torch_dtype,
-        num_parameters=sum(tensor.numel() for tensor in weights.taken.values()),
-        weights_bytes=sum(tensor.nbytes for tensor in weights.taken.values()),
+        kv_dtype=options.kv_dtype(torch_dtype),
+        quantization=options.quantization,
+        execution=run.execution,
+        num_parameters=weights.num_parameters,
+        weights_bytes=weights.resident_bytes,
+        buffer_bytes=run.buffer_bytes,
         max_model_len=served_len,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Runnable:
+    """A model as it will be run."""
+
+    model: CausalLM
+    execution: str
+    buffer_bytes: Callable[[], int] = lambda: 0
+
+
+def _make_runnable(
+    model: CausalLM, kernels: KernelSet, *, dtype: torch.dtype, options: KernelOptions
+) -> _Runnable:
+    """The model recorded, where the kernels can; else as it is."""
+    if kernels.name != "native":
+        return _Runnable(model=model, execution="op by op")
+    # Imported here: it needs the extension module, which is there if the native kernels are.
+    from penstock.kernels.cpu.kernel_set import NativeKernels
+    from penstock.models.recorded import RecordedModel
+
+    assert isinstance(kernels, NativeKernels)
+    kv = KvShape(
+        block_size=options.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=options.kv_dtype(dtype),
+    )
+    try:
+        recorded = RecordedModel(model, kernels, kv=kv, dtype=dtype)
+    except Exception as error:  # noqa: BLE001  the edge of an outside model's code, run without data
+        log.warning("the model's passes cannot be recorded and run op by op: %s", error)
+        return _Runnable(model=model, execution=f"op by op: {error}")
+    return _Runnable(model=recorded, execution="recorded", buffer_bytes=lambda: recorded.buffer_bytes)
 
 
 def _missing(path: Path) -> ConfigReader:

@@ -74,9 +74,9 @@ class MixtralAttention:
 def _expert(config: MixtralConfig, parts: Parts) -> ExpertWeights:
     hidden, inner = config.shape.hidden_size, config.shape.intermediate_size
     return ExpertWeights(
-        gate=parts.tensor("w1.weight", inner, hidden),
-        up=parts.tensor("w3.weight", inner, hidden),
-        down=parts.tensor("w2.weight", hidden, inner),
+        gate=parts.matrix("w1.weight", inner, hidden),
+        up=parts.matrix("w3.weight", inner, hidden),
+        down=parts.matrix("w2.weight", hidden, inner),
     )
 
 

@@ -5,19 +5,21 @@ loader builds every model twice: first over `meta` tensors, which checks each na
 milliseconds, then over the data; so nothing is half loaded.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError
-from penstock.kernels.ops import KernelSet
+from penstock.kernels import ops
+from penstock.kernels.ops import KernelSet, LinearWeight
+from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.layers.embedding import Embedding, LmHead
 from penstock.layers.linear import Linear
 from penstock.layers.mlp import Activation, GatedMlp
 from penstock.layers.norm import LayerNorm, RmsNorm
-from penstock.models.checkpoint import Checkpoint
+from penstock.models.checkpoint import Checkpoint, TensorEntry
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Tensors that older exports carry and that follow from the config: frequencies and causal masks."""
@@ -31,14 +33,25 @@ class Weights:
     dtype: torch.dtype
     is_check: bool
     """Hand out `meta` tensors: check only."""
+    is_packed: bool = False
+    """The kernels copy what they read often: pages of the files are not filled ahead."""
     on_tensor: Callable[[int], None] | None = None
     """Called after each tensor with the bytes taken so far, as the files count them."""
-    taken: dict[str, Tensor] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    num_parameters: int = 0
+    """Of what was taken."""
     file_bytes: int = 0
     """Size in the files of what was taken."""
+    resident_bytes: int = 0
+    """Of what the model keeps in memory: tensors as they are, and weights in the form of their kernels."""
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], *, is_kept: bool = True) -> Tensor:
         """The tensor in the model's dtype; mapped, or converted if the file has another dtype.
+
+        Args:
+            name: of the tensor.
+            shape: that it must have.
+            is_kept: False if it is only read once, to make something else of it.
 
         Raises:
             CheckpointError: missing or not of this shape.
@@ -48,11 +61,20 @@ class Weights:
         if self.is_check:
             tensor = torch.empty(shape, dtype=self.dtype, device="meta")
         else:
-            tensor = self.checkpoint.read(entry).to(self.dtype)
-        self.taken[name] = tensor
+            tensor = self._read(entry, fill=is_kept and not self.is_packed)
+        self.taken.add(name)
+        self.num_parameters += tensor.numel()
+        self.resident_bytes += tensor.nbytes if is_kept else 0
         self.file_bytes += entry.num_bytes
         if self.on_tensor is not None:
             self.on_tensor(self.file_bytes)
+        return tensor
+
+    def _read(self, entry: TensorEntry, *, fill: bool) -> Tensor:
+        stored = self.checkpoint.read(entry, fill=fill)
+        tensor = stored.to(self.dtype)
+        if tensor is not stored:
+            self.checkpoint.release(stored)
         return tensor
 
     def refuse_rest(self) -> None:
@@ -74,21 +96,29 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadWeight:
+    """What stands for a prepared weight while the checkpoint is only checked."""
+
+    out_features: int
+    in_features: int
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Layers under one name prefix."""
 
     weights: Weights
     kernels: KernelSet
+    quantization: Quantization = NO_QUANTIZATION
+    """Of the weights of linear layers, experts and the head."""
     max_model_len: int | None = None
     """Longest context that will be served; None for the model's own."""
     prefix: str = ""
 
     def at(self, name: str) -> "Parts":
         """The same, one level down."""
-        prefix = f"{self.prefix}{name}."
-        return Parts(
-            weights=self.weights, kernels=self.kernels, max_model_len=self.max_model_len, prefix=prefix
-        )
+        return replace(self, prefix=f"{self.prefix}{name}.")
 
     def has(self, name: str) -> bool:
         """True if the checkpoint has this tensor."""
@@ -98,21 +128,49 @@ class Parts:
         """The tensor `prefix + name`."""
         return self.weights.take(self.prefix + name, shape)
 
-    def linear(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> Linear:
-        """A dense layer stored as [out, in]."""
-        return Linear(
-            kernels=self.kernels,
-            weight=self.tensor(f"{name}.weight", out_features, in_features),
-            bias=self.tensor(f"{name}.bias", out_features) if bias else None,
-        )
+    def matrix(self, name: str, out_features: int, in_features: int) -> LinearWeight:
+        """The weight `prefix + name` of an expert's product, stored as [out, in]; in one piece."""
+        return self._prepared(self._source(name, out_features, in_features), parts=(out_features,))
+
+    def linear(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        parts: Sequence[int] = (),
+    ) -> Linear:
+        """A dense layer stored as [out, in]; `parts` are the sizes of those fused in it, if it is several."""
+        weight = self._source(f"{name}.weight", out_features, in_features)
+        offsets = self.tensor(f"{name}.bias", out_features) if bias else None
+        return Linear(kernels=self.kernels, weight=self._prepared(weight, offsets, parts=parts))
 
     def transposed_linear(self, name: str, in_features: int, out_features: int) -> Linear:
         """A dense layer with bias stored as [in, out] (GPT-2); used through a view."""
-        return Linear(
-            kernels=self.kernels,
-            weight=self.tensor(f"{name}.weight", in_features, out_features).t(),
-            bias=self.tensor(f"{name}.bias", out_features),
+        weight = self._source(f"{name}.weight", in_features, out_features)
+        bias = self.tensor(f"{name}.bias", out_features)
+        return Linear(kernels=self.kernels, weight=self._prepared(weight.t(), bias))
+
+    def _source(self, name: str, *shape: int) -> Tensor:
+        return self.weights.take(self.prefix + name, shape, is_kept=not self.kernels.copies_weights)
+
+    def _prepared(
+        self, weight: Tensor, bias: Tensor | None = None, *, parts: Sequence[int] = ()
+    ) -> LinearWeight:
+        if self.weights.is_check:
+            return UnreadWeight(out_features=weight.shape[0], in_features=weight.shape[1])
+        prepared = ops.prepare_linear(
+            self.kernels,
+            weight,
+            bias,
+            quantization=self.quantization,
+            parts=parts,
+            release=self.weights.checkpoint.release,
         )
+        if self.kernels.copies_weights:
+            self.weights.resident_bytes += prepared.num_bytes
+        return prepared
 
     def rms_norm(self, name: str, size: int, *, eps: float, weight_offset: float = 0.0) -> RmsNorm:
         """A root mean square norm."""
@@ -141,6 +199,14 @@ class Parts:
         )
 
     def lm_head(self, embedding: Embedding, *, tied: bool, softcap: float | None = None) -> LmHead:
-        """The head: the embedding's weight if tied, else `lm_head.weight`."""
-        weight = embedding.weight if tied else self.tensor("lm_head.weight", *embedding.weight.shape)
-        return LmHead(kernels=self.kernels, weight=weight, softcap=softcap)
+        """The head: the embedding's weight if tied, else `lm_head.weight`.
+
+        A tied weight that the kernels copy is read from the files row by row as an embedding: what is
+        resident of it is the copy.
+        """
+        weight = embedding.weight
+        if not tied:
+            weight = self._source("lm_head.weight", *weight.shape)
+        elif self.kernels.copies_weights and self.weights.checkpoint.is_mapped(weight):
+            self.weights.resident_bytes -= weight.nbytes
+        return LmHead(kernels=self.kernels, weight=self._prepared(weight), softcap=softcap)

@@ -51,7 +51,7 @@ class Phi3Attention:
         shape = config.shape
         self.head_dim = shape.head_dim
         self.sizes = [shape.query_size, shape.kv_size, shape.kv_size]
-        self.query_key_value = parts.linear("qkv_proj", shape.hidden_size, sum(self.sizes))
+        self.query_key_value = parts.linear("qkv_proj", shape.hidden_size, sum(self.sizes), parts=self.sizes)
         self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
@@ -73,7 +73,7 @@ def make_mlp(config: Phi3Config, parts: Parts) -> FusedGatedMlp:
     """The gated MLP of one block."""
     hidden, inner = config.shape.hidden_size, config.shape.intermediate_size
     return FusedGatedMlp(
-        gate_up=parts.linear("gate_up_proj", hidden, 2 * inner),
+        gate_up=parts.linear("gate_up_proj", hidden, 2 * inner, parts=(inner, inner)),
         down=parts.linear("down_proj", inner, hidden),
         activation=config.activation,
     )

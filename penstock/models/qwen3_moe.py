@@ -98,9 +98,9 @@ class Qwen3MoeAttention:
 def _expert(config: Qwen3MoeConfig, parts: Parts) -> ExpertWeights:
     hidden, inner = config.shape.hidden_size, config.expert_size
     return ExpertWeights(
-        gate=parts.tensor("gate_proj.weight", inner, hidden),
-        up=parts.tensor("up_proj.weight", inner, hidden),
-        down=parts.tensor("down_proj.weight", hidden, inner),
+        gate=parts.matrix("gate_proj.weight", inner, hidden),
+        up=parts.matrix("up_proj.weight", inner, hidden),
+        down=parts.matrix("down_proj.weight", hidden, inner),
     )
 
 

@@ -11,17 +11,14 @@ import torch
 
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.scheduler.plan import BlockCopy
-from penstock.kernels.batch import KvSlab
+from penstock.kernels.batch import KvBlock, KvShape, KvSlab
 
 KEYS_AND_VALUES: Final = 2
 
 
-def bytes_per_block(
-    layout: CacheLayout, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """Bytes of one block: keys and values of `num_slabs` layers for `block_size` tokens."""
-    per_layer = KEYS_AND_VALUES * block_size * num_kv_heads * head_dim * dtype.itemsize
-    return layout.num_slabs * per_layer
+def bytes_per_block(layout: CacheLayout, *, block: KvBlock) -> int:
+    """Bytes of one block: keys and values of `num_slabs` layers."""
+    return layout.num_slabs * KEYS_AND_VALUES * block.num_bytes
 
 
 def _lazy_zeros(shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
@@ -33,9 +30,9 @@ def _lazy_zeros(shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
 class KvPool:
     """Keys and values of every block.
 
-    The storage is `[num_slabs, 2, num_blocks + 1, block_size, num_kv_heads, head_dim]`, so that a block is
-    copied or cleared in all layers by one operation, while a slab's keys (or values) lie in one piece. The
-    last block belongs to no sequence: it is the runner's scratch.
+    The storage is `[num_slabs, 2, num_blocks + 1, *block]`, so that a block is copied or cleared in all
+    layers by one operation, while a slab's keys (or values) lie in one piece. What stands where inside a
+    block is the kernels' to know. The last block belongs to no sequence: it is the runner's scratch.
     """
 
     def __init__(
@@ -43,28 +40,24 @@ class KvPool:
         layout: CacheLayout,
         *,
         num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
+        shape: KvShape,
+        block: KvBlock,
     ) -> None:
         """Reserve the memory; its pages are touched when blocks are written.
 
         Args:
             layout: how layers share blocks.
             num_blocks: blocks that the scheduler may hand out, ids 0 to `num_blocks - 1`.
-            block_size: token slots in a block.
-            num_kv_heads: heads of keys and values in one layer.
-            head_dim: numbers in one head.
-            dtype: the model's.
+            shape: what a block of one layer holds.
+            block: how the kernels keep it.
         """
         self.num_blocks = num_blocks
-        self.block_size = block_size
+        self.block_size = shape.block_size
         self.scratch_block = num_blocks
-        shape = (layout.num_slabs, KEYS_AND_VALUES, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        self._storage = _lazy_zeros(shape, dtype=dtype)
+        storage = (layout.num_slabs, KEYS_AND_VALUES, num_blocks + 1, *block.shape)
+        self._storage = _lazy_zeros(storage, dtype=block.dtype)
         self.bytes_per_block = self._storage.nbytes // (num_blocks + 1)
-        self.slabs = tuple(KvSlab(keys=slab[0], values=slab[1]) for slab in self._storage)
+        self.slabs = tuple(KvSlab(keys=slab[0], values=slab[1], shape=shape) for slab in self._storage)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""

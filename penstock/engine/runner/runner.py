@@ -38,6 +38,7 @@ from penstock.engine.scheduler.plan import (
     StepPlan,
     StepResult,
 )
+from penstock.kernels.ops import kv_block
 from penstock.models.interface import LoadedModel
 
 CANARY: Final = SequenceId(-1)
@@ -108,21 +109,22 @@ class Runner:
         self._model = loaded.model
         self._layout = layout
         self._faults = faults
+        shape = loaded.kv_shape(block_size=block_size)
         self._pool = KvPool(
             layout,
             num_blocks=num_blocks,
-            block_size=block_size,
-            num_kv_heads=loaded.model.num_kv_heads,
-            head_dim=loaded.model.head_dim,
-            dtype=loaded.dtype,
+            shape=shape,
+            block=kv_block(loaded.kernels, shape),
         )
+        self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._sampler = Sampler()
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes kept between steps beside KV and weights: scratch block, block tables, sampling states."""
-        return self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
+        """Bytes kept beside KV and weights: activations, scratch block, block tables, sampling states."""
+        own = self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
+        return own + self._model_bytes()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:

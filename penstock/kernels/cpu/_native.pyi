@@ -110,7 +110,8 @@ def add_linear(
     add: bool,
 ) -> None:
     """One product per matrix, all of the same x. biases: addresses of float32 [out_features], 0 for none.
-    outs: bf16 or f32. add: add to what stands in `outs` (a residual) instead of storing."""
+    outs: bf16 or f32. add: add to what stands in `outs` (a residual) instead of storing.
+    """
 
 def add_gated_linear(
     program: Program,
@@ -123,7 +124,7 @@ def add_gated_linear(
     activation: str,
     out: Ref,
 ) -> None:
-    """out = activation(gate(x)) * up(x); activation: silu, gelu or gelu_tanh; out bf16."""
+    """Out = activation(gate(x)) * up(x); activation: silu, gelu or gelu_tanh; out bf16."""
 
 # ---- dense; weights are addresses of bf16 values; x may be bf16 or f32; out may be bf16 or f32, or quantized
 
@@ -145,7 +146,8 @@ def add_rms_norm(
     out: Ref | QuantizedRef,
 ) -> None:
     """group: values that are normed together (cols for a whole row, head_dim for each head; weight has `group` values).
-    residual: added to x first; sum: where x + residual goes (may be `residual` itself)."""
+    residual: added to x first; sum: where x + residual goes (may be `residual` itself).
+    """
 
 def add_layer_norm(
     program: Program,
@@ -159,7 +161,7 @@ def add_layer_norm(
     out: Ref | QuantizedRef,
 ) -> None: ...
 def add_quantize(program: Program, *, x: Ref, out: QuantizedRef) -> None:
-    """scale = max|x| / 127 of the row (a row of zeros has scale 0), round to nearest even."""
+    """Scale = max|x| / 127 of the row (a row of zeros has scale 0), round to nearest even."""
 
 def add_convert(program: Program, *, x: Ref, out: Ref) -> None:
     """Copy, changing the dtype."""
@@ -187,7 +189,7 @@ def add_moe(
     out: Ref,
     add: bool,
 ) -> None:
-    """x bf16; router: bf16 [num_experts, hidden]; experts: gate, up, down; quantize: int8 activations inside."""
+    """X bf16; router: bf16 [num_experts, hidden]; experts: gate, up, down; quantize: int8 activations inside."""
 
 # ---- attention
 

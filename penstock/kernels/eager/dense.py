@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from penstock.kernels.ops import ExpertWeights, MoeShape
+from penstock.kernels.reference.weights import plain
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
@@ -18,10 +19,16 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> 
     return normed.to(x.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_angles(positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
+    """As `ops.rope_angles`."""
+    angles = (positions.float().unsqueeze(1) * frequencies).double()
+    return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=1).float()
+
+
+def rope(x: Tensor, angles: Tensor) -> Tensor:
     """As `ops.rope`."""
-    half = cos.shape[1]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = angles.shape[1] // 2
+    cos, sin = angles.unsqueeze(1).chunk(2, dim=-1)
     wide = x.float()
     first, second = wide[..., :half], wide[..., half : 2 * half]
     turned = [
@@ -42,8 +49,11 @@ def _choose(x: Tensor, router: Tensor, shape: MoeShape) -> tuple[Tensor, Tensor]
 
 
 def _run_expert(x: Tensor, expert: ExpertWeights) -> Tensor:
-    hidden = functional.silu(functional.linear(x, expert.gate)).mul_(functional.linear(x, expert.up))
-    return functional.linear(hidden, expert.down)
+    gate, up, down = plain(expert.gate), plain(expert.up), plain(expert.down)
+    rounded = gate.rounded(x).to(x.dtype)
+    hidden = functional.silu(functional.linear(rounded, gate.weight))
+    hidden = hidden.mul_(functional.linear(rounded, up.weight))
+    return functional.linear(down.rounded(hidden).to(x.dtype), down.weight)
 
 
 def moe(x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape) -> Tensor:

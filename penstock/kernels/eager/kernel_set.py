@@ -6,15 +6,18 @@ from typing import Final
 from torch import Tensor
 from torch.nn import functional
 
-from penstock.kernels.batch import AttentionBatch, KvSlab
+from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.eager import attention, dense
-from penstock.kernels.ops import AttentionShape, ExpertWeights, MoeShape
+from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
+from penstock.kernels.quantization import Quantization
+from penstock.kernels.reference.weights import plain, prepare_plain
 
 
 class EagerKernels:
     """Fast plain torch; every method is as the function of its name in `ops`."""
 
     name: Final = "eager"
+    copies_weights: Final = False
 
     def __init__(self) -> None:
         self._workspace = attention.Workspace()
@@ -34,9 +37,13 @@ class EagerKernels:
         """As `ops.layer_norm`."""
         return functional.layer_norm(x, weight.shape, weight, bias, eps)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope_angles(self, positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
+        """As `ops.rope_angles`."""
+        return dense.rope_angles(positions, frequencies, factor=factor)
+
+    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
         """As `ops.rope`."""
-        return dense.rope(x, cos, sin)
+        return dense.rope(x, angles)
 
     def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """As `ops.silu_and_mul`."""
@@ -50,13 +57,36 @@ class EagerKernels:
         """As `ops.gelu`."""
         return functional.gelu(x, approximate="tanh" if tanh else "none")
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `ops.linear`."""
-        return functional.linear(x, weight, bias)
+    def prepare_linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        quantization: Quantization,
+        parts: Sequence[int],
+        release: Release | None,
+    ) -> LinearWeight:
+        """As `ops.prepare_linear`; a quantized weight becomes one of the model's dtype again."""
+        del parts, release
+        return prepare_plain(weight, bias, quantization=quantization, dtype=weight.dtype)
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """As `ops.linear`."""
+        known = plain(weight)
+        return functional.linear(known.rounded(x).to(x.dtype), known.weight, known.bias)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
         """As `ops.embedding`."""
-        return weight.index_select(0, token_ids)
+        rows = weight.index_select(0, token_ids)
+        return rows if scale == 1.0 else rows.mul_(scale)
+
+    def softcap(self, x: Tensor, *, cap: float) -> Tensor:
+        """As `ops.softcap`, in place."""
+        return x.div_(cap).tanh_().mul_(cap)
+
+    def kv_block(self, shape: KvShape) -> KvBlock:
+        """As `ops.kv_block`: token by token."""
+        return KvBlock(shape=(shape.block_size, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype)
 
     def write_kv(self, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
         """As `ops.write_kv`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.ops import ExpertWeights, MoeShape
+from penstock.kernels.reference.weights import plain
 
 ROW_TILE = 16
 """Rows of one matrix product; small, since the last tile is filled up with zeros."""
@@ -33,10 +34,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     return (normed * weight.double() + bias.double()).to(x.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_angles(positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
+    """As `ops.rope_angles`."""
+    angles = (positions.float().unsqueeze(1) * frequencies).double()
+    return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=1).float()
+
+
+def rope(x: Tensor, angles: Tensor) -> Tensor:
     """As `ops.rope`."""
-    half = cos.shape[1]
-    cos, sin = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+    half = angles.shape[1] // 2
+    cos, sin = angles.double().unsqueeze(1).chunk(2, dim=-1)
     first, second = x[..., :half].double(), x[..., half : 2 * half].double()
     out = x.clone()
     out[..., :half] = (first * cos - second * sin).to(x.dtype)
@@ -88,8 +95,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _run_expert(x: Tensor, expert: ExpertWeights) -> Tensor:
-    hidden = silu(linear_wide(x, expert.gate)) * linear_wide(x, expert.up)
-    return linear_wide(hidden, expert.down)
+    gate, up, down = plain(expert.gate), plain(expert.up), plain(expert.down)
+    rounded = gate.rounded(x)
+    hidden = silu(linear_wide(rounded, gate.weight)) * linear_wide(rounded, up.weight)
+    return linear_wide(down.rounded(hidden), down.weight)
 
 
 def moe(x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape) -> Tensor:

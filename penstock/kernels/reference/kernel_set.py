@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 
-from penstock.kernels.batch import AttentionBatch, KvSlab
-from penstock.kernels.ops import AttentionShape, ExpertWeights, MoeShape
+from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
+from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
+from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference import attention, dense
+from penstock.kernels.reference.weights import plain, prepare_plain
 
 
 class ReferenceKernels:
     """Exact and slow; every method is as the function of its name in `ops`."""
 
     name: Final = "reference"
+    copies_weights: Final = False
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
         """As `ops.rms_norm`."""
@@ -30,9 +34,13 @@ class ReferenceKernels:
         """As `ops.layer_norm`."""
         return dense.layer_norm(x, weight, bias, eps=eps)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope_angles(self, positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
+        """As `ops.rope_angles`."""
+        return dense.rope_angles(positions, frequencies, factor=factor)
+
+    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
         """As `ops.rope`."""
-        return dense.rope(x, cos, sin)
+        return dense.rope(x, angles)
 
     def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """As `ops.silu_and_mul`."""
@@ -46,13 +54,35 @@ class ReferenceKernels:
         """As `ops.gelu`."""
         return dense.gelu(x.double(), tanh=tanh).to(x.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `ops.linear`."""
-        return dense.linear(x, weight, bias)
+    def prepare_linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        quantization: Quantization,
+        parts: Sequence[int],
+        release: Release | None,
+    ) -> LinearWeight:
+        """As `ops.prepare_linear`; a quantized weight becomes float32, so that nothing else is rounded."""
+        del parts, release
+        return prepare_plain(weight, bias, quantization=quantization, dtype=None)
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """As `ops.linear`."""
+        known = plain(weight)
+        return dense.linear(known.rounded(x), known.weight, known.bias).to(x.dtype)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
         """As `ops.embedding`."""
-        return weight[token_ids]
+        return weight[token_ids] * scale
+
+    def softcap(self, x: Tensor, *, cap: float) -> Tensor:
+        """As `ops.softcap`."""
+        return (torch.tanh(x.double() / cap) * cap).float()
+
+    def kv_block(self, shape: KvShape) -> KvBlock:
+        """As `ops.kv_block`: token by token."""
+        return KvBlock(shape=(shape.block_size, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype)
 
     def write_kv(self, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
         """As `ops.write_kv`."""

@@ -5,12 +5,14 @@ sum of the keys of all tokens up to it (read back from the pool), 1]. Its logits
 `(sum of keys) % vocab`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.runner.runner import Runner
+from penstock.kernels.batch import KvShape
+from penstock.kernels.reference.kernel_set import ReferenceKernels
 
 VOCAB = 16
 
@@ -55,6 +57,18 @@ class FakeLoaded:
 
     model: FakeModel
     dtype: torch.dtype = torch.float32
+    kernels: ReferenceKernels = field(default_factory=ReferenceKernels)
+
+    def kv_shape(self, *, block_size):
+        return KvShape(
+            block_size=block_size,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+            dtype=self.dtype,
+        )
+
+    def buffer_bytes(self):
+        return 0
 
 
 def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=None):

@@ -8,13 +8,15 @@ from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.scheduler.plan import SampleSpec, ScheduledSequence, StepPlan
+from penstock.kernels.batch import KvShape
+from penstock.kernels.reference.kernel_set import ReferenceKernels
 
 
 def builder(*windows, block_size=4):
     layout = make_cache_layout(windows or (None,))
-    pool = KvPool(
-        layout, num_blocks=16, block_size=block_size, num_kv_heads=1, head_dim=2, dtype=torch.float32
-    )
+    shape = KvShape(block_size=block_size, num_kv_heads=1, head_dim=2, dtype=torch.float32)
+    block = ReferenceKernels().kv_block(shape)
+    pool = KvPool(layout, num_blocks=16, shape=shape, block=block)
     return InputBatchBuilder(layout, pool=pool)
 
 

@@ -6,13 +6,21 @@ import torch
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
 from penstock.engine.scheduler.plan import BlockCopy
+from penstock.kernels.batch import KvBlock, KvShape
+from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.observe.memory import resident_bytes
 
 LAYOUT = make_cache_layout((None, None, None))
 
 
+def made_pool(num_blocks, *, block_size=2, num_kv_heads=2, head_dim=3, dtype=torch.float32):
+    shape = KvShape(block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
+    block = ReferenceKernels().kv_block(shape)
+    return KvPool(LAYOUT, num_blocks=num_blocks, shape=shape, block=block)
+
+
 def pool(num_blocks=6, dtype=torch.float32):
-    made = KvPool(LAYOUT, num_blocks=num_blocks, block_size=2, num_kv_heads=2, head_dim=3, dtype=dtype)
+    made = made_pool(num_blocks, dtype=dtype)
     for number, slab in enumerate(made.slabs):
         slab.keys[:] = torch.arange(num_blocks + 1)[:, None, None, None] + 100 * number
         slab.values[:] = -slab.keys
@@ -26,7 +34,7 @@ def contents(made):
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_a_block_is_keys_and_values_of_all_slabs(dtype, size):
     expected = 3 * 2 * (2 * 2 * 3) * size
-    assert bytes_per_block(LAYOUT, block_size=2, num_kv_heads=2, head_dim=3, dtype=dtype) == expected
+    assert bytes_per_block(LAYOUT, block=KvBlock(shape=(2, 2, 3), dtype=dtype)) == expected
     made = pool(dtype=dtype)
     assert made.bytes_per_block == expected
     assert made.slabs[0].keys.shape == (7, 2, 2, 3)
@@ -58,7 +66,7 @@ def test_zeroing_clears_nan_in_every_layer_and_no_other_block():
 
 def test_a_pool_is_zero_at_first_and_takes_no_memory_until_it_is_written():
     before = resident_bytes()
-    big = KvPool(LAYOUT, num_blocks=1 << 16, block_size=16, num_kv_heads=4, head_dim=16, dtype=torch.float32)
+    big = made_pool(1 << 16, block_size=16, num_kv_heads=4, head_dim=16)
     assert big.num_blocks * big.bytes_per_block == 3 * 2 * 16 * 4 * 16 * 4 * (1 << 16) == 1_610_612_736
     assert resident_bytes() - before < 100_000_000
     assert not big.slabs[1].keys[1000].any()

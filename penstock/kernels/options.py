@@ -1,0 +1,36 @@
+"""What the kernels are told at start, beside device and dtype; `engine/build` makes it from its config."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+
+from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelOptions:
+    """Options that homes may differ in serving."""
+
+    quantization: Quantization = NO_QUANTIZATION
+    """Of the weights of linear layers, experts and the head."""
+    kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
+    """auto keeps the model's dtype."""
+    block_size: int = 16
+    """Token slots in a KV block."""
+    num_threads: int | None = None
+    """Threads that compute; None takes the CPUs of this process, or what `OMP_NUM_THREADS` says."""
+    cpus: tuple[int, ...] = ()
+    """Where thread i is pinned, in turns; none leaves the placement to the kernel."""
+    is_deterministic: bool = False
+    """A row's result may not depend on other rows, on chunks or on the number of threads."""
+    isa: str = "auto"
+    """Instruction set of the native kernels; auto takes `PENSTOCK_ISA`, or the best that there is."""
+
+    def kv_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """What keys and values are kept in."""
+        kinds = {"auto": model_dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}
+        return kinds[self.kv_cache_dtype]
+
+
+DEFAULT_OPTIONS: Final = KernelOptions()

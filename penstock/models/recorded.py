@@ -1,0 +1,190 @@
+"""A model whose passes were recorded and run as two native programs: the layers, and the head.
+
+`loader` makes one where the kernels can; the engine sees a `CausalLM` like any other. A model that cannot be
+recorded runs operation by operation on the same kernels.
+"""
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.kernels.batch import AttentionBatch, ForwardBatch, KvShape, KvSlab
+from penstock.kernels.cpu import passes
+from penstock.kernels.cpu._native import Program
+from penstock.kernels.cpu.emission import attention_inputs, emit
+from penstock.kernels.cpu.kernel_set import NativeKernels
+from penstock.kernels.cpu.recorder import TRACE_ROWS, Recorder, TorchCalls
+from penstock.kernels.cpu.single_calls import has_whole_rows, layer_kv, padded_rows
+from penstock.kernels.cpu.tape import Tape
+from penstock.models.interface import CausalLM, ModelConfig
+
+Rewrite = Callable[[Tape], Tape]
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _trace_batch(recorder: Recorder, slabs: tuple[KvSlab, ...]) -> ForwardBatch:
+    group = AttentionBatch(
+        query_start_loc=_meta(2, dtype=torch.int32),
+        seq_lens=_meta(1, dtype=torch.int32),
+        block_tables=_meta(1, 1, dtype=torch.int32),
+        slot_mapping=_meta(TRACE_ROWS, dtype=torch.int64),
+        query_lens_host=(TRACE_ROWS,),
+        seq_lens_host=(TRACE_ROWS,),
+    )
+    return ForwardBatch(
+        token_ids=recorder.add_input(_meta(TRACE_ROWS, dtype=torch.int64)),
+        positions=recorder.add_input(_meta(TRACE_ROWS, dtype=torch.int64)),
+        groups=(group,),
+        layer_groups=(0,) * len(slabs),
+        layer_slabs=slabs,
+    )
+
+
+def record_forward(model: CausalLM, kernels: NativeKernels, *, kv: KvShape) -> Tape:
+    """Run `model.forward` without data and write down what it does.
+
+    Raises:
+        NotRecordableError: it does something that no operation stands for.
+        Exception: whatever the model raises over tensors without data.
+    """
+    nothing = _meta(1, dtype=torch.uint8)
+    slabs = tuple(KvSlab(keys=nothing, values=nothing, shape=kv) for _ in model.layer_windows)
+    recorder = Recorder(slabs=slabs)
+    batch = _trace_batch(recorder, slabs)
+    with torch.no_grad(), kernels.recording(recorder), TorchCalls(recorder):
+        hidden = model.forward(batch)
+    return recorder.tape(hidden)
+
+
+def record_logits(model: CausalLM, kernels: NativeKernels, *, dtype: torch.dtype) -> Tape:
+    """The same for `model.logits` over hidden states of `dtype`."""
+    recorder = Recorder()
+    hidden = recorder.add_input(_meta(TRACE_ROWS, model.config.shape.hidden_size, dtype=dtype))
+    with torch.no_grad(), kernels.recording(recorder), TorchCalls(recorder):
+        logits = model.logits(hidden)
+    return recorder.tape(logits)
+
+
+class LogitsBuffers:
+    """Memory for logits, taken again once nobody holds the last result: fresh pages cost time."""
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray[tuple[int], np.dtype[np.float32]]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(each.nbytes for each in self._kept)
+
+    def take(self, rows: int, cols: int) -> Tensor:
+        """Uninitialised [rows, cols] float32."""
+        size = rows * cols
+        # Held by the list, the loop's name and the call's argument, and by no tensor.
+        free = [each for each in self._kept if sys.getrefcount(each) == NOBODY_ELSE]
+        fitting = next((each for each in free if each.size >= size), None)
+        if fitting is None:
+            self._kept = [each for each in self._kept if each.size >= size]
+            fitting = np.empty(size, dtype=np.float32)
+            self._kept.append(fitting)
+        return torch.from_numpy(fitting)[:size].view(rows, cols)
+
+
+class RecordedModel:
+    """Runs the recorded passes; a `CausalLM`."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kernels: NativeKernels,
+        *,
+        kv: KvShape,
+        dtype: torch.dtype,
+        rewrite: Rewrite = passes.optimize,
+    ) -> None:
+        """Record both passes and make their programs.
+
+        Args:
+            model: built over its data; kept, since the programs point to its constants.
+            kernels: those of the model's layers.
+            kv: what a block of one layer holds.
+            dtype: of hidden states.
+            rewrite: makes of each tape what is run.
+
+        Raises:
+            NotRecordableError: as `record_forward`.
+        """
+        self._model = model
+        self._tapes = (
+            rewrite(record_forward(model, kernels, kv=kv)),
+            rewrite(record_logits(model, kernels, dtype=dtype)),
+        )
+        self._forward, self._logits = (emit(tape, kernels.machine) for tape in self._tapes)
+        self._dtype = dtype
+        self._buffers = LogitsBuffers()
+        self._slabs: tuple[KvSlab, ...] = ()
+        self.config: ModelConfig = model.config
+        self.layer_windows = model.layer_windows
+        self.num_kv_heads = model.num_kv_heads
+        self.head_dim = model.head_dim
+        self.vocab_size = model.vocab_size
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes kept between steps."""
+        return self._forward.buffer_bytes + self._logits.buffer_bytes + self._buffers.num_bytes
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """Of the layers and of the head, for profiles."""
+        return self._forward, self._logits
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """As `CausalLM.forward`."""
+        if batch.layer_slabs is not self._slabs:
+            self._bind(batch)
+        rows = batch.token_ids.shape[0]
+        hidden = padded_rows(rows, self.config.shape.hidden_size, self._dtype)
+        externals = [
+            (batch.token_ids.data_ptr(), batch.token_ids.itemsize),
+            (batch.positions.data_ptr(), batch.positions.itemsize),
+            (hidden.data_ptr(), hidden.stride(0) * hidden.itemsize),
+        ]
+        self._forward.run(rows, externals, attention_inputs(batch.groups))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `CausalLM.logits`; its memory is taken again once nobody holds the result."""
+        rows, cols = hidden.shape
+        if not has_whole_rows(hidden):
+            hidden = padded_rows(rows, cols, hidden.dtype).copy_(hidden)
+        out = self._buffers.take(rows, self.vocab_size)
+        externals = [
+            (hidden.data_ptr(), hidden.stride(0) * hidden.itemsize),
+            (out.data_ptr(), out.stride(0) * out.itemsize),
+        ]
+        if rows:
+            self._logits.run(rows, externals, [])
+        return out
+
+    def _bind(self, batch: ForwardBatch) -> None:
+        layers = [
+            layer_kv(slab, group=group)
+            for slab, group in zip(batch.layer_slabs, batch.layer_groups, strict=True)
+        ]
+        self._forward.set_layers(layers)
+        self._slabs = batch.layer_slabs
+
+
+def _count_of_nobody_else() -> int:
+    """What `sys.getrefcount` says in `LogitsBuffers.take` of an array that only its list holds."""
+    kept = [np.empty(1, dtype=np.float32)]
+    return next(sys.getrefcount(each) for each in kept)
+
+
+NOBODY_ELSE = _count_of_nobody_else()
