@@ -13,3 +13,4 @@ bench.command(f"{_ENGINE}:compare", name="compare", help="Penstock beside other 
 _LOAD = "penstock.cli.bench_load"
 bench.command(f"{_LOAD}:serve", name="serve", help="Put load on an OpenAI-compatible server and measure it.")
 bench.command(f"{_LOAD}:sweep", name="sweep", help="Raise the load on a server until it is saturated.")
+bench.command(f"{_ENGINE}:offline", name="offline", help="The engine alone: tokens per second, step times.")

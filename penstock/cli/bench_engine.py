@@ -5,7 +5,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Final, cast
+from typing import Annotated, Final, Literal, cast
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -23,13 +23,16 @@ from penstock.bench.compare.peers import (
 )
 from penstock.bench.compare.report import make_record, print_tables, write_record
 from penstock.bench.compare.scenarios import NAMES, Draw, make_scenario, read_vocab_size
+from penstock.bench.offline import OfflineSizes, offline_record, offline_table, run_offline
 from penstock.bench.target import TargetError
 from penstock.cli.model_source import find_model
 from penstock.cli.setting import Range, setting
 from penstock.core.errors import InvalidParameterError
+from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
 
 PEERS_DIR: Final = Path("~/.cache/penstock/peers")
 ALL_PEERS: Final = "installed"
+MAX_BATCH: Final = 4096
 
 Model = Annotated[str | None, Parameter(help="Folder or hub id; without one, the embedded model.")]
 Rounds = Annotated[int, setting("How often everything is asked, in turns.", allowed=Range(low=1, high=1000))]
@@ -114,6 +117,10 @@ def compare(
         return _run(standings, course=course, console=console, model=folder.name, output=output)
 
 
+def _command_line() -> str:
+    return shlex.join(["penstock", *sys.argv[1:]])
+
+
 def _setup(
     course: Course,
     *,
@@ -173,7 +180,7 @@ def _standing(name: str, precision: Precision, *, url: str | None, setup: Setup)
 def _run(
     standings: list[Standing], *, course: Course, console: Console, model: str, output: Path | None
 ) -> int:
-    command = shlex.join(["penstock", *sys.argv[1:]])
+    command = _command_line()
 
     def keep(_standings: object) -> None:
         if output is not None:
@@ -189,3 +196,99 @@ def _run(
     is_whole = comparison.run()
     print_tables(Console(), standings, course=course)
     return 0 if is_whole else 1
+
+
+# -- the engine alone ----------------------------------------------------------------------------------------
+
+
+def offline(
+    model: Model = None,
+    *,
+    prompt_tokens: Annotated[
+        int, setting("Tokens of each prompt.", allowed=Range(low=1, high=1 << 20))
+    ] = 512,
+    output_tokens: Annotated[
+        int, setting("Tokens of each answer, at least 2.", allowed=Range(low=2, high=1 << 20))
+    ] = 64,
+    batch_sizes: Annotated[str, Parameter(help="Requests at once, with commas.")] = "1,2,4,8,16,32,64",
+    rounds: Rounds = 3,
+    seed: Seed = 0,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    kernels: Literal["auto", "eager", "reference"] = "auto",
+    num_threads: Threads = None,
+    limits: Annotated[
+        bool, Parameter(help="Measure the machine's read bandwidth and multiply peak first.")
+    ] = True,
+    output: Output = None,
+) -> int:
+    """The engine alone: tokens per second and step times, prefill and decode apart."""
+    sizes = OfflineSizes(
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        batch_sizes=_numbers(batch_sizes, param="batch_sizes"),
+        rounds=rounds,
+        seed=seed,
+    )
+    source = find_model(model)
+    threads = num_threads or len(os.sched_getaffinity(0))
+    config = EngineConfig(
+        model_path=str(source.path),
+        model_revision=source.revision,
+        dtype=dtype,
+        kernels=kernels,
+        num_threads=threads,
+        max_model_len=prompt_tokens + output_tokens,
+        scheduler=_offline_limits(sizes),
+    )
+    validate_engine_config(config)
+    return _run_offline(config, sizes=sizes, model=source.name, with_limits=limits, output=output)
+
+
+def _numbers(text: str, *, param: str) -> tuple[int, ...]:
+    """Whole numbers above 0, with commas.
+
+    Raises:
+        InvalidParameterError: names what is none.
+    """
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or max(numbers) > MAX_BATCH:
+        raise InvalidParameterError(
+            f"{param} is {text!r}, it must be whole numbers from 1 to {MAX_BATCH}, separated by commas",
+            param=param,
+        )
+    return numbers
+
+
+def _offline_limits(sizes: OfflineSizes) -> SchedulerConfig:
+    """Room for the largest batch; nobody watches the tokens come, so no prompt is cut for others."""
+    return SchedulerConfig(
+        max_num_seqs=max(sizes.batch_sizes),
+        max_num_batched_tokens=max(2048, *sizes.batch_sizes),
+        max_num_queued_tokens=1 << 40,
+        max_num_queued_reqs=MAX_BATCH,
+        step_time_target_ms=10_000.0,
+        decode_stretch=1000.0,
+        enable_prefix_caching=False,
+    )
+
+
+def _run_offline(
+    config: EngineConfig, *, sizes: OfflineSizes, model: str, with_limits: bool, output: Path | None
+) -> int:
+    from penstock.bench.machine_limits import measure_limits
+    from penstock.engine.build import build_core
+
+    console = Console(stderr=True)
+    found = measure_limits(num_threads=config.num_threads or 1) if with_limits else None
+    core = build_core(config)
+    rows = run_offline(core, sizes, tell=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    record = offline_record(
+        rows, sizes=sizes, info=core.info, limits=found, model=model, command=_command_line()
+    )
+    if output is not None:
+        write_record(record, output)
+    Console().print(offline_table(rows, info=core.info, limits=found))
+    return 0

@@ -7,7 +7,7 @@ is given out after every scenario, so that a run that is cut off loses nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from penstock.bench.compare.contender import Contender
@@ -22,7 +22,8 @@ from penstock.bench.compare.scenarios import Draw, Scenario, make_scenario
 from penstock.bench.target import TargetError
 
 OURS: Final = "penstock"
-WARM_SCALE: Final = 0.5
+WARM_NAMES: Final = ("single", "prefill")
+"""Asked of everybody before the first round, and forgotten: the first answer of each size is slower."""
 WARM_ROUND: Final = -1
 MIB: Final = 1 << 20
 
@@ -122,7 +123,8 @@ class Comparison:
             return
         try:
             standing.start_s = contender.start()
-            contender.ask(self._scenario("single", round_idx=WARM_ROUND, scale=WARM_SCALE))
+            for name in WARM_NAMES:
+                contender.ask(self._scenario(name, round_idx=WARM_ROUND))
         except TargetError as error:
             self._drop(standing, error)
             return
@@ -135,14 +137,8 @@ class Comparison:
         if standing.contender is not None:
             standing.contender.stop()
 
-    def _scenario(self, name: str, *, round_idx: int, scale: float = 1.0) -> Scenario:
-        draw = self._course.draw
-        return make_scenario(
-            name,
-            draw=Draw(
-                vocab_size=draw.vocab_size, seed=draw.seed, round_idx=round_idx, scale=draw.scale * scale
-            ),
-        )
+    def _scenario(self, name: str, *, round_idx: int) -> Scenario:
+        return make_scenario(name, draw=replace(self._course.draw, round_idx=round_idx))
 
     def _round(self, round_idx: int) -> None:
         turn = round_idx % max(1, len(self._standings))
