@@ -25,7 +25,7 @@ void scale_sums(const Operand& x, std::int64_t first_row, int num_rows, const fl
 }
 
 void multiply_int8(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
-    const std::byte* values = w.values.data() + w.panel_bytes() * static_cast<std::size_t>(panel);
+    const StoredPanel values{w.values.data() + w.panel_bytes() * static_cast<std::size_t>(panel)};
     multiply_panel<Int8Dot>(x, first_row, num_rows, values, w.padded_inputs / step_bytes, out);
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
     scale_sums(x, first_row, num_rows, scales, out);

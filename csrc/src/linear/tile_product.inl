@@ -103,6 +103,11 @@ PENSTOCK_TILE void fetch_rows(const std::byte* ahead, std::int64_t row_bytes) {
     for (int r = 0; r < 2 * tile_rows_max; ++r) fetch(ahead + r * row_bytes);
 }
 
+PENSTOCK_TILE void fetch_panel(const std::byte* ahead) {
+#pragma GCC unroll 32
+    for (int line = 0; line < panel_step_bytes; line += 64) fetch(ahead + line);
+}
+
 // Rows [first, first + 16) and [second, second + 16), which may overlap. `next`: the rows that come after them.
 template <class Dot>
 [[gnu::noinline]] void multiply_two(const Block& block, int first, int second, const std::byte* next, float* out) {
@@ -139,7 +144,7 @@ template <class Dot>
 }
 
 // At most 16 rows from `first` on, as many as the tiles are configured for; `sums` is their own.
-template <class Dot>
+template <class Dot, bool is_stored>
 [[gnu::noinline]] void multiply_one(const Block& block, int first, float* sums) {
     if (block.is_first) {
         tile::zero<0>(), tile::zero<1>();
@@ -154,8 +159,7 @@ template <class Dot>
         Dot::template dot<0, 4, 6>();
         tile::load<7>(w + step_bytes, panel_stride);
         Dot::template dot<1, 4, 7>();
-#pragma GCC unroll 32
-        for (int line = 0; line < panel_step_bytes; line += 64) fetch(w + panel_bytes_ahead + line);
+        if constexpr (is_stored) fetch_panel(w + panel_bytes_ahead);
         w += panel_step_bytes;
     }
     tile::store<0>(sums, sums_stride), tile::store<1>(sums + 16, sums_stride);
@@ -175,7 +179,7 @@ struct RowTiles {
     int one_first() const { return num_rows < tile_rows_max ? 0 : num_rows - tile_rows_max; }
 };
 
-template <class Dot>
+template <class Dot, bool is_stored>
 void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTile& last) {
     for (int first = 0; first < rows.pairs_end(); first += 2 * tile_rows_max) {
         const bool is_last = first + 2 * tile_rows_max >= rows.pairs_end();
@@ -186,7 +190,7 @@ void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTil
     }
     if (!rows.has_one()) return;
     float* sums = rows.num_rows < tile_rows_max ? out : last.values;
-    multiply_one<Dot>(block, rows.one_first(), sums);
+    multiply_one<Dot, is_stored>(block, rows.one_first(), sums);
 }
 
 // The rows that only the last tile has, from its own sums to their place.
@@ -197,23 +201,31 @@ void place_last(const RowTiles& rows, const OneTile& last, float* out) {
                 count * sizeof(float));
 }
 
+// A panel that lies in memory as the tiles read it.
+struct StoredPanel {
+    static constexpr bool is_stored = true;
+    const std::byte* values;
+    const std::byte* block(int step, int) const { return values + std::int64_t{step} * panel_step_bytes; }
+};
+
 // out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), nothing scaled.
-template <class Dot>
-void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const std::byte* panel, int num_steps,
-                    float* out) {
+template <class Dot, class Panel>
+void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, int num_steps, float* out) {
     tile::configure(product_config_of[(num_rows < tile_rows_max ? num_rows : tile_rows_max) - 1]);
     const RowTiles rows{num_rows};
-    const int most_steps = num_rows <= 2 * tile_rows_max ? num_steps : block_steps;
-    const std::int64_t share_bytes = std::int64_t{num_steps} * panel_stride;
-    Ahead ahead{panel + num_steps * panel_step_bytes, share_bytes, first_row / (2 * tile_rows_max),
-                      num_rows > 4 * tile_rows_max ? 1 : panel_shares / 2};
+    const int most_steps = Panel::is_stored && num_rows <= 2 * tile_rows_max ? num_steps : block_steps;
+    Ahead ahead{};
+    if constexpr (Panel::is_stored) {
+        ahead = {panel.block(num_steps, 0), std::int64_t{num_steps} * panel_stride, first_row / (2 * tile_rows_max),
+                 num_rows > 4 * tile_rows_max ? 1 : panel_shares / 2};
+    }
     OneTile last;
     for (int step = 0; step < num_steps; step += most_steps) {
         const int count = num_steps - step < most_steps ? num_steps - step : most_steps;
-        const Block block{x.row<std::byte>(first_row) + step * step_bytes, x.row_bytes, panel + step * panel_step_bytes,
+        const Block block{x.row<std::byte>(first_row) + step * step_bytes, x.row_bytes, panel.block(step, count),
                           count, step == 0, ahead};
         ahead.panel += count * panel_stride;
-        multiply_block<Dot>(block, rows, out, last);
+        multiply_block<Dot, Panel::is_stored>(block, rows, out, last);
     }
     place_last(rows, last, out);
 }

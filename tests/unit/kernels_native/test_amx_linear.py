@@ -10,6 +10,7 @@ from tests.unit.kernels_native.amx_linear_case import (
     multiply,
     random_bf16,
     tile_product,
+    unpacked,
 )
 
 pytestmark = pytest.mark.skipif(not TILE_ISAS, reason="tiles are emulated with AVX-512")
@@ -34,6 +35,14 @@ SHAPES = [
 INT8 = WeightKind(format="int8", quantized_rows=True)
 
 
+INT4 = [WeightKind(format="int4", group_size=group, quantized_rows=True) for group in (32, 64, 128)]
+
+WEIGHT_ONLY = [
+    WeightKind(format="int8"),
+    *(WeightKind(format="int4", group_size=group) for group in (32, 64, 128)),
+]
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether all values are equal, NaN to NaN."""
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
@@ -53,13 +62,34 @@ def test_bf16_tiles_round_as_the_instruction_says(isa: str, shape: tuple[int, in
 
 @pytest.mark.parametrize("isa", TILE_ISAS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_tiles_give_the_vector_kernels_bits(isa: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", [INT8, *INT4], ids=str)
+def test_integer_tiles_give_the_vector_kernels_bits(
+    isa: str, shape: tuple[int, int], kind: WeightKind
+) -> None:
+    """Integer sums are exact, and float32 follows in the same order: within a group and over groups."""
     features, inputs = shape
     weight = random_bf16(3, features, inputs)
     rows = random_bf16(4, max(ROWS), inputs)
-    wanted = multiply("avx512", rows, weight, INT8)
+    wanted = multiply("avx512", rows, weight, kind)
     for num_rows in ROWS:
-        assert same_bits(multiply(isa, rows[:num_rows], weight, INT8), wanted[:num_rows]), num_rows
+        assert same_bits(multiply(isa, rows[:num_rows], weight, kind), wanted[:num_rows]), num_rows
+
+
+@pytest.mark.parametrize("isa", TILE_ISAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", WEIGHT_ONLY, ids=str)
+def test_weight_only_tiles_are_close_to_float64(isa: str, shape: tuple[int, int], kind: WeightKind) -> None:
+    """The product of the bf16 rows with what the packed weight stands for; alone, in company, at every row count."""
+    features, inputs = shape
+    weight = random_bf16(9, features, inputs)
+    rows = random_bf16(10, max(ROWS), inputs)
+    stands_for = unpacked(weight, kind).double()
+    product = multiply(isa, rows, weight, kind)
+    # A float32 sum of K products: each of the K / 2 + K / 32 additions rounds a partial sum by 2^-24 at most.
+    bound = rows.double().abs() @ stands_for.abs().T * 2.0**-24 * inputs
+    assert ((product - rows.double() @ stands_for.T).abs() <= bound).all()
+    for num_rows in ROWS:
+        assert same_bits(multiply(isa, rows[:num_rows], weight, kind), product[:num_rows]), num_rows
 
 
 @pytest.mark.parametrize("isa", TILE_ISAS)
@@ -72,7 +102,7 @@ def test_int8_sums_are_exact_at_the_extremes(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", TILE_ISAS)
-@pytest.mark.parametrize("kind", [WeightKind(), INT8], ids=str)
+@pytest.mark.parametrize("kind", [WeightKind(), INT8, *INT4, *WEIGHT_ONLY], ids=str)
 def test_a_rows_result_does_not_depend_on_its_neighbours_or_threads(isa: str, kind: WeightKind) -> None:
     """Alone, in every company and by two threads: the same bits."""
     weight, rows = random_bf16(5, 70, 330), random_bf16(6, 120, 330)
