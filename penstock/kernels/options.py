@@ -18,6 +18,8 @@ class KernelOptions:
     """auto keeps the model's dtype."""
     block_size: int = 16
     """Token slots in a KV block."""
+    head_dim: int | None = None
+    """Of the model; None if it is not known yet."""
     num_threads: int | None = None
     """Threads that compute; None takes the CPUs of this process, or what `OMP_NUM_THREADS` says."""
     cpus: tuple[int, ...] = ()

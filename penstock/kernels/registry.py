@@ -18,9 +18,6 @@ from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 
-KV_BLOCK: Final = 16
-"""Token slots that the native attention reads at once (`attention.h`)."""
-
 log = logging.getLogger("penstock.kernels")
 
 
@@ -66,9 +63,9 @@ def _refuse_native(options: KernelOptions) -> str | None:
     missing = extension.why_missing()
     if missing is not None:
         return missing
-    if options.block_size % KV_BLOCK:
-        return f"block_size is {options.block_size}, it takes multiples of {KV_BLOCK}"
-    return None
+    from penstock.kernels.cpu.emission import layout_refusal  # needs the extension module
+
+    return layout_refusal(block_size=options.block_size, head_dim=options.head_dim)
 
 
 def _refuse_torch(options: KernelOptions) -> str | None:

@@ -6,7 +6,7 @@ Order: config, architecture, headers, a check of every tensor, then the data. Th
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from penstock.core.errors import CheckpointError, StartupError, UnsupportedModel
 from penstock.kernels.batch import KvShape
 from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
+from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.kernels.registry import select_kernels
 from penstock.models.checkpoint import Checkpoint, open_checkpoint
 from penstock.models.config import ConfigReader, read_json_config
@@ -102,10 +103,11 @@ def load_model(
     build = find_model(architecture)
     checkpoint = open_checkpoint(path)
     torch_dtype = _resolve_dtype(dtype, checkpoint)
-    kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
     check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
-    shape = build(reader, Parts(weights=check, kernels=kernel_set)).config.shape
+    shape = build(reader, Parts(weights=check, kernels=ReferenceKernels())).config.shape
     check.refuse_rest()
+    options = replace(options, head_dim=shape.head_dim)
+    kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
     served_len = _max_model_len(max_model_len, shape.max_position_embeddings)
     weights = _tracked_weights(checkpoint, dtype=torch_dtype, total=check.file_bytes, on_progress=on_progress)
     weights.is_packed = kernel_set.copies_weights

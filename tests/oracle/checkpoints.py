@@ -154,9 +154,15 @@ def _randomise(model: torch.nn.Module, *, seed: int) -> None:
         parameter.data = offset + noise * scale
 
 
-def tiny_model(family: str, *, vocab_size: int = 97, seed: int = 0) -> Any:  # transformers has no common type
-    """The `transformers` model itself, float32, with its own plain attention."""
+def tiny_model(  # transformers has no common type
+    family: str, *, vocab_size: int = 97, seed: int = 0, head_dim: int | None = None
+) -> Any:
+    """The `transformers` model itself, float32, with its own plain attention; another head size if given."""
     config = {**FAMILIES, **VARIANTS}[family](vocab_size)
+    if head_dim is not None and family.startswith("gpt2"):
+        config.n_embd = head_dim * config.n_head
+    elif head_dim is not None:
+        config.head_dim = head_dim
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     _randomise(model, seed=seed)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from penstock.engine.kv.cache_groups import make_cache_layout
+from penstock.kernels import ops
 from penstock.kernels.batch import AttentionBatch, ForwardBatch, KvSlab
-from penstock.models.interface import CausalLM
+from penstock.models.interface import LoadedModel
 
 NUM_BLOCKS = 200
 
@@ -20,17 +21,17 @@ NUM_BLOCKS = 200
 class PagedDriver:
     """Sequences by name, each with its tokens so far and its block tables."""
 
-    def __init__(self, model: CausalLM, *, dtype: torch.dtype, block_size: int = 4, seed: int = 0) -> None:
-        self.model, self.block_size = model, block_size
-        self.layout = make_cache_layout(model.layer_windows)
-        shape = (NUM_BLOCKS, block_size, model.num_kv_heads, model.head_dim)
+    def __init__(self, loaded: LoadedModel, *, block_size: int = 4, seed: int = 0) -> None:
+        self.model, self.block_size = loaded.model, block_size
+        self.layout = make_cache_layout(self.model.layer_windows)
+        shape = loaded.kv_shape(block_size=block_size)
         self.slabs = [
-            KvSlab(
-                keys=torch.full(shape, torch.nan, dtype=dtype),
-                values=torch.full(shape, torch.nan, dtype=dtype),
-            )
-            for _ in range(self.layout.num_slabs)
+            ops.make_slab(loaded.kernels, shape, num_blocks=NUM_BLOCKS) for _ in range(self.layout.num_slabs)
         ]
+        self.layers: tuple[KvSlab, ...] = ()
+        for slab in self.slabs:  # all bits set: NaN in every dtype and layout
+            for cache in (slab.keys, slab.values):
+                cache.view(torch.uint8).fill_(255)
         self.free = list(range(NUM_BLOCKS))
         random.Random(seed).shuffle(self.free)
         self.tables: dict[str, list[list[int]]] = {}
@@ -82,12 +83,13 @@ class PagedDriver:
             layer: (g, slab) for g, group in enumerate(groups) for slab, layer in enumerate(group.layers)
         }
         places = [by_layer[layer] for layer in range(len(by_layer))]
+        self.layers = self.layers or tuple(self.slabs[slab] for _, slab in places)
         return ForwardBatch(
             token_ids=torch.tensor([token for _, tokens in step for token in tokens]),
             positions=torch.tensor([p for _, start, end in rows for p in range(start, end)]),
             groups=tuple(self._group_batch(g, rows) for g in range(len(groups))),
             layer_groups=tuple(group for group, _ in places),
-            layer_slabs=tuple(self.slabs[slab] for _, slab in places),
+            layer_slabs=self.layers,
         )
 
     def step(self, chunks: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def test_logits_of_chunked_mixed_batches_equal_those_of_transformers(family: str
         max_len = MAX_MODEL_LEN.get(family)
         loaded = load_model(tmp_path, dtype="auto", kernels=kernels, device="cpu", max_model_len=max_len)
         assert loaded.dtype == torch.float32
-        got = run_schedule(PagedDriver(loaded.model, dtype=loaded.dtype), sequences, SCHEDULE)
+        got = run_schedule(PagedDriver(loaded), sequences, SCHEDULE)
         for name in sequences:
             torch.testing.assert_close(
                 got[name],
@@ -63,7 +63,7 @@ def test_gpt2_of_old_exports_without_prefix_and_with_mask_buffers(tmp_path: Path
     renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     save_file({**renamed, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "model.safetensors")
     tokens = tokens_by_name()["a"]
-    driver = PagedDriver(load_model(tmp_path).model, dtype=torch.float32)
+    driver = PagedDriver(load_model(tmp_path))
     with torch.inference_mode():
         expected = oracle(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(driver.step([("a", tokens)])["a"], expected, atol=TOLERANCE, rtol=TOLERANCE)
@@ -73,24 +73,26 @@ def test_gpt2_of_old_exports_without_prefix_and_with_mask_buffers(tmp_path: Path
 def test_reference_logits_do_not_depend_on_batch_or_chunks(family: str, tmp_path: Path) -> None:
     """Bit for bit: the same sequence alone and whole, or in pieces with neighbours."""
     tiny_model(family, vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
-    model = load_model(tmp_path, dtype="float32", kernels="reference", device="cpu").model
+    loaded = load_model(tmp_path, dtype="float32", kernels="reference", device="cpu")
     sequences = tokens_by_name(1)
-    mixed = run_schedule(PagedDriver(model, dtype=torch.float32, seed=3), sequences, SCHEDULE)
+    mixed = run_schedule(PagedDriver(loaded, seed=3), sequences, SCHEDULE)
     for name, tokens in sequences.items():
-        alone = run_schedule(PagedDriver(model, dtype=torch.float32), {name: tokens}, [{name: len(tokens)}])
+        alone = run_schedule(PagedDriver(loaded), {name: tokens}, [{name: len(tokens)}])
         assert torch.equal(alone[name], mixed[name])
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_bfloat16_runs_and_stays_near_float32(family: str, tmp_path: Path) -> None:
     """Rounding to 8 bits of mantissa moves logits by some percent of their spread, not more."""
-    tiny_model(family, vocab_size=VOCAB_SIZE).save_pretrained(tmp_path)
+    tiny_model(family, vocab_size=VOCAB_SIZE, head_dim=32).save_pretrained(tmp_path)
     sequences = tokens_by_name(2)
     logits = {}
-    for dtype in ("float32", "bfloat16"):
-        loaded = load_model(tmp_path, dtype=dtype, kernels="eager", device="cpu")
-        driver = PagedDriver(loaded.model, dtype=loaded.dtype)
-        logits[dtype] = torch.cat(list(run_schedule(driver, sequences, SCHEDULE).values()))
-    assert logits["bfloat16"].dtype == torch.float32
-    error = (logits["bfloat16"] - logits["float32"]).square().mean().sqrt()
-    assert error < 0.1 * logits["float32"].std()
+    for dtype, kernels in (("float32", "eager"), ("bfloat16", "eager"), ("bfloat16", "native")):
+        loaded = load_model(tmp_path, dtype=dtype, kernels=kernels, device="cpu")
+        assert loaded.execution == ("recorded" if kernels == "native" else "op by op")
+        driver = PagedDriver(loaded, block_size=16 if kernels == "native" else 4)
+        logits[dtype, kernels] = torch.cat(list(run_schedule(driver, sequences, SCHEDULE).values()))
+    exact = logits.pop(("float32", "eager"))
+    for got in logits.values():
+        assert got.dtype == torch.float32
+        assert (got - exact).square().mean().sqrt() < 0.1 * exact.std()

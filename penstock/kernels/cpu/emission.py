@@ -28,6 +28,21 @@ def kv_format(shape: KvShape) -> str:
     return "int8" if shape.is_int8 else "bf16"
 
 
+USUAL_HEAD_DIM: Final = 64
+"""Stands for a head size that is not known yet."""
+
+
+def layout_refusal(*, block_size: int, head_dim: int | None) -> str | None:
+    """Why the extension cannot arrange such blocks; None if it can."""
+    try:
+        _native.kv_block_bytes(
+            kv_format="bf16", block_size=block_size, num_kv_heads=1, head_dim=head_dim or USUAL_HEAD_DIM
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def attention_inputs(groups: Sequence[AttentionBatch]) -> list[_native.AttentionInputs]:
     """The lengths and tables of a step's cache groups; the tensors must outlive the run."""
     return [

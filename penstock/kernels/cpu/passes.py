@@ -349,13 +349,13 @@ def widen_stream(tape: Tape) -> Tape:
 
 
 def isolate_operands(tape: Tape) -> Tape:
-    """Columns that end inside a group of inputs are copied: a product reads the group to its end."""
+    """Inputs of a product that end inside a group are copied to where zeros follow: it reads to the end."""
     rewriting = Rewriting(tape)
     for i, operation in enumerate(tape.operations):
-        if not isinstance(operation, Linear | GatedLinear | Moe | Quantize):
+        if not isinstance(operation, Linear | GatedLinear | Moe):
             continue
         x = operation.x
-        if not isinstance(x, Slice) or tape.is_whole(x) or x.cols % OPERAND_ALIGNMENT == 0:
+        if not isinstance(x, Slice) or is_own(tape, x) or x.cols % OPERAND_ALIGNMENT == 0:
             continue
         copy = rewriting.add_buffer(Buffer(dtype=tape.buffers[x.buffer].dtype, cols=x.cols))
         rewriting.put(i, Convert(x=x, out=copy), replace(operation, x=copy))

@@ -10,6 +10,8 @@ from penstock.kernels.quantization import Quantization
 
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
+INT4_DIVISORS = (-7.0, -7.5, -8.0, -8.5, -9.0)
+"""What the value of greatest magnitude may become: rounding it off lets the others be finer."""
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,8 +25,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = weight.float()
     scales = wide.abs().amax(dim=1) / INT8_MAX
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    values = (wide * inverse[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
+    values = torch.where(scales[:, None] > 0, wide / scales[:, None], 0.0).round()
     return values.to(torch.int8), scales
 
 
@@ -33,12 +34,28 @@ def dequantize_int8(values: Tensor, scales: Tensor) -> Tensor:
     return values.float() * scales[:, None]
 
 
+def _halved_sum(errors: Tensor) -> Tensor:
+    # [..., n] -> [...]: e[j] + e[j + n/2] until one is left, which fixes the order of the roundings.
+    while errors.shape[-1] > 1:
+        first, second = errors.chunk(2, dim=-1)
+        errors = first + second
+    return errors.squeeze(-1)
+
+
+def _try_scale(grouped: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    # Values of [O, G, size] under float16 scales [O, G], and the squared error of each group.
+    step = scales.float()
+    inverse = torch.where(step != 0, 1 / step, 0.0)
+    values = (grouped * inverse[..., None]).round().clamp(INT4_MIN, INT4_MAX)
+    return values, _halved_sum((grouped - values * step[..., None]).square())
+
+
 def quantize_int4(weight: Tensor, *, group_size: int) -> tuple[Tensor, Tensor]:
-    """One scale an output and group, such that the value largest in magnitude becomes -8.
+    """One scale an output and group: of five the one with the least squared error, the first of equals.
 
     Args:
-        weight: [O, I]; the last group may be shorter.
-        group_size: inputs in a group.
+        weight: [O, I]; the last group may be shorter, as if zeros followed.
+        group_size: inputs in a group, a power of two.
 
     Returns:
         Values [O, G * group_size] int8 in [-8, 7] and scales [O, G] float16.
@@ -46,11 +63,17 @@ def quantize_int4(weight: Tensor, *, group_size: int) -> tuple[Tensor, Tensor]:
     num_groups = -(-weight.shape[1] // group_size)
     padded = torch.nn.functional.pad(weight.float(), (0, num_groups * group_size - weight.shape[1]))
     grouped = padded.view(weight.shape[0], num_groups, group_size)
-    largest = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-    scales = (largest / INT4_MIN).to(torch.float16)
-    inverse = torch.where(scales != 0, 1 / scales.float(), 0.0)
-    values = (grouped * inverse[:, :, None]).round().clamp(INT4_MIN, INT4_MAX)
-    return values.flatten(1).to(torch.int8), scales
+    extreme = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+    best_scales = (extreme / INT4_DIVISORS[0]).to(torch.float16)
+    best_values, best_errors = _try_scale(grouped, best_scales)
+    for divisor in INT4_DIVISORS[1:]:
+        scales = (extreme / divisor).to(torch.float16)
+        values, errors = _try_scale(grouped, scales)
+        is_better = errors < best_errors
+        best_values = torch.where(is_better[..., None], values, best_values)
+        best_scales = torch.where(is_better, scales, best_scales)
+        best_errors = torch.where(is_better, errors, best_errors)
+    return best_values.flatten(1).to(torch.int8), best_scales
 
 
 def dequantize_int4(values: Tensor, scales: Tensor, *, in_features: int) -> Tensor:
@@ -85,5 +108,7 @@ def round_rows(x: Tensor) -> Tensor:
     Returns:
         [T, I] float32.
     """
-    values, scales = quantize_int8(x)
-    return dequantize_int8(values, scales)
+    wide = x.float()
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    factors = torch.where(largest > 0, INT8_MAX / largest, 0.0)
+    return (wide * factors).round() * (largest / INT8_MAX)

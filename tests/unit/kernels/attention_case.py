@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels.batch import AttentionBatch, KvSlab
+from penstock.kernels import ops
+from penstock.kernels.batch import AttentionBatch, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape
 
 
@@ -20,6 +21,9 @@ class AttentionCase:
     batch: AttentionBatch
     shape: AttentionShape
     expected: Tensor
+    new_keys: Tensor
+    """[T, N, D], of the rows of the query."""
+    new_values: Tensor
 
 
 def _dense(query: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape) -> Tensor:
@@ -43,9 +47,26 @@ def _tables(seq_lens: list[int], *, block_size: int, num_blocks: int, rng: rando
     return [[free.pop() for _ in range(-(-length // block_size))] for length in seq_lens]
 
 
+def _make_slab(kernels: ops.KernelSet, shape: KvShape, *, num_blocks: int, strided: bool) -> KvSlab:
+    slab = ops.make_slab(kernels, shape, num_blocks=num_blocks)
+    if strided:
+        both = torch.stack([slab.keys, slab.values], dim=1)
+        slab = KvSlab(keys=both[:, 0], values=both[:, 1], shape=shape)
+    for block in range(num_blocks):
+        poison(slab, block)
+    return slab
+
+
+def poison(slab: KvSlab, block: int) -> None:
+    """All bits of a block set: every number in it is NaN, however a home arranges it."""
+    for cache in (slab.keys, slab.values):
+        cache[block] = torch.full_like(cache[block], 0).view(torch.uint8).fill_(255).view(cache.dtype)
+
+
 def make_case(
     lengths: list[tuple[int, int]],
     *,
+    kernels: ops.KernelSet,
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 8,
     block_size: int = 4,
@@ -59,6 +80,7 @@ def make_case(
 
     Args:
         lengths: (new tokens, tokens in all) of each sequence.
+        kernels: who arranges the blocks.
         heads: query heads and key/value heads.
         head_dim: size of a head.
         block_size: slots of a block.
@@ -72,13 +94,12 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     seq_lens = [total for _, total in lengths]
     num_blocks = sum(-(-total // block_size) for total in seq_lens) + 3
-    pool = torch.full((num_blocks, 2, block_size, heads[1], head_dim), torch.nan, dtype=dtype)
-    slab = KvSlab(keys=pool[:, 0], values=pool[:, 1])
-    if not strided:
-        slab = KvSlab(keys=slab.keys.contiguous(), values=slab.values.contiguous())
+    kv = KvShape(block_size=block_size, num_kv_heads=heads[1], head_dim=head_dim, dtype=dtype)
+    slab = _make_slab(kernels, kv, num_blocks=num_blocks, strided=strided)
     tables = _tables(seq_lens, block_size=block_size, num_blocks=num_blocks, rng=rng)
     shape = AttentionShape(scale=0.3, window=window, softcap=softcap)
     queries, answers, slots = [], [], []
+    new_keys, new_values = [], []
     for (new, total), table in zip(lengths, tables, strict=True):
         query = torch.randn(new, heads[0], head_dim, generator=generator).to(dtype)
         keys, values = (
@@ -88,13 +109,14 @@ def make_case(
         answers.append(_dense(query, keys, values, shape))
         for block in table:  # a block's unused slots are zero, as the engine keeps them
             slab.keys[block] = slab.values[block] = 0
-        for position in range(total):
-            block, offset = table[position // block_size], position % block_size
-            slab.keys[block, offset], slab.values[block, offset] = keys[position], values[position]
+        places = torch.tensor([table[p // block_size] * block_size + p % block_size for p in range(total)])
+        ops.write_kv(kernels, keys, values, slab, places)
+        new_keys.append(keys[total - new :])
+        new_values.append(values[total - new :])
         first = 0 if window is None else max(0, total - new - window + 1) // block_size
         slots += [table[p // block_size] * block_size + p % block_size for p in range(total - new, total)]
         for i in range(first):
-            slab.keys[table[i]] = slab.values[table[i]] = torch.nan
+            poison(slab, table[i])
             table[i] = -1
     width = max(map(len, tables)) + 1
     new_lens = [new for new, _ in lengths]
@@ -109,5 +131,11 @@ def make_case(
         seq_lens_host=tuple(seq_lens),
     )
     return AttentionCase(
-        query=torch.cat(queries), slab=slab, batch=batch, shape=shape, expected=torch.cat(answers)
+        query=torch.cat(queries),
+        slab=slab,
+        batch=batch,
+        shape=shape,
+        expected=torch.cat(answers),
+        new_keys=torch.cat(new_keys),
+        new_values=torch.cat(new_values),
     )

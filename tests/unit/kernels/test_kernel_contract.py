@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from penstock.kernels import ops
-from penstock.kernels.batch import KvSlab
+from penstock.kernels.batch import KvShape, KvSlab
+from penstock.kernels.options import DEFAULT_OPTIONS
+from penstock.kernels.quantization import Activations, Method, Quantization
+from penstock.kernels.reference.quantize import quantize_dequantize, round_rows
 from penstock.kernels.registry import HOMES
-from tests.unit.kernels.attention_case import make_case
+from tests.unit.kernels.attention_case import make_case, poison
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """A few roundings of values of order 1: float32 keeps 24 bits, bfloat16 8."""
@@ -17,14 +20,34 @@ EXACT = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 """The reference rounds once: half a unit in the last place of values up to about 4."""
 
 
-@pytest.fixture(params=list(HOMES))
-def kernels(request: pytest.FixtureRequest) -> ops.KernelSet:
-    return HOMES[request.param].build()
+def build(home: str) -> ops.KernelSet:
+    return HOMES[home].build(DEFAULT_OPTIONS)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+@pytest.fixture(
+    params=[(name, dtype) for name, home in HOMES.items() for dtype in home.dtypes],
+    ids=lambda param: f"{param[0]}-{str(param[1]).removeprefix('torch.')}",
+)
+def home(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     return request.param
+
+
+@pytest.fixture
+def kernels(home: tuple[str, torch.dtype]) -> ops.KernelSet:
+    return build(home[0])
+
+
+@pytest.fixture
+def dtype(home: tuple[str, torch.dtype]) -> torch.dtype:
+    return home[1]
+
+
+@pytest.fixture
+def sizes(home: tuple[str, torch.dtype]) -> dict[str, int]:
+    """The smallest that the home serves, so that tables are long."""
+    if home[0] == "native":
+        return {"block_size": 16, "head_dim": 32}
+    return {"block_size": 4, "head_dim": 8}
 
 
 def rand(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -87,7 +110,16 @@ def test_rope_turns_pairs_half_a_rotated_part_apart(
         a, b = x[..., i].double(), x[..., i + rotary_dim // 2].double()
         cos, sin = (f(angles[:, i].double())[:, None] for f in (torch.cos, torch.sin))
         expected[..., i], expected[..., i + rotary_dim // 2] = a * cos - b * sin, b * cos + a * sin
-    check(ops.rope(kernels, x, angles.cos(), angles.sin()), expected, kernels, dtype)
+    check(ops.rope(kernels, x, torch.cat([angles.cos(), angles.sin()], dim=1)), expected, kernels, dtype)
+
+
+def test_rope_angles_are_cosines_then_sines_of_position_times_frequency(kernels: ops.KernelSet) -> None:
+    positions, frequencies = torch.tensor([0, 1, 4095, 100_000]), torch.tensor([1.0, 0.1, 1e-4])
+    angles = (positions.float()[:, None] * frequencies).double()
+    expected = 1.5 * torch.cat([angles.cos(), angles.sin()], dim=1)
+    got = ops.rope_angles(kernels, positions, frequencies, factor=1.5)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, atol=2e-7, rtol=2e-7)
 
 
 def test_silu_and_mul(kernels: ops.KernelSet, dtype: torch.dtype) -> None:
@@ -119,12 +151,37 @@ def test_linear_multiplies_by_the_transposed_weight(
     x, weight = rand(rows, 24, dtype=dtype), rand(24, 10, dtype=dtype, seed=1).t() / 5
     bias = rand(10, dtype=dtype, seed=2) if with_bias else None
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    check(ops.linear(kernels, x, weight, bias), expected, kernels, dtype)
+    check(ops.linear(kernels, x, ops.prepare_linear(kernels, weight, bias)), expected, kernels, dtype)
 
 
-def test_linear_covers_vocabularies_larger_than_its_column_tile(kernels: ops.KernelSet) -> None:
-    x, weight = rand(3, 4, dtype=torch.float32), rand(20_000, 4, dtype=torch.float32, seed=1)
-    check(ops.linear(kernels, x, weight), x.double() @ weight.double().t(), kernels, torch.float32)
+def test_linear_covers_vocabularies_larger_than_its_column_tile(
+    kernels: ops.KernelSet, dtype: torch.dtype
+) -> None:
+    x, weight = rand(3, 4, dtype=dtype), rand(20_000, 4, dtype=dtype, seed=1)
+    prepared = ops.prepare_linear(kernels, weight)
+    check(ops.linear(kernels, x, prepared), x.double() @ weight.double().t(), kernels, dtype)
+
+
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+@pytest.mark.parametrize(("method", "group_size"), [("int8", 128), ("int4", 32), ("int4", 128)])
+def test_linear_multiplies_by_what_the_quantized_weight_stands_for(
+    kernels: ops.KernelSet, dtype: torch.dtype, method: Method, group_size: int, activations: Activations
+) -> None:
+    """One rule of rounding in every home; what is left are roundings of the model's dtype."""
+    quantization = Quantization(method=method, group_size=group_size, activations=activations)
+    x, weight = rand(7, 160, dtype=dtype), rand(40, 160, dtype=dtype, seed=1) / 12
+    prepared = ops.prepare_linear(kernels, weight, quantization=quantization)
+    rounded = round_rows(x) if activations == "int8" else x
+    expected = rounded.double() @ quantize_dequantize(weight, quantization).double().t()
+    got = ops.linear(kernels, x, prepared)
+    torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_softcap_bounds_by_tanh(kernels: ops.KernelSet) -> None:
+    x = rand(3, 50, dtype=torch.float32) * 40
+    expected = 30 * torch.tanh(x.double() / 30)
+    got = ops.softcap(kernels, x.clone(), cap=30.0)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_embedding_takes_rows(kernels: ops.KernelSet, dtype: torch.dtype) -> None:
@@ -132,16 +189,21 @@ def test_embedding_takes_rows(kernels: ops.KernelSet, dtype: torch.dtype) -> Non
     got = ops.embedding(kernels, torch.tensor([8, 0, 8]), weight)
     assert torch.equal(got, torch.stack([weight[8], weight[0], weight[8]]))
     assert got.data_ptr() != weight.data_ptr()
+    scaled = ops.embedding(kernels, torch.tensor([8]), weight, scale=55.4256)
+    assert torch.equal(scaled[0], weight[8] * torch.tensor(55.4256, dtype=dtype))
 
 
 @pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("home", [("eager", torch.float32), ("reference", torch.float32)], indirect=True)
 def test_write_kv_stores_each_token_in_its_slot_and_nothing_else(
     kernels: ops.KernelSet, strided: bool
 ) -> None:
+    """The native layout is drawn and tested in `tests/unit/kernels_native`."""
     pool = torch.zeros(3, 2, 4, 2, 5)
-    slab = KvSlab(keys=pool[:, 0], values=pool[:, 1])
+    kv = KvShape(block_size=4, num_kv_heads=2, head_dim=5, dtype=torch.float32)
+    slab = KvSlab(keys=pool[:, 0], values=pool[:, 1], shape=kv)
     if not strided:
-        slab = KvSlab(keys=slab.keys.contiguous(), values=slab.values.contiguous())
+        slab = KvSlab(keys=slab.keys.contiguous(), values=slab.values.contiguous(), shape=kv)
     keys, values = rand(2, 2, 5, dtype=torch.float32), rand(2, 2, 5, dtype=torch.float32, seed=1)
     ops.write_kv(kernels, keys, values, slab, torch.tensor([9, 3]))
     expected = torch.zeros(2, 3, 4, 2, 5)
@@ -150,16 +212,18 @@ def test_write_kv_stores_each_token_in_its_slot_and_nothing_else(
     assert torch.equal(torch.stack([slab.keys, slab.values]), expected)
 
 
-def plain_moe(x: Tensor, router: Tensor, experts: list[ops.ExpertWeights], shape: ops.MoeShape) -> Tensor:
+def plain_moe(
+    x: Tensor, router: Tensor, experts: list[tuple[Tensor, Tensor, Tensor]], shape: ops.MoeShape
+) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float64)
     for row, token in enumerate(x.double()):
         probabilities = torch.softmax(router.double() @ token, dim=0)
         best = sorted(range(len(experts)), key=lambda i: -probabilities[i])[: shape.top_k]
         total = sum(probabilities[i] for i in best) if shape.renormalize else 1.0
         for i in best:
-            gate, up = experts[i].gate.double() @ token, experts[i].up.double() @ token
-            hidden = gate / (1 + (-gate).exp()) * up
-            out[row] += probabilities[i] / total * (experts[i].down.double() @ hidden)
+            gate, up, down = (weight.double() for weight in experts[i])
+            hidden = gate @ token / (1 + (-(gate @ token)).exp()) * (up @ token)
+            out[row] += probabilities[i] / total * (down @ hidden)
     return out
 
 
@@ -169,16 +233,17 @@ def test_moe_sums_the_chosen_experts(
     kernels: ops.KernelSet, dtype: torch.dtype, rows: int, top_k: int, renormalize: bool
 ) -> None:
     x, router = rand(rows, 8, dtype=dtype), rand(4, 8, dtype=dtype, seed=1)
-    experts = [
-        ops.ExpertWeights(
-            gate=rand(6, 8, dtype=dtype, seed=10 + i) / 2,
-            up=rand(6, 8, dtype=dtype, seed=20 + i) / 2,
-            down=rand(8, 6, dtype=dtype, seed=30 + i) / 2,
-        )
+    sizes = ((6, 8), (6, 8), (8, 6))
+    weights = [
+        tuple(rand(*size, dtype=dtype, seed=10 * (i + 1) + j) / 2 for j, size in enumerate(sizes))
         for i in range(4)
     ]
+    experts = [
+        ops.ExpertWeights(gate=gate, up=up, down=down)
+        for gate, up, down in ([ops.prepare_linear(kernels, each) for each in expert] for expert in weights)
+    ]
     shape = ops.MoeShape(top_k=top_k, renormalize=renormalize)
-    check(ops.moe(kernels, x, router, experts, shape), plain_moe(x, router, experts, shape), kernels, dtype)
+    check(ops.moe(kernels, x, router, experts, shape), plain_moe(x, router, weights, shape), kernels, dtype)
 
 
 def test_copy_blocks_reads_all_before_it_writes(kernels: ops.KernelSet) -> None:
@@ -206,59 +271,99 @@ MIXES = {
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("mix", list(MIXES))
 def test_paged_attention_equals_dense_attention(
-    kernels: ops.KernelSet, dtype: torch.dtype, mix: str, window: int | None, softcap: float | None
+    kernels: ops.KernelSet,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
+    mix: str,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     """Ragged lengths, blocks out of order, prefixes, windows and caps; unseen slots hold NaN."""
-    case = make_case(MIXES[mix], window=window, softcap=softcap, dtype=dtype)
+    case = make_case(MIXES[mix], kernels=kernels, **sizes, window=window, softcap=softcap, dtype=dtype)
     got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
     check(got, case.expected, kernels, dtype)
 
 
+ANY_SIZE = (((4, 4), 16, 1), ((6, 1), 5, 16), ((8, 2), 32, 3))
+SIZES = {
+    ("native", torch.bfloat16): (((4, 4), 32, 16), ((6, 1), 48, 16), ((8, 2), 128, 48), ((14, 2), 64, 32)),
+    ("eager", torch.float32): ANY_SIZE,
+    ("reference", torch.float32): ANY_SIZE,
+}
+
+
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "block_size"), [((4, 4), 16, 1), ((6, 1), 5, 16), ((8, 2), 32, 3)]
+    ("home", "heads", "head_dim", "block_size"),
+    [
+        (name, heads, head_dim, block_size)
+        for name, cases in SIZES.items()
+        for heads, head_dim, block_size in cases
+    ],
+    indirect=["home"],
 )
 def test_paged_attention_serves_all_head_and_block_sizes(
-    kernels: ops.KernelSet, heads: tuple[int, int], head_dim: int, block_size: int
+    kernels: ops.KernelSet, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, block_size: int
 ) -> None:
     case = make_case(
-        MIXES["all at once"], heads=heads, head_dim=head_dim, block_size=block_size, strided=True
+        MIXES["all at once"],
+        kernels=kernels,
+        heads=heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        strided=True,
     )
     got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
-    check(got, case.expected, kernels, torch.float32)
+    check(got, case.expected, kernels, dtype)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_paged_attention_of_random_mixes(kernels: ops.KernelSet, seed: int) -> None:
+def test_paged_attention_of_random_mixes(
+    kernels: ops.KernelSet, dtype: torch.dtype, sizes: dict[str, int], seed: int
+) -> None:
     rng = random.Random(seed)
     lengths = []
     for _ in range(rng.randint(1, 20)):
         new = 1 if rng.random() < 0.5 else rng.randint(1, 40)
         lengths.append((new, new + rng.choice([0, rng.randint(0, 90)])))
-    case = make_case(lengths, window=rng.choice([None, 5, 33]), softcap=rng.choice([None, 3.0]), seed=seed)
+    case = make_case(
+        lengths,
+        kernels=kernels,
+        **sizes,
+        window=rng.choice([None, 5, 33]),
+        softcap=rng.choice([None, 3.0]),
+        dtype=dtype,
+        seed=seed,
+    )
     got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
-    check(got, case.expected, kernels, torch.float32)
+    check(got, case.expected, kernels, dtype)
 
 
-def test_nan_of_one_sequence_stays_in_its_rows(kernels: ops.KernelSet) -> None:
+def test_nan_of_one_sequence_stays_in_its_rows(
+    kernels: ops.KernelSet, dtype: torch.dtype, sizes: dict[str, int]
+) -> None:
     """Padding of a batched call reads the sequence's own blocks only."""
-    case = make_case([(1, 9), (1, 30), (1, 10), (2, 9), (3, 20)])
-    poisoned = case.batch.block_tables[1]
-    case.slab.keys[poisoned[poisoned >= 0].long()] = torch.nan
+    lengths = [(1, 9), (1, 30), (1, 10), (2, 9), (3, 20)]
+    case = make_case(lengths, kernels=kernels, **sizes, dtype=dtype)
+    for block in case.batch.block_tables[1].tolist():
+        if block >= 0:
+            poison(case.slab, block)
     got = ops.paged_attention(kernels, case.query, case.slab, case.batch, case.shape)
     assert got[1].isnan().any()
     rest = [0, *range(2, len(got))]
-    check(got[rest], case.expected[rest], kernels, torch.float32)
+    check(got[rest], case.expected[rest], kernels, dtype)
 
 
 def test_reference_rows_do_not_depend_on_the_other_rows() -> None:
     """Bit for bit, for every operation that mixes features; alignment and tile position included."""
-    kernels = HOMES["reference"].build()
+    kernels = build("reference")
     x, weight = rand(40, 96, dtype=torch.float32), rand(70, 96, dtype=torch.float32, seed=1)
-    whole = ops.linear(kernels, x, weight)
+    prepared = ops.prepare_linear(kernels, weight)
+    whole = ops.linear(kernels, x, prepared)
     normed = ops.rms_norm(kernels, x, weight[0], eps=1e-5)
     activated = ops.silu_and_mul(kernels, x, x)
     for start, end in ((0, 1), (3, 20), (17, 40)):
         part = x[start:end].clone()
-        assert torch.equal(ops.linear(kernels, part, weight), whole[start:end])
+        assert torch.equal(ops.linear(kernels, part, prepared), whole[start:end])
         assert torch.equal(ops.rms_norm(kernels, part, weight[0], eps=1e-5), normed[start:end])
         assert torch.equal(ops.silu_and_mul(kernels, part, part), activated[start:end])

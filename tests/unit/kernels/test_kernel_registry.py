@@ -1,20 +1,79 @@
 """The registry chooses what can run and refuses the rest by name."""
 
+import sys
+
 import pytest
 import torch
 
 from penstock.core.errors import StartupError
+from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.registry import HOMES, runnable, select_kernels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_takes_the_preferred_home(dtype: torch.dtype) -> None:
-    assert select_kernels("auto", device="cpu", dtype=dtype).name == "eager"
+@pytest.mark.parametrize(
+    ("dtype", "options", "name"),
+    [
+        (torch.float32, DEFAULT_OPTIONS, "eager"),
+        (torch.bfloat16, DEFAULT_OPTIONS, "native"),
+        (torch.bfloat16, KernelOptions(block_size=4), "eager"),
+        (torch.float32, KernelOptions(is_deterministic=True), "reference"),
+        (torch.bfloat16, KernelOptions(is_deterministic=True), "native"),
+        (torch.bfloat16, KernelOptions(kv_cache_dtype="int8"), "native"),
+    ],
+)
+def test_auto_takes_the_preferred_home_of_those_that_serve_the_options(
+    dtype: torch.dtype, options: KernelOptions, name: str
+) -> None:
+    assert select_kernels("auto", device="cpu", dtype=dtype, options=options).name == name
 
 
 @pytest.mark.parametrize("name", list(HOMES))
 def test_a_home_bears_the_name_it_is_chosen_by(name: str) -> None:
-    assert select_kernels(name, device="cpu", dtype=torch.float32).name == name
+    assert select_kernels(name, device="cpu", dtype=torch.bfloat16).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options", "words"),
+    [
+        ("native", torch.float32, DEFAULT_OPTIONS, "float32"),
+        ("native", torch.bfloat16, KernelOptions(block_size=8), "block_size"),
+        ("eager", torch.bfloat16, KernelOptions(is_deterministic=True), "not deterministic"),
+        ("reference", torch.bfloat16, KernelOptions(kv_cache_dtype="int8"), "kv_cache_dtype int8"),
+        ("eager", torch.float32, KernelOptions(kv_cache_dtype="bfloat16"), "kv_cache_dtype bfloat16"),
+        (
+            "auto",
+            torch.float32,
+            KernelOptions(kv_cache_dtype="int8"),
+            "native: it does not compute in float32",
+        ),
+    ],
+)
+def test_what_a_home_does_not_serve_is_refused_with_the_reason(
+    name: str, dtype: torch.dtype, options: KernelOptions, words: str
+) -> None:
+    with pytest.raises(StartupError, match=words):
+        select_kernels(name, device="cpu", dtype=dtype, options=options)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_with_what_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PENSTOCK_ISA", "neon")
+    with pytest.raises(StartupError, match="PENSTOCK_ISA is 'neon': .*scalar, avx2") as caught:
+        select_kernels("auto", device="cpu", dtype=torch.bfloat16)
+    assert caught.value.param == "isa"
+
+
+def test_without_the_extension_module_torch_computes_and_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "penstock.kernels.cpu._native", None)
+    with caplog.at_level("WARNING"):
+        assert select_kernels("auto", device="cpu", dtype=torch.bfloat16).name == "eager"
+    (record,) = caplog.records
+    assert "the native kernels are not used, torch computes: the extension module" in record.message
+    with pytest.raises(StartupError, match="native: the extension module"):
+        select_kernels("native", device="cpu", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from penstock.kernels import ops
 from penstock.kernels.ops import AttentionShape
 from penstock.kernels.registry import select_kernels
 from penstock.layers.attention import PagedAttention
@@ -15,7 +16,7 @@ KERNELS = select_kernels("eager", device="cpu", dtype=torch.float32)
 
 
 def linear(rows: list[list[float]]) -> Linear:
-    return Linear(kernels=KERNELS, weight=torch.tensor(rows))
+    return Linear(kernels=KERNELS, weight=ops.prepare_linear(KERNELS, torch.tensor(rows)))
 
 
 @pytest.mark.parametrize("activation", list(Activation))
@@ -39,7 +40,8 @@ def test_a_scaled_embedding_rounds_its_factor_to_the_weights_dtype() -> None:
 
 
 def test_capped_logits_stay_within_the_cap_and_are_float32() -> None:
-    head = LmHead(kernels=KERNELS, weight=torch.tensor([[100.0], [0.0]], dtype=torch.bfloat16), softcap=30.0)
+    weight = ops.prepare_linear(KERNELS, torch.tensor([[100.0], [0.0]], dtype=torch.bfloat16))
+    head = LmHead(kernels=KERNELS, weight=weight, softcap=30.0)
     logits = head(torch.ones(1, 1, dtype=torch.bfloat16))
     assert logits.dtype == torch.float32
     assert logits[0].tolist() == pytest.approx([30 * torch.tanh(torch.tensor(100 / 30)).item(), 0.0])
@@ -49,10 +51,7 @@ def test_attention_writes_before_it_reads() -> None:
     """A token sees its own key and value of this step."""
     from penstock.kernels.batch import ForwardBatch
 
-    case = make_case([(3, 3)])
-    keys, values = (
-        x.flatten(0, 1)[case.batch.slot_mapping].clone() for x in (case.slab.keys, case.slab.values)
-    )
+    case = make_case([(3, 3)], kernels=KERNELS)
     case.slab.keys[case.batch.block_tables[0, 0]] = 0
     batch = ForwardBatch(
         token_ids=torch.zeros(3, dtype=torch.int64),
@@ -62,6 +61,6 @@ def test_attention_writes_before_it_reads() -> None:
         layer_slabs=(case.slab,),
     )
     layer = PagedAttention(kernels=KERNELS, layer_idx=0, shape=AttentionShape(scale=case.shape.scale))
-    got = layer(case.query, keys, values, batch)
+    got = layer(case.query, case.new_keys, case.new_values, batch)
     assert got.shape == (3, 32)
     torch.testing.assert_close(got.double(), case.expected.flatten(1), atol=1e-5, rtol=1e-5)

@@ -26,8 +26,8 @@ def test_a_tiny_checkpoint_loads_here_and_in_transformers_with_equal_sane_logits
 
     make_checkpoint(tmp_path, SHAPES[name], dtype="float32")
     tokens = [5, 300, 77, 501]
-    model = load_model(tmp_path).model
-    got = PagedDriver(model, dtype=torch.float32).step([("a", tokens)])["a"]
+    loaded = load_model(tmp_path)
+    got = PagedDriver(loaded).step([("a", tokens)])["a"]
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.inference_mode():
         expected = oracle(torch.tensor([tokens])).logits[0]
@@ -36,8 +36,8 @@ def test_a_tiny_checkpoint_loads_here_and_in_transformers_with_equal_sane_logits
 
 
 def test_bfloat16_logits_are_finite(tmp_path: Path) -> None:
-    model = load_model(make_checkpoint(tmp_path, SHAPES["tiny-llama"])).model
-    logits = PagedDriver(model, dtype=torch.bfloat16).step([("a", list(range(60)))])["a"]
+    loaded = load_model(make_checkpoint(tmp_path, SHAPES["tiny-llama"]))
+    logits = PagedDriver(loaded).step([("a", list(range(60)))])["a"]
     assert logits.isfinite().all()
 
 
@@ -50,10 +50,7 @@ def test_shards_respect_their_limit_and_hold_the_same_numbers(tmp_path: Path) ->
     headroom = 4096  # the header
     largest = max(plan.num_elements * 2 for plan in tensor_plans(SHAPES["tiny-qwen2"]))
     assert all(path.stat().st_size <= max(limit, largest) + headroom for path in shards)
-    logits = [
-        PagedDriver(load_model(tmp_path / name).model, dtype=torch.bfloat16).step([("a", [3, 4])])["a"]
-        for name in ("one", "many")
-    ]
+    logits = [PagedDriver(load_model(tmp_path / name)).step([("a", [3, 4])])["a"] for name in ("one", "many")]
     assert torch.equal(logits[0], logits[1])
 
 
