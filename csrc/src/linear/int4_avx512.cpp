@@ -8,7 +8,7 @@
 //
 // A tile is up to 6 rows x 32 features: 12 registers of integers for the group, 12 of floats for the whole row. Eight
 // inputs cost six instructions of unpacking, for 4 products a row.
-#include <immintrin.h>
+#include "dot_avx512.h"
 
 #include "int4_panel.h"
 #include "kernels.h"
@@ -45,12 +45,13 @@ template <int rows>
 [[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::uint8_t* w,
                                                  __m512i (&sums)[rows][2]) {
     const Nibbles w0 = load_nibbles(w), w1 = load_nibbles(w + 64);
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         const __m512i first = four_inputs(x[r] + k), second = four_inputs(x[r] + k + 4);
-        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0.low, first);
-        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1.low, first);
-        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0.high, second);
-        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1.high, second);
+        sums[r][0] = dot(sums[r][0], w0.low, first);
+        sums[r][1] = dot(sums[r][1], w1.low, first);
+        sums[r][0] = dot(sums[r][0], w0.high, second);
+        sums[r][1] = dot(sums[r][1], w1.high, second);
     }
 }
 
@@ -64,6 +65,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
     const std::int8_t* x_rows[rows];
     const std::int32_t* x_sums[rows];
     __m512 totals[rows][2];
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         x_rows[r] = x.row<std::int8_t>(first_row + r);
         x_sums[r] = x.group_sums(first_row + r);
@@ -74,6 +76,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
     for (int k = 0; k < panel.inputs; scales += panel_features) {
         const int end = panel.group_end(k);
         __m512i sums[rows][2];
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = _mm512_set1_epi32(int4_offset(x_sums[r], k, end));
         for (; k < end; k += 8, w += panel_features * 4) {
             prefetch_step(w);
@@ -81,11 +84,13 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
         }
         for (int half = 0; half < 2; ++half) {
             const __m512 scale = load_scales(scales + half * 16);
+#pragma GCC unroll 12
             for (int r = 0; r < rows; ++r) {
                 totals[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][half]), scale, totals[r][half]);
             }
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         const __m512 x_scale = _mm512_set1_ps(x.scale(first_row + r));
         for (int half = 0; half < 2; ++half) {
@@ -101,8 +106,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
         const __m512i first = four_inputs(x), second = four_inputs(x + 4);
         for (int half = 0; half < 2; ++half) {
             const Nibbles nibbles = load_nibbles(w + half * 64);
-            sums[half][0] = _mm512_dpbusd_epi32(sums[half][0], nibbles.low, first);
-            sums[half][1] = _mm512_dpbusd_epi32(sums[half][1], nibbles.high, second);
+            sums[half][0] = dot(sums[half][0], nibbles.low, first);
+            sums[half][1] = dot(sums[half][1], nibbles.high, second);
         }
     }
 }

@@ -9,7 +9,7 @@
 //
 // A tile is up to 12 rows x 32 features, 24 registers of sums: per four inputs two loads of weights and a broadcast a row
 // feed 24 instructions. Sums may wrap on the way; the result does not (K <= 131072).
-#include <immintrin.h>
+#include "dot_avx512.h"
 
 #include "kernels.h"
 #include "row_tiles.h"
@@ -54,10 +54,11 @@ template <int rows>
 [[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::int8_t* w,
                                                  __m512i (&sums)[rows][2]) {
     const __m512i w0 = load_unsigned(w), w1 = load_unsigned(w + 64);
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         const __m512i four = four_inputs(x[r] + k);
-        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, four);
-        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, four);
+        sums[r][0] = dot(sums[r][0], w0, four);
+        sums[r][1] = dot(sums[r][1], w1, four);
     }
 }
 
@@ -65,6 +66,7 @@ template <int rows>
 void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel, float* out) {
     const std::int8_t* x_rows[rows];
     __m512i sums[rows][2];
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         x_rows[r] = x.row<std::int8_t>(first_row + r);
         const std::int32_t sum = sum_of(x.group_sums(first_row + r), panel.inputs / sum_group);
@@ -76,6 +78,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
         _mm_prefetch(w + prefetch_bytes + 64, _MM_HINT_T0);
         multiply_step<rows>(x_rows, k, w, sums);
     }
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         for (int half = 0; half < 2; ++half) {
             store(sums[r][half], panel.scales + half * 16, x.scale(first_row + r), out + r * panel_features + half * 16);
