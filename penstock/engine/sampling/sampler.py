@@ -15,6 +15,9 @@ raw logits [rows, vocab] float32
 A row's token depends on its own logits, parameters, seed and history, on no neighbour. `Sampler.sample`
 changes nothing, neither logits nor states, so that it can be repeated; `commit` is what counts tokens.
 The runner calls both.
+
+Given a `NativeSampler`, steps 1 to 7 run there, in the same order and with the same result but for the
+rounding of float32 (see `native`); without one, here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,6 +31,7 @@ from penstock.core.text import TokenLogprobs
 from penstock.engine.sampling.constraints import add_bias, apply_bitmask, ban_tokens
 from penstock.engine.sampling.draw import DrawParams, draw
 from penstock.engine.sampling.logprobs import token_logprobs
+from penstock.engine.sampling.native import DrawStatus, NativeSampler
 from penstock.engine.sampling.penalties import penalise_presence_and_frequency, penalise_repetition
 from penstock.engine.sampling.sequence_state import SequenceState, SequenceStates
 from penstock.engine.sampling.uniform import uniforms
@@ -44,13 +48,20 @@ Outcome = SampledToken | SequenceFailure
 class Sampler:
     """Chooses tokens for the sequences it has been told of."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, native: NativeSampler | None = None) -> None:
+        """Know nobody yet.
+
+        Args:
+            native: the passes over the vocabulary in C++, on the pool of threads that runs the model; None
+                computes them with numpy.
+        """
+        self._native = native
         self._states = SequenceStates()
 
     @property
     def num_bytes(self) -> int:
         """Bytes that stay allocated between steps, about."""
-        return self._states.num_bytes
+        return self._states.num_bytes + (self._native.num_bytes if self._native else 0)
 
     @property
     def num_sequences(self) -> int:
@@ -66,18 +77,53 @@ class Sampler:
         self._states.forget(seq_ids)
 
     def sample(
-        self, logits: Floats, *, specs: Sequence[SampleSpec], masks: npt.NDArray[np.int32] | None = None
+        self,
+        logits: Floats,
+        *,
+        specs: Sequence[SampleSpec],
+        rows: Sequence[int] | None = None,
+        masks: npt.NDArray[np.int32] | None = None,
     ) -> list[Outcome]:
         """Choose one token per spec; changes nothing.
 
         Args:
-            logits: [len(specs), vocab] float32, C-contiguous, on the host.
-            specs: who draws from each row.
+            logits: [num_rows, vocab] float32, C-contiguous, on the host.
+            specs: who draws.
+            rows: which row of `logits` each spec draws from, repeats allowed; None gives each its own.
             masks: [len(specs), ceil(vocab / 32)] int32, a bit for each token that may come; None allows all.
 
         Returns:
             For each spec its token, or a failure for a row that has no answer.
         """
+        own_rows = list(range(len(logits)))
+        rows = own_rows if rows is None else rows
+        assert len(rows) == len(specs), (len(rows), len(specs))
+        if self._native:
+            return self._sample_natively(self._native, logits, specs=specs, rows=rows, masks=masks)
+        # The usual case, one draw per row, must not copy the batch's logits.
+        part = logits if rows == own_rows else logits[list(rows)]
+        return self._sample_in_chunks(part, specs=specs, masks=masks)
+
+    def _sample_natively(
+        self,
+        native: NativeSampler,
+        logits: Floats,
+        *,
+        specs: Sequence[SampleSpec],
+        rows: Sequence[int],
+        masks: npt.NDArray[np.int32] | None,
+    ) -> list[Outcome]:
+        states = [self._states[spec.seq_id] for spec in specs]
+        output_idxs = [spec.output_idx for spec in specs]
+        draws = native.sample(logits, rows=rows, states=states, output_idxs=output_idxs, masks=masks)
+        return [
+            _outcome(spec.seq_id, status=draw.status, token_id=draw.token_id, logprobs=draw.logprobs)
+            for spec, draw in zip(specs, draws, strict=True)
+        ]
+
+    def _sample_in_chunks(
+        self, logits: Floats, *, specs: Sequence[SampleSpec], masks: npt.NDArray[np.int32] | None
+    ) -> list[Outcome]:
         states = [self._states[spec.seq_id] for spec in specs]
         chunk = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
         outcomes: list[Outcome] = []
@@ -152,18 +198,30 @@ class _Rows:
 
     def _outcome(self, row: int, *, token_id: int) -> Outcome:
         """Steps 1 and 7: a failure, or the token with what was asked about it."""
-        seq_id = self._specs[row].seq_id
+        status = self._status(row)
+        logprobs = self._logprobs(row, token_id=token_id) if status is DrawStatus.DRAWN else None
+        return _outcome(self._specs[row].seq_id, status=status, token_id=token_id, logprobs=logprobs)
+
+    def _status(self, row: int) -> DrawStatus:
         if not self._is_sound[row]:
-            return SequenceFailure(seq_id, "numerical_error", "the model's logits are not finite numbers")
-        if not np.isfinite(self._highest[row]):
-            return SequenceFailure(seq_id, "no_token_allowed", "masks and min_tokens together allow no token")
-        return SampledToken(seq_id, token_id, self._logprobs(row, token_id=token_id))
+            return DrawStatus.NOT_FINITE
+        return DrawStatus.DRAWN if np.isfinite(self._highest[row]) else DrawStatus.NONE_ALLOWED
 
     def _logprobs(self, row: int, *, token_id: int) -> TokenLogprobs | None:
         num_top = self._states[row].params.logprobs
         if num_top is None:
             return None
         return token_logprobs(self._raw[row], token_id=token_id, num_top=num_top)
+
+
+def _outcome(
+    seq_id: SequenceId, *, status: DrawStatus, token_id: int, logprobs: TokenLogprobs | None
+) -> Outcome:
+    if status is DrawStatus.NOT_FINITE:
+        return SequenceFailure(seq_id, "numerical_error", "the model's logits are not finite numbers")
+    if status is DrawStatus.NONE_ALLOWED:
+        return SequenceFailure(seq_id, "no_token_allowed", "masks and min_tokens together allow no token")
+    return SampledToken(seq_id, token_id, logprobs)
 
 
 def alter_row(row: Floats, *, state: SequenceState, output_idx: int) -> None:

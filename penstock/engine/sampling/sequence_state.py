@@ -14,6 +14,8 @@ from penstock.engine.sampling.vocabulary import Floats, Ints
 from penstock.engine.scheduler.plan import NewSequence
 
 FIRST_CAPACITY: Final = 32
+ALL_TOKENS: Final = 2**31
+"""More than any vocabulary has; still exact as a float64."""
 BYTES_PER_COUNT: Final = 8 + 4 + 100
 """Id, count and the entry of the dictionary that finds them."""
 
@@ -60,6 +62,13 @@ class SequenceState:
         repeats = params.repetition_penalty != 1.0
         self.prompt_ids: Ints = np.unique(np.array(new.prompt_token_ids if repeats else [], dtype=np.int64))
         self.output = TokenCounts()
+        self.draw_numbers = (
+            0.0 if params.is_greedy else params.temperature,
+            float(min(params.top_k, ALL_TOKENS)),
+            params.top_p,
+            params.min_p,
+        )
+        """Temperature (0 if greedy), top-k, top-p, min-p, for the arrays of a native call."""
 
     @property
     def num_bytes(self) -> int:

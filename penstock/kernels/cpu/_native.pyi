@@ -245,6 +245,74 @@ def add_attention(
 ) -> None:
     """window: 0 for none; softcap: 0.0 for none; query and out bf16 [rows, num_heads * head_dim]."""
 
+# ---- sampling
+
+class RowEdits:
+    """What changes one row's logits before the choice: addresses of arrays and their lengths, in the order of use.
+
+    mask: int32 [ceil(vocab / 32)], 0 for none; banned, biased, prompt, answer: int64 ids; biases, counts: float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        mask: int,
+        banned: int,
+        num_banned: int,
+        biased: int,
+        biases: int,
+        num_biased: int,
+        prompt: int,
+        num_prompt: int,
+        answer: int,
+        counts: int,
+        num_answer: int,
+        repetition: float,
+        presence: float,
+        frequency: float,
+    ) -> None: ...
+
+class TokenSampler:
+    def __init__(self, pool: Pool, isa: str) -> None: ...
+    def sample(
+        self,
+        *,
+        logits: int,
+        row_stride: int,
+        vocab: int,
+        num_rows: int,
+        rows: int,
+        temperatures: int,
+        top_k: int,
+        top_p: int,
+        min_p: int,
+        uniforms: int,
+        edits: list[tuple[int, RowEdits]],
+        num_top: int,
+        max_top: int,
+        tokens: int,
+        statuses: int,
+        logprobs: int,
+        ranks: int,
+        top_ids: int,
+        top_logprobs: int,
+    ) -> None:
+        """Draw `num_rows` tokens; see csrc/include/penstock/sampling.h for the arrays.
+
+        Read: logits float32 [.., vocab], `row_stride` floats from row to row; rows, top_k int64; temperatures (0 is
+        greedy), top_p, min_p, uniforms float64; edits (row of the call, its edits); num_top int64, -1 for no logprobs,
+        or the address 0. Written: tokens, ranks int64; statuses int32 (0 drawn, 1 not finite, 2 none allowed);
+        logprobs float64; top_ids int64 and top_logprobs float64 [num_rows, max_top]. An id outside the vocabulary
+        raises IndexError before anything is drawn.
+        """
+    @property
+    def num_bytes(self) -> int: ...
+
+def rows_are_finite(
+    pool: Pool, *, isa: str, data: int, dtype: DType, num_rows: int, cols: int, row_bytes: int, out: int
+) -> None:
+    """out: uint8 [num_rows], 0 where a value of the row is NaN or infinite, else 1; dtype: bf16 or f32."""
+
 # ---- probes
 
 def read_bandwidth(pool: Pool, *, num_bytes: int, passes: int) -> float:
