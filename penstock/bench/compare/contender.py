@@ -109,6 +109,11 @@ class ServedContender:
         return self._spec.name
 
     @property
+    def url(self) -> str:
+        """Where it answers."""
+        return self._spec.url
+
+    @property
     def facts(self) -> dict[str, str]:
         """See `Contender`."""
         return self._spec.facts

@@ -1,0 +1,103 @@
+"""What the commands of `penstock bench` that drive engines share: option types, lists of words, output."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from penstock.cli.setting import Range, setting
+from penstock.core.errors import InvalidParameterError
+
+MAX_BATCH: Final = 4096
+FILE_WIDTH: Final = 160
+"""Columns of tables where there is no terminal that has a width."""
+
+Model = Annotated[str | None, Parameter(help="Folder or hub id; without one, the embedded model.")]
+Rounds = Annotated[int, setting("How often everything is asked, in turns.", allowed=Range(low=1, high=1000))]
+Seed = Annotated[int, setting("Of the token ids.", allowed=Range(low=0, high=1 << 32))]
+Threads = Annotated[
+    int | None,
+    setting("Threads of every engine; otherwise the CPUs of this process.", allowed=Range(low=1, high=1024)),
+]
+Output = Annotated[Path | None, Parameter(help="JSON to write, also while the run goes on.")]
+LogDir = Annotated[Path | None, Parameter(help="Keep the logs of the processes here.")]
+PenstockFlags = Annotated[
+    str, Parameter(help="Further flags of `penstock serve`: --penstock-flags='--kernels eager'.")
+]
+
+
+def tell(line: str) -> None:
+    """A line for the person who waits, on stderr."""
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def results() -> Console:
+    """Where tables go."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
+def command_line() -> str:
+    """This command, for the record."""
+    return shlex.join(["penstock", *sys.argv[1:]])
+
+
+def threads_or_all(num_threads: int | None) -> int:
+    """As given, or the CPUs of this process."""
+    return num_threads or len(os.sched_getaffinity(0))
+
+
+def words(text: str, *, param: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The comma-separated words of an option.
+
+    Raises:
+        InvalidParameterError: one is not known, or there is none; the message lists what is.
+    """
+    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    wrong = next((word for word in found if word not in known), None)
+    if not found or wrong is not None:
+        raise InvalidParameterError(
+            f"{param} has {wrong or text!r}, it must be of {', '.join(known)}, separated by commas",
+            param=param,
+        )
+    return found
+
+
+def numbers(text: str, *, param: str) -> tuple[int, ...]:
+    """Whole numbers above 0, with commas.
+
+    Raises:
+        InvalidParameterError: names what is none.
+    """
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or max(numbers) > MAX_BATCH:
+        raise InvalidParameterError(
+            f"{param} is {text!r}, it must be whole numbers from 1 to {MAX_BATCH}, separated by commas",
+            param=param,
+        )
+    return numbers
+
+
+def span(text: str, *, param: str) -> tuple[int, int]:
+    """LOW:HIGH, or one number for both.
+
+    Raises:
+        InvalidParameterError: it has another form, or the numbers are out of order.
+    """
+    low, _, high = text.partition(":")
+    try:
+        span = (int(low), int(high or low))
+    except ValueError:
+        span = (0, 0)
+    if not 1 <= span[0] <= span[1] <= 1 << 20:
+        raise InvalidParameterError(
+            f"{param} is {text!r}, it must be LOW:HIGH in whole numbers from 1 to {1 << 20}", param=param
+        )
+    return span
