@@ -7,7 +7,7 @@ ARGS   ?=
 BENCHMARKS := cold_start http_concurrency kv_waste offline_vs_transformers prefix_sharing static_batch_vs_continuous
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients fmt lint type bench docs sim clean
+.PHONY: help serve test test-clients fmt lint type bench bench-peers docs sim clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -54,6 +54,9 @@ type: $(VENV)/.installed-dev ## Check types (strict)
 
 bench: $(VENV)/.installed-dev ## Run the benchmarks and write benchmarks/results
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --write || exit 1; done
+
+bench-peers: $(VENV)/.installed-dev ## Install the engines to compare with (PEERS_DIR=folder, ARGS='vllm llama.cpp')
+	$(BIN)/python -m tools.bench_peers $(if $(PEERS_DIR),--into $(PEERS_DIR)) $(ARGS)
 
 docs: $(VENV)/.installed-dev ## Generate the generated pages again
 	$(BIN)/python -m tools.compatibility --write

@@ -1,0 +1,1 @@
+"""Installs the engines that `penstock bench compare` sets Penstock beside, each in its own environment."""
