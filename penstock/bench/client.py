@@ -275,7 +275,10 @@ def _check_answer(record: RequestRecord, *, target: Target) -> None:
         return  # a piece may stand for several tokens: nothing to check against
     is_whole = record.finish_reason == "length"
     if got > asked or (is_whole and got != asked):
-        raise _FailedError("wrong_length", f"{got} tokens with finish_reason length, {asked} were asked for")
+        reason = record.finish_reason
+        raise _FailedError(
+            "wrong_length", f"{got} tokens with finish_reason {reason}, {asked} were asked for"
+        )
 
 
 def failure_of(error: Exception) -> Failure:

@@ -103,9 +103,8 @@ def parse_lengths(text: str, *, param: str, range_ratio: float = 0.0) -> Lengths
         raise InvalidParameterError(
             f"random_range_ratio is {range_ratio}, it must be 0 with {param} {text}: it has its own range"
         )
-    return uniform(
-        math.floor(lengths.low * (1 - range_ratio)), high=math.ceil(lengths.low * (1 + range_ratio))
-    )
+    low, high = (round(lengths.low * (1 + sign * range_ratio), 6) for sign in (-1, 1))
+    return uniform(math.floor(low), high=math.ceil(high))  # rounded first: 100 * 1.1 is over 110
 
 
 def _parse(text: str) -> Lengths:

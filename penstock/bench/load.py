@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 
 from penstock.bench.client import (
     TRANSPORT_KINDS,
-    Failure,
     RequestRecord,
     RequestSender,
     open_session,
@@ -247,17 +246,17 @@ class Load:
         finally:
             self.counters.num_done += 1
             self.counters.num_failed += not record.is_ok
-        if record.failure is not None and record.failure.kind in TRANSPORT_KINDS:
-            await self._end_if_dead(record.failure)
-        # Only now: a user whose connection broke does not send again before it is known why.
-        self._places.release()
+        # A user whose connection broke does not send again before it is known why, nor if the server is gone.
+        if record.failure is None or record.failure.kind not in TRANSPORT_KINDS or await self._lives():
+            self._places.release()
+        else:
+            self._stop.set("server_died", f"nobody listens there any more ({record.failure.message})")
 
-    async def _end_if_dead(self, failure: Failure) -> None:
-        """One question at a time, however many requests broke."""
+    async def _lives(self) -> bool:
+        """Whether the server is still there; asked once at a time, however many requests broke."""
         if self._alive_check is None or self._alive_check.done():
             self._alive_check = asyncio.ensure_future(self._is_alive())
-        if not await asyncio.shield(self._alive_check):
-            self._stop.set("server_died", f"nobody listens there any more ({failure.message})")
+        return await asyncio.shield(self._alive_check)
 
     @contextlib.asynccontextmanager
     async def _probed(self) -> AsyncIterator[None]:

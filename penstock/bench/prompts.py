@@ -45,8 +45,9 @@ class Segment:
     num_tokens: int
 
 
-PREFIX, OWN, BLOCK, WARMUP = range(4)
-"""First number of a key: a shared prefix, a request's own part, a block of a trace, a warm-up request."""
+PREFIX, OWN, BLOCK, WARMUP, PROBE = range(5)
+"""First number of a key: a shared prefix, a request's own part, a block of a trace, a warm-up request, a question
+before the load. Only what is meant to be shared has a key in common."""
 
 
 class PromptWriter(Protocol):

@@ -15,7 +15,7 @@ from penstock.bench.client import RequestRecord
 from penstock.bench.load import LoadResult, drive
 from penstock.bench.measure import DEFAULT_PERCENTILES, METRICS, Metric, Summary, summarize
 from penstock.bench.progress import live
-from penstock.bench.prompts import PREFIX, PromptWriter, Segment, WordWriter, one_token_words, token_id_writer
+from penstock.bench.prompts import PROBE, PromptWriter, Segment, WordWriter, one_token_words, token_id_writer
 from penstock.bench.recipe import Recipe, make_warmup, make_workload
 from penstock.bench.report import record_of
 from penstock.bench.slo import Slo
@@ -130,7 +130,7 @@ async def _writer(
     if target.route == "completions" and options.prompt_format != "text":
         low, high = options.token_ids or (None, None)
         ids = token_id_writer(seed=seed, tokenizer=tokenizer, low=low, high=high)
-        segment = Segment(key=(PREFIX, 0), num_tokens=PROBE_TOKENS)
+        segment = Segment(key=(PROBE, 0), num_tokens=PROBE_TOKENS)
         record = await probe.ask_once(target, ids.write([segment]))
         if _are_ids_taken(record):
             return ids
@@ -167,7 +167,7 @@ async def _word_writer(
     )
     counts: list[int] = []
     for num_words in SCALE_WORDS:
-        record = await probe.ask_once(target, plain.write([Segment(key=(PREFIX, 0), num_tokens=num_words)]))
+        record = await probe.ask_once(target, plain.write([Segment(key=(PROBE, 0), num_tokens=num_words)]))
         if not record.is_ok:
             raise TargetError(f"a first short request fails: {_why(record)}")
         if record.counted_by != "usage":

@@ -253,10 +253,10 @@ def print_sweep(console: Console, *, sweep: Sweep, title: str, notes: Sequence[s
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """A row per point; times are p50/p99 in milliseconds, `client` is its share of a core."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    """A row per point; times are p50/p99 in milliseconds, CPU is the client's share of a core."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     unit = "users" if sweep.plan.over == "concurrency" else "offered/s"
-    for name in (unit, "done/s", "tokens/s", "TTFT", "ITL", "E2EL", "good", "failed", "client"):
+    for name in (unit, "done/s", "tokens/s", "TTFT", "ITL", "E2EL", "good", "fail", "CPU"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in sweep.points:
         summary = point.summary
