@@ -1,6 +1,7 @@
 // The cache's shape, and which kernels run. See attention.h.
 #include "penstock/attention.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -45,15 +46,22 @@ void KvShape::check() const {
     }
 }
 
-// Of the widest instruction set: 7 rows of scores and weights, sums of 16 lanes a row, one step's values.
+// The largest of: vectors (7 rows of scores and weights, sums of 16 lanes a row, one step's values), and tiles (tiles.inl:
+// 32 rows of scores and weights of a part, its keys and twice its values, 16 rows of out).
 std::size_t attend_scratch_bytes(int head_dim) {
+    const auto dims = static_cast<std::size_t>(head_dim);
     const std::size_t rows = 7 * 64 * (4 + 4), sums = max_tile_rows * 64;
-    return rows + sums + 64 + static_cast<std::size_t>(4 * granule_tokens * head_dim) * 2 + 64;
+    const std::size_t vectors = rows + sums + 64 + 4 * granule_tokens * dims * 2 + 64;
+    const std::size_t tile_rows = 32 * ((part_tokens + 16) * 4 + (part_tokens + 32) * 2);
+    const std::size_t tiles = tile_rows + std::size_t{3} * part_tokens * ((dims + 31) / 32 * 32) * 2 + 16 * dims * 4;
+    return std::max(vectors, tiles);
 }
 
 const AttentionKernels& attention_kernels(Isa isa) {
 #if defined(__x86_64__)
-    if (isa >= Isa::avx512) return attention_kernels_avx512();
+    if (isa == Isa::amx) return attention_kernels_amx();
+    if (isa == Isa::amx_emulated) return attention_kernels_amx_emulated();
+    if (isa == Isa::avx512) return attention_kernels_avx512();
     if (isa == Isa::avx2) return attention_kernels_avx2();
 #else
     (void)isa;

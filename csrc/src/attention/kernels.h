@@ -8,5 +8,7 @@ namespace penstock {
 const AttentionKernels& attention_kernels_scalar();
 const AttentionKernels& attention_kernels_avx2();
 const AttentionKernels& attention_kernels_avx512();
+const AttentionKernels& attention_kernels_amx();
+const AttentionKernels& attention_kernels_amx_emulated();
 
 }  // namespace penstock
