@@ -54,6 +54,13 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "model": (str, Path, NONE),
     "dtype": (str,),
     "kernels": (str,),
+    "quantization": (str, NONE),
+    "quantization_group_size": (int,),
+    "quantization_activations": (str,),
+    "kv_cache_dtype": (str,),
+    "deterministic": (bool,),
+    "thread_affinity": (str, NONE),
+    "isa": (str,),
     "revision": (str, NONE),
     "seed": (int, NONE),
     "max_model_len": (int, NONE),
@@ -77,7 +84,12 @@ class LLM:
     Args:
         model: folder, hub id, or None for the embedded model.
         dtype: `auto`, `float32` or `bfloat16`.
-        kernels: `auto`, `eager` or `reference`.
+        kernels: `auto`, `native`, `eager` or `reference`.
+        quantization: None, `none`, `int8` or `int4`: how weights of products are rounded at load.
+        quantization_group_size: inputs that share a scale in int4: 32, 64 or 128.
+        quantization_activations: `int8` rounds the inputs of quantized products too; `bf16` does not.
+        kv_cache_dtype: `auto`, `bfloat16` or `int8`.
+        deterministic: make greedy answers independent of neighbours, chunks, prefix hits and threads.
         revision: branch, tag or commit of a hub model.
         seed: answers without a seed of their own draw theirs from it; None makes them differ by run.
         max_model_len: most tokens of prompt and answer; None takes the model's own.
@@ -89,9 +101,10 @@ class LLM:
         num_kv_blocks: size of the pool; None derives it.
         kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
         num_threads: threads that compute; None takes the CPUs of this process.
+        thread_affinity: CPUs to pin the threads of the native kernels to, as `0-3,8`.
+        isa: instruction set of the native kernels; auto takes `PENSTOCK_ISA` or the best.
         chat_template: file with a Jinja template in place of the model's.
         tensor_parallel_size: 1; this version computes on one rank.
-        quantization: None; quantized weights are not loaded yet.
         unknown: every other argument is refused by name.
 
     Raises:
@@ -103,7 +116,12 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        kernels: Literal["auto", "eager", "reference"] = "auto",
+        kernels: Literal["auto", "native", "eager", "reference"] = "auto",
+        quantization: Literal["none", "int8", "int4"] | None = None,
+        quantization_group_size: int = 128,
+        quantization_activations: Literal["int8", "bf16"] = "int8",
+        kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = "auto",
+        deterministic: bool = False,
         revision: str | None = None,
         seed: int | None = None,
         max_model_len: int | None = None,
@@ -115,20 +133,27 @@ class LLM:
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         num_threads: int | None = None,
+        thread_affinity: str | None = None,
+        isa: str = "auto",
         chat_template: str | Path | None = None,
         tensor_parallel_size: int = 1,
-        quantization: str | None = None,
         **unknown: object,
     ) -> None:
         given = dict(locals())  # the arguments and nothing else, as this is the first line
         _check_types({name: given[name] for name in ARGUMENT_TYPES})
-        _refuse_arguments(unknown, tensor_parallel_size=tensor_parallel_size, quantization=quantization)
+        _refuse_arguments(unknown, tensor_parallel_size=tensor_parallel_size)
         source = find_model(None if model is None else str(model), revision=revision)
         config = EngineConfig(
             model_path=str(source.path),
             model_revision=source.revision,
             dtype=dtype,
             kernels=kernels,
+            quantization=quantization or "none",
+            quantization_group_size=quantization_group_size,
+            quantization_activations=quantization_activations,
+            deterministic=deterministic,
+            thread_affinity=thread_affinity,
+            isa=isa,
             num_threads=num_threads,
             max_model_len=max_model_len,
             scheduler=with_room(
@@ -142,7 +167,10 @@ class LLM:
                 )
             ),
             kv=KvConfig(
-                block_size=block_size, num_blocks=num_kv_blocks, kv_cache_memory_bytes=kv_cache_memory_bytes
+                block_size=block_size,
+                cache_dtype=kv_cache_dtype,
+                num_blocks=num_kv_blocks,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
             ),
         )
         self.totals = StepTotals()
@@ -396,15 +424,11 @@ def _check_types(arguments: Mapping[str, object]) -> None:
             raise StartupError(f"{name} is {value!r:.80}, it must be {limit}", param=name)
 
 
-def _refuse_arguments(
-    unknown: Mapping[str, object], *, tensor_parallel_size: int, quantization: str | None
-) -> None:
+def _refuse_arguments(unknown: Mapping[str, object], *, tensor_parallel_size: int) -> None:
     for name in unknown:
         if name in REFUSED_OPTIONS:
             refuse(name, source="flags")
         raise StartupError(f"{name} is not an argument of LLM", param=name)
-    if quantization is not None:
-        refuse("quantization", source="flags")
     if tensor_parallel_size != 1:
         raise StartupError(
             f"tensor_parallel_size is {tensor_parallel_size}, it must be 1 in this version",

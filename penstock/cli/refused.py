@@ -13,10 +13,8 @@ _NO_GUIDED: Final = "guided decoding is not here yet"
 _NO_TOOLS: Final = "tool calls are not parsed yet"
 
 REFUSED_OPTIONS: Final[dict[str, str]] = {
-    "quantization": "quantized weights are not loaded yet; use --dtype bfloat16",
-    "q": "quantized weights are not loaded yet; use --dtype bfloat16",
+    "q": "write --quantization",
     "load_format": "weights are read from safetensors only",
-    "kv_cache_dtype": "the KV cache has the dtype of the model",
     "gpu_memory_utilization": _NO_DEVICE,
     "device": _NO_DEVICE,
     "swap_space": "preemption recomputes; there is no swap space",

@@ -58,7 +58,7 @@ def _pool_reason(settings: ServeSettings) -> str:
 
 
 def _asked(value: object, *, otherwise: str) -> str:
-    return otherwise if value in {None, "auto"} else "asked for"
+    return otherwise if value in {None, "auto", "none"} else "asked for"
 
 
 def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice, ...]:
@@ -68,15 +68,18 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
         ("dtype", info.dtype, _asked(settings.dtype, otherwise="the checkpoint's")),
         (
             "kernels",
-            info.kernels,
+            f"{info.kernels} ({info.kernels_detail})" if info.kernels_detail else info.kernels,
             _asked(settings.kernels, otherwise=f"the fastest set here on {info.device}"),
         ),
+        ("passes", info.execution.partition(":")[0], info.execution.partition(": ")[2] or "by the kernels"),
+        ("quantization", info.quantization, _asked(settings.quantization, otherwise="weights as they are")),
         ("weights", readable_bytes(info.weights_bytes), f"loaded in {info.load_time_s:.2f} s"),
         (
             "context",
             f"{info.max_model_len:,} tokens",
             _asked(settings.max_model_len, otherwise="the model's own"),
         ),
+        ("KV dtype", info.kv_cache_dtype, _asked(settings.kv_cache_dtype, otherwise="the model's")),
         ("KV budget", readable_bytes(info.kv_bytes), _pool_reason(settings)),
         (
             "KV blocks",

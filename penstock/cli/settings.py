@@ -34,9 +34,28 @@ class ServeSettings:
         setting("Type of weights and KV; auto takes the checkpoint's."),
     ] = "auto"
     kernels: Annotated[
-        Literal["auto", "eager", "reference"],
-        setting("Kernel set; reference is the obvious one, whose greedy output never depends on the batch."),
+        Literal["auto", "native", "eager", "reference"],
+        setting("Kernel set; native is C++ for bfloat16, eager fast torch, reference the obvious oracle."),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8", "int4"],
+        setting("Round the weights of products at load: int8 has a scale an output, int4 one a group."),
+    ] = "none"
+    quantization_group_size: Annotated[
+        Literal[32, 64, 128], setting("Inputs that share a scale in int4.")
+    ] = 128
+    quantization_activations: Annotated[
+        Literal["int8", "bf16"],
+        setting("Round the inputs of quantized products to int8 too (faster), or keep them in bfloat16."),
+    ] = "int8"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "bfloat16", "int8"],
+        setting("Type of the KV cache; auto is the model's, int8 halves it (native kernels)."),
+    ] = "auto"
+    deterministic: Annotated[
+        bool,
+        setting("Make greedy answers independent of neighbours, chunks, prefix hits and threads."),
+    ] = False
     max_model_len: Annotated[
         int | None,
         setting(
@@ -109,6 +128,14 @@ class ServeSettings:
             "Threads that compute; otherwise the CPUs this process may use.", allowed=Range(low=1, high=1024)
         ),
     ] = None
+    thread_affinity: Annotated[
+        str | None,
+        setting("CPUs to pin the threads of the native kernels to, as 0-3,8; otherwise not pinned."),
+    ] = None
+    isa: Annotated[
+        Literal["auto", "scalar", "avx2", "avx512", "amx_emulated", "amx"],
+        setting("Instruction set of the native kernels; auto takes the best that the CPU has."),
+    ] = "auto"
     tensor_parallel_size: Annotated[
         int, setting("Ranks that share a layer; this version has one.", allowed=Range(low=1, high=1))
     ] = 1
@@ -139,6 +166,12 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         model_revision=model_revision,
         dtype=settings.dtype,
         kernels=settings.kernels,
+        quantization=settings.quantization,
+        quantization_group_size=settings.quantization_group_size,
+        quantization_activations=settings.quantization_activations,
+        thread_affinity=settings.thread_affinity,
+        isa=settings.isa,
+        deterministic=settings.deterministic,
         num_threads=settings.num_threads,
         max_model_len=settings.max_model_len,
         log_level=settings.log_level,
@@ -155,6 +188,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         ),
         kv=KvConfig(
             block_size=settings.block_size,
+            cache_dtype=settings.kv_cache_dtype,
             num_blocks=settings.num_kv_blocks,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         ),

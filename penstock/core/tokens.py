@@ -125,6 +125,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     dtype: str
     kernels: str
+    kernels_detail: str = ""
+    """Instruction set and threads, where the kernels have their own."""
+    execution: str = "op by op"
+    """How passes of the model run: `recorded`, or `op by op` and why."""
+    quantization: str = "none"
+    kv_cache_dtype: str = ""
+    num_threads: int = 1
+    deterministic: bool = False
     device: str
     vocab_size: int
     weights_bytes: int

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
@@ -17,6 +18,7 @@ from penstock.engine.config import (
     EngineConfig,
     SchedulerConfig,
     check_whole_prompts,
+    read_affinity,
     validate_engine_config,
 )
 from penstock.engine.core import EngineCore
@@ -29,7 +31,10 @@ from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.rank_group import LocalRank
 from penstock.engine.runner.runner import Runner
 from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.kernels.cpu.extension import default_num_threads
 from penstock.kernels.ops import kv_block
+from penstock.kernels.options import KernelOptions, KvCacheDtype
+from penstock.kernels.quantization import Activations, Method, Quantization
 from penstock.models.interface import LoadedModel
 from penstock.models.loader import load_model
 from penstock.observe.clock import SystemClock
@@ -52,8 +57,8 @@ def build_core(
         StartupError: names what is wrong with the config, the checkpoint or the machine.
     """
     validate_engine_config(config)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)  # torch's own default: the CPUs of this process
+    num_threads = config.num_threads or default_num_threads()
+    torch.set_num_threads(num_threads)
     began_s = time.monotonic()
     loaded = load_model(
         Path(config.model_path),
@@ -61,10 +66,31 @@ def build_core(
         kernels=config.kernels,
         device=config.device,
         max_model_len=config.max_model_len,
+        options=kernel_options(config, num_threads=num_threads),
         on_progress=on_progress,
     )
+    if loaded.kernels.has_own_threads:
+        torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the CPUs
     load_time_s = time.monotonic() - began_s
     return _join(config, loaded, load_time_s=load_time_s, faults=faults)
+
+
+def kernel_options(config: EngineConfig, *, num_threads: int) -> KernelOptions:
+    """The kernels' part of a checked config."""
+    quantization = Quantization(
+        method=cast("Method", config.quantization),
+        group_size=config.quantization_group_size,
+        activations=cast("Activations", config.quantization_activations),
+    )
+    return KernelOptions(
+        quantization=quantization,
+        kv_cache_dtype=cast("KvCacheDtype", config.kv.cache_dtype),
+        block_size=config.kv.block_size,
+        num_threads=num_threads,
+        cpus=read_affinity(config.thread_affinity),
+        is_deterministic=config.deterministic,
+        isa=config.isa,
+    )
 
 
 def _join(
@@ -128,7 +154,7 @@ def _kv_manager(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, 
         layout,
         num_blocks=num_blocks,
         block_size=config.kv.block_size,
-        model_revision=config.model_revision,
+        model_revision=f"{config.model_revision} {loaded.quantization}",
         kv_dtype=str(loaded.kv_dtype),
         enable_prefix_caching=config.scheduler.enable_prefix_caching,
     )
@@ -150,6 +176,12 @@ def _info(
         num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
         kernels=loaded.kernels.name,
+        kernels_detail=loaded.kernels.detail,
+        execution=loaded.execution,
+        quantization=str(loaded.quantization),
+        kv_cache_dtype=str(loaded.kv_dtype).removeprefix("torch."),
+        num_threads=config.num_threads or default_num_threads(),
+        deterministic=config.deterministic,
         device=config.device,
         vocab_size=loaded.model.vocab_size,
         weights_bytes=loaded.weights_bytes,

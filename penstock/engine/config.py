@@ -1,5 +1,6 @@
 """What the engine is told at start, and the limits it lives by."""
 
+import re
 from typing import Final, Literal
 
 import msgspec
@@ -8,6 +9,14 @@ from penstock.core.errors import StartupError
 
 DTYPES: Final = ("auto", "float32", "bfloat16")
 KERNELS: Final = ("auto", "native", "reference", "eager")
+QUANTIZATIONS: Final = ("none", "int8", "int4")
+QUANTIZATION_GROUP_SIZES: Final = (32, 64, 128)
+DEFAULT_GROUP_SIZE: Final = 128
+QUANTIZATION_ACTIVATIONS: Final = ("int8", "bf16")
+KV_CACHE_DTYPES: Final = ("auto", "bfloat16", "int8")
+ISAS: Final = ("auto", "scalar", "avx2", "avx512", "amx_emulated", "amx")
+MAX_CPU: Final = 4095
+AFFINITY_PART: Final = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_MODEL_LEN: Final = 1 << 24
 MAX_BLOCK_SIZE: Final = MAX_MODEL_LEN
@@ -49,6 +58,8 @@ class KvConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     block_size: int = 16
     """Token slots in a block; a power of two from 1 to `MAX_BLOCK_SIZE`."""
+    cache_dtype: str = "auto"
+    """`auto` keeps keys and values in the model's dtype; `bfloat16`; `int8` with a scale a token and head."""
     num_blocks: int | None = None
     """Size of the pool; None derives it from `kv_cache_memory_bytes`."""
     kv_cache_memory_bytes: int | None = None
@@ -66,12 +77,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     """`auto` takes the checkpoint's (float32 for float32, else bfloat16), or float32, bfloat16."""
     kernels: str = "auto"
-    """`auto`, `eager` (fast torch) or `reference` (obvious, batch-invariant)."""
+    """`auto`, `native` (C++, bfloat16), `eager` (fast torch) or `reference` (obvious, batch-invariant)."""
+    quantization: str = "none"
+    """`none`, `int8` (a scale an output) or `int4` (a scale an output and group of inputs)."""
+    quantization_group_size: int = 128
+    """Inputs that share a scale in int4: 32, 64 or 128."""
+    quantization_activations: str = "int8"
+    """`int8` rounds the inputs of quantized products too, with a scale a token; `bf16` does not."""
     device: str = "cpu"
     """Only `cpu` in this version."""
     num_threads: int | None = None
     """Threads of the compute pool; None takes the CPUs this process may use, or
     what `OMP_NUM_THREADS` says."""
+    thread_affinity: str | None = None
+    """CPUs that the compute threads are pinned to, in turns, as `0-3,8`; None leaves it to the kernel."""
+    isa: str = "auto"
+    """Instruction set of the native kernels; auto takes `PENSTOCK_ISA` or the best that there is."""
+    deterministic: bool = False
+    """An answer's tokens do not depend on its neighbours, on chunks, prefix hits or the number of threads."""
     max_model_len: int | None = None
     """None takes the model's own context."""
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -103,6 +126,9 @@ def validate_engine_config(config: EngineConfig) -> None:
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("kernels", config.kernels, KERNELS)
     _one_of("device", config.device, ("cpu",))
+    _check_quantization(config)
+    _one_of("kv_cache_dtype", config.kv.cache_dtype, KV_CACHE_DTYPES)
+    _one_of("isa", config.isa, ISAS)
     _one_of("log_level", config.log_level, LOG_LEVELS)
     _bound("max_num_seqs", sched.max_num_seqs, 1, 4096)
     _bound("max_num_batched_tokens", sched.max_num_batched_tokens, sched.max_num_seqs, 1 << 20)
@@ -120,6 +146,46 @@ def validate_engine_config(config: EngineConfig) -> None:
         check_whole_prompts(sched, max_model_len=config.max_model_len)
     if config.num_threads is not None:
         _bound("num_threads", config.num_threads, 1, 1024)
+    read_affinity(config.thread_affinity)
+
+
+def _check_quantization(config: EngineConfig) -> None:
+    _one_of("quantization", config.quantization, QUANTIZATIONS)
+    _one_of("quantization_activations", config.quantization_activations, QUANTIZATION_ACTIVATIONS)
+    size = config.quantization_group_size
+    _one_of("quantization_group_size", str(size), tuple(map(str, QUANTIZATION_GROUP_SIZES)))
+    if config.quantization == "none" and config.quantization_activations != "int8":
+        raise StartupError(
+            f"quantization_activations is {config.quantization_activations!r}, which needs quantization int8 "
+            "or int4",
+            param="quantization_activations",
+        )
+    if config.quantization != "int4" and size != DEFAULT_GROUP_SIZE:
+        raise StartupError(
+            f"quantization_group_size is {size}, which needs quantization int4",
+            param="quantization_group_size",
+        )
+
+
+def read_affinity(text: str | None) -> tuple[int, ...]:
+    """The CPUs that `0-3,8` names, in its order; none for None.
+
+    Raises:
+        StartupError: it is not such a list.
+    """
+    if text is None:
+        return ()
+    cpus: list[int] = []
+    for part in text.split(","):
+        found = AFFINITY_PART.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last <= MAX_CPU:
+            raise StartupError(
+                f"thread_affinity is {text[:100]!r}, it must be CPUs from 0 to {MAX_CPU}, as 0-3,8",
+                param="thread_affinity",
+            )
+        cpus += range(first, last + 1)
+    return tuple(cpus)
 
 
 def check_whole_prompts(scheduler: SchedulerConfig, *, max_model_len: int) -> None:

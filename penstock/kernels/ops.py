@@ -84,6 +84,16 @@ class KernelSet(Protocol):
         """The word that `--kernels` takes."""
         ...
 
+    @property
+    def detail(self) -> str:
+        """What it computes with, in some words."""
+        ...
+
+    @property
+    def has_own_threads(self) -> bool:
+        """True if it computes with threads of its own and not with torch's."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
         """See `rms_norm`."""
         ...

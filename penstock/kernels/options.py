@@ -1,11 +1,13 @@
 """What the kernels are told at start, beside device and dtype; `engine/build` makes it from its config."""
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import torch
 
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
+
+KvCacheDtype: TypeAlias = Literal["auto", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +16,7 @@ class KernelOptions:
 
     quantization: Quantization = NO_QUANTIZATION
     """Of the weights of linear layers, experts and the head."""
-    kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
+    kv_cache_dtype: KvCacheDtype = "auto"
     """auto keeps the model's dtype."""
     block_size: int = 16
     """Token slots in a KV block."""

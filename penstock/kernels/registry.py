@@ -71,6 +71,10 @@ def _refuse_native(options: KernelOptions) -> str | None:
 def _refuse_torch(options: KernelOptions) -> str | None:
     if options.kv_cache_dtype == "int8":
         return "kv_cache_dtype int8 is kept by the native kernels alone"
+    if options.cpus:
+        return "thread_affinity pins the threads of the native kernels alone"
+    if options.isa != "auto":
+        return f"isa {options.isa} chooses among the native kernels"
     return None
 
 

@@ -62,11 +62,18 @@ class NativeKernels:
 
     name: Final = "native"
     copies_weights: Final = True
+    has_own_threads: Final = True
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._programs = Programs(machine)
         self._recording: Writer | None = None
+
+    @property
+    def detail(self) -> str:
+        """The instruction set and the number of threads."""
+        num_threads = self.machine.pool.num_threads
+        return f"{self.machine.isa}, {num_threads} thread{'s' if num_threads > 1 else ''}"
 
     @contextmanager
     def recording(self, writer: Writer) -> Iterator[None]:

@@ -17,7 +17,9 @@ class EagerKernels:
     """Fast plain torch; every method is as the function of its name in `ops`."""
 
     name: Final = "eager"
+    detail: Final = "torch"
     copies_weights: Final = False
+    has_own_threads: Final = False
 
     def __init__(self) -> None:
         self._workspace = attention.Workspace()

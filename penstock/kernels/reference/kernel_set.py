@@ -17,7 +17,9 @@ class ReferenceKernels:
     """Exact and slow; every method is as the function of its name in `ops`."""
 
     name: Final = "reference"
+    detail: Final = "torch"
     copies_weights: Final = False
+    has_own_threads: Final = False
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
         """As `ops.rms_norm`."""
