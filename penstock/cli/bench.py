@@ -21,3 +21,6 @@ bench.command(
     name="ladder",
     help="What each idea of serving is worth, rung by rung.",
 )
+bench.command(
+    "penstock.cli.bench_compare:peer", name="peer", help="Start a peer's server as compare does, and keep it."
+)

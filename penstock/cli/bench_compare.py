@@ -2,6 +2,7 @@
 
 import shlex
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Final, cast
 from cyclopts import Parameter
 
 from penstock.bench.compare.comparison import OURS, Comparison, Course, Standing
+from penstock.bench.compare.contender import ServedContender
 from penstock.bench.compare.peers import (
     MAKERS,
     PEERS,
@@ -22,6 +24,7 @@ from penstock.bench.compare.peers import (
 )
 from penstock.bench.compare.report import make_record, print_tables, write_record
 from penstock.bench.compare.scenarios import NAMES, Draw, make_scenario, read_vocab_size
+from penstock.bench.compare.server_process import hear_sigterm
 from penstock.bench.target import TargetError
 from penstock.cli.bench_options import (
     LogDir,
@@ -43,6 +46,7 @@ from penstock.core.errors import InvalidParameterError
 
 PEERS_DIR: Final = Path("~/.cache/penstock/peers")
 ALL_PEERS: Final = "installed"
+POLL_S: Final = 0.5
 
 
 @Parameter(name="*")
@@ -73,6 +77,18 @@ class CompareSettings:
     ] = 1.0
     log_dir: LogDir = None
     output: Output = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSettings:
+    """Options of `peer`."""
+
+    precision: Annotated[Precision, Parameter(help="Of the weights.")] = "bf16"
+    workload: Annotated[str, Parameter(help="What it will be asked: sizes its context and slots.")] = "single"
+    num_threads: Threads = None
+    peers_dir: Annotated[Path, Parameter(help="Where `make bench-peers` has put the peers.")] = PEERS_DIR
+    log_dir: LogDir = None
 
 
 def compare(model: Model = None, *, settings: CompareSettings | None = None) -> int:
@@ -165,3 +181,43 @@ def _run(standings: list[Standing], *, course: Course, model: str, output: Path 
     is_whole = Comparison(standings, course=course, tell=tell, keep=keep).run()
     print_tables(results(), standings, course=course)
     return 0 if is_whole else 1
+
+
+def peer(
+    name: Annotated[str, Parameter(help=f"One of {', '.join(PEERS)}.")],
+    model: Model = None,
+    *,
+    settings: PeerSettings | None = None,
+) -> int:
+    """Start a peer as `compare` does, and keep it until Ctrl-C: `compare --attach` finds it ready.
+
+    Raises:
+        TargetError: it is not installed, cannot start, or has no server.
+    """
+    words(name, param="peer", known=PEERS)
+    chosen = settings or PeerSettings()
+    folder = find_model(model).path.resolve()
+    as_compared = CompareSettings(
+        workload=chosen.workload, num_threads=chosen.num_threads, peers_dir=chosen.peers_dir
+    )
+    course = _course(as_compared, model=folder)
+    with tempfile.TemporaryDirectory(prefix="penstock-peer-") as scratch:
+        work_dir = Path(scratch) if chosen.log_dir is None else chosen.log_dir
+        work_dir.mkdir(parents=True, exist_ok=True)
+        setup = _setup(as_compared, course=course, model=folder, work_dir=work_dir)
+        contender = make_contender(name, precision=chosen.precision, setup=setup)
+        if not isinstance(contender, ServedContender):
+            raise TargetError(f"{name} has no server: `compare` drives it in a process of its own")
+        return _keep(contender, name=name)
+
+
+def _keep(contender: ServedContender, *, name: str) -> int:
+    hear_sigterm()
+    try:
+        took_s = contender.start() or 0.0
+        tell(f"{contender.name} is ready after {took_s:.1f} s: --attach {name}={contender.url}")
+        while contender.is_running:
+            time.sleep(POLL_S)
+    finally:
+        contender.stop()
+    raise TargetError(f"{contender.name} ended by itself")

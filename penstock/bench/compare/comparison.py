@@ -19,6 +19,7 @@ from penstock.bench.compare.figures import (
     spread,
 )
 from penstock.bench.compare.scenarios import Draw, Scenario, make_scenario
+from penstock.bench.compare.server_process import hear_sigterm
 from penstock.bench.target import TargetError
 
 OURS: Final = "penstock"
@@ -102,6 +103,7 @@ class Comparison:
 
     def run(self) -> bool:
         """Start, take turns, stop; True if all took part to the end without a failed request."""
+        hear_sigterm()
         try:
             for standing in self._standings:
                 self._start(standing)

@@ -20,6 +20,7 @@ from penstock.bench.compare.scenarios import Scenario
 from penstock.bench.compare.server_process import (
     Launch,
     ServerProcess,
+    hear_sigterm,
     log_tail,
     start_group,
     stop_group,
@@ -130,10 +131,13 @@ class ServedContender:
         """See `Contender`."""
         if self._server is not None and not self._server.is_running:
             raise TargetError(f"{self.name} is gone")
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            if scenario.late is None:
-                return runner.run(self._ask_plain(scenario))
-            return runner.run(drive_with_late(scenario, self._target))
+        try:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                if scenario.late is None:
+                    return runner.run(self._ask_plain(scenario))
+                return runner.run(drive_with_late(scenario, self._target))
+        finally:
+            hear_sigterm()
 
     async def _ask_plain(self, scenario: Scenario) -> Observation:
         result = await drive(scenario.load, self._target)
@@ -146,6 +150,11 @@ class ServedContender:
             duration_s=result.duration_s,
             client_cpu_share=result.cost.cpu_share,
         )
+
+    @property
+    def is_running(self) -> bool:
+        """It was started here and has not ended."""
+        return self._server is not None and self._server.is_running
 
     def memory_bytes(self) -> int:
         """See `Contender`."""

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -147,6 +148,16 @@ def _answers(url: str) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
         return False
+
+
+def hear_sigterm() -> None:
+    """From here on SIGTERM is an interrupt, so that servers of ours are ended before this process ends.
+
+    A load run has handlers of its own and leaves none behind: call it again after one. Does nothing outside
+    of the main thread.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def log_tail(path: Path) -> str:

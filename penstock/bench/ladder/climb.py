@@ -12,6 +12,7 @@ from typing import Final
 from penstock.bench.compare.contender import ServedContender
 from penstock.bench.compare.figures import Observation, figures
 from penstock.bench.compare.scenarios import Draw, Scenario
+from penstock.bench.compare.server_process import hear_sigterm
 from penstock.bench.ladder.gauges import COMPUTED, Gauges, read_metrics
 from penstock.bench.ladder.model_cost import ModelCost
 from penstock.bench.ladder.rungs import Rung
@@ -125,6 +126,7 @@ class Climb:
 
     def run(self) -> list[Row]:
         """All rungs; a row for each, with an error where it failed."""
+        hear_sigterm()
         rows: list[Row] = []
         for rung in self._rungs:
             rows.append(self._stand(rung))
