@@ -46,8 +46,8 @@ class Segment:
 
 
 PREFIX, OWN, BLOCK, WARMUP, PROBE = range(5)
-"""First number of a key: a shared prefix, a request's own part, a block of a trace, a warm-up request, a question
-before the load. Only what is meant to be shared has a key in common."""
+"""First number of a key: a shared prefix, a request's own part, a block of a trace, a warm-up request, a
+question before the load. Only what is meant to be shared has a key in common."""
 
 
 class PromptWriter(Protocol):

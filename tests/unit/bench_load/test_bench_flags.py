@@ -292,3 +292,13 @@ def test_the_load_half_never_imports_torch() -> None:
 
     code = "import sys, penstock.cli.bench_load, penstock.bench.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_flag_is_in_the_guide() -> None:
+    page = (Path(__file__).parents[3] / "docs/guide/benchmarking.md").read_text(encoding="utf-8")
+    groups = (bench_load.TargetFlags, bench_load.PromptFlags, bench_load.PaceFlags, bench_load.ReportFlags)
+    flags = {name.replace("_", "-") for group in groups for name in group.__annotations__}
+    flags |= {"over", "loads", "min-gain", "min-good", "no-progress", "url"}
+    flags -= {"progress"}  # told as --no-progress
+    missing = [flag for flag in sorted(flags) if f"--{flag}" not in page]
+    assert missing == []
