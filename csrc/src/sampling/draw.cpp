@@ -13,11 +13,18 @@ namespace {
 // FEW_CANDIDATES and SMALL_VOCAB of draw.py: what is looked at first for a nucleus, and where that does not pay.
 constexpr std::int64_t few_candidates = 128;
 constexpr std::int64_t small_vocab = 8192;
-// LOW_BITS of nucleus.py: a weight's bits above these are its bucket; 1.0 lies in bucket 1016.
-constexpr int low_bits = 20;
-constexpr std::int64_t last_bucket = 1016;
 
-constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+// A nucleus' border is looked for among weights as integers (their bits rise with them; 2^23 double a weight), until it
+// is known to 2^18: 3 %, some hundreds of a large vocabulary's tokens.
+constexpr std::uint32_t close_enough = 1u << 18;
+constexpr std::uint32_t above_all_weights = 0x3f800001;  // weights are at most 1.0
+// A guess comes from this share of the row, in runs of this many tokens: a pass over it costs an eighth.
+constexpr std::int64_t sample_stride = 8;
+constexpr std::int64_t sample_run = 1024;
+constexpr std::int64_t sampled_vocab = 1 << 16;  // smaller rows are not sampled
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float minus_infinity = -infinity;
 
 std::uint32_t bits_of(float value) {
     std::uint32_t bits;
@@ -95,21 +102,22 @@ std::int64_t draw_from_all(const SamplingKernels& kernels, const SampledRow& row
     });
 }
 
-// From weights that filters have set to 0 where they dropped a token.
-std::int64_t draw_from_weights(const SamplingKernels& kernels, const SampledRow& row, double uniform,
-                               const float* weights) {
-    kernels.column_sums(weights, row.vocab, row.num_columns(), row.columns);
+// From weights of which filters have set some to 0, and their columns' sums.
+std::int64_t draw_from_weights(const SampledRow& row, double uniform) {
     return pick(row, uniform, [&](std::int64_t column, float* inside) {
         std::int64_t i = 0;
-        for (std::int64_t id = column; id < row.vocab; id += row.num_columns()) inside[i++] = weights[id];
+        for (std::int64_t id = column; id < row.vocab; id += row.num_columns()) inside[i++] = row.weights[id];
     });
 }
 
-std::int64_t draw_with_min_p(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params,
-                             const SampleScratch& scratch) {
-    kernels.weights(row.logits, row.vocab, softmax_of(row, params), scratch.weights);
-    kernels.cut(scratch.weights, row.vocab, -1.0f, 0, rounded_up(params.min_p));
-    return draw_from_weights(kernels, row, params.uniform, scratch.weights);
+// Drop what is below min_p and what comes after (weight, id).
+void cut(const SamplingKernels& kernels, const SampledRow& row, float weight, std::int64_t id, double min_p) {
+    kernels.cut(row.weights, row.vocab, weight, id, rounded_up(min_p), row.num_columns(), row.columns);
+}
+
+std::int64_t draw_with_min_p(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params) {
+    cut(kernels, row, -1.0f, 0, params.min_p);
+    return draw_from_weights(row, params.uniform);
 }
 
 // How many of the candidates the filters keep; more than there are where they do not tell.
@@ -149,36 +157,87 @@ std::int64_t draw_with_top_k(const SamplingKernels& kernels, const SampledRow& r
     return keep(candidates, -1.0, params, masses_in(scratch)).token;
 }
 
-// The bucket in which the nucleus ends, and the mass of the buckets above it.
+// Where the nucleus ends: at a weight whose bits are in [low, high). `above` is the mass of those from `high` up.
 struct Border {
-    std::int64_t bucket;
-    double before;
+    std::uint32_t low;   // mass(>= low) >= share
+    std::uint32_t high;  // mass(>= high) < share
+    double above;
 };
 
-// Ten thresholds a pass: 1017 buckets are told apart in three passes.
-Border find_border(const SamplingKernels& kernels, const float* weights, std::int64_t vocab, double share) {
-    std::int64_t low = 0, high = last_bucket + 1;  // mass(>= low) >= share > mass(>= high)
-    double above = 0.0;
-    while (high - low > 1) {
-        const int count = static_cast<int>(std::min<std::int64_t>(max_thresholds, high - low - 1));
-        float thresholds[max_thresholds];
-        double sums[max_thresholds];
-        std::int64_t buckets[max_thresholds];
-        for (int t = 0; t < count; ++t) {
-            buckets[t] = low + (high - low) * (t + 1) / (count + 1);
-            thresholds[t] = float_of(static_cast<std::uint32_t>(buckets[t]) << low_bits);
-        }
-        kernels.masses(weights, vocab, thresholds, count, sums);
-        for (int t = count - 1; t >= 0; --t) {
-            if (sums[t] >= share) {
-                low = buckets[t];
-                break;
-            }
-            high = buckets[t];
-            above = sums[t];
+// The masses above some thresholds, of the whole row or of a sample.
+struct MassPass {
+    const SamplingKernels& kernels;
+    const SampledRow& row;
+    std::int64_t run;     // tokens looked at together
+    std::int64_t stride;  // one run of this many is looked at
+
+    void operator()(const float* thresholds, int count, double* sums) const {
+        std::fill_n(sums, count, 0.0);
+        for (std::int64_t start = 0; start < row.vocab; start += run * stride) {
+            double parts[max_thresholds];
+            kernels.masses(row.weights + start, std::min(run, row.vocab - start), thresholds, count, parts);
+            for (int t = 0; t < count; ++t) sums[t] += parts[t];
         }
     }
-    return {low, above};
+};
+
+// One pass: tighten the border by thresholds of rising bits inside it.
+void tighten(Border& border, const MassPass& pass, double share, const std::uint32_t* bits, int count) {
+    float thresholds[max_thresholds];
+    double sums[max_thresholds];
+    for (int t = 0; t < count; ++t) thresholds[t] = float_of(bits[t]);
+    pass(thresholds, count, sums);
+    for (int t = count - 1; t >= 0; --t) {
+        if (sums[t] >= share) {
+            border.low = bits[t];
+            return;
+        }
+        border.high = bits[t];
+        border.above = sums[t];
+    }
+}
+
+// Passes with thresholds at equal distances.
+void narrow(Border& border, const MassPass& pass, double share) {
+    while (border.high - border.low > close_enough) {
+        std::uint32_t bits[max_thresholds];
+        for (std::uint32_t t = 0; t < max_thresholds; ++t) {
+            bits[t] = border.low + (border.high - border.low) / (max_thresholds + 1) * (t + 1);
+        }
+        tighten(border, pass, share, bits, max_thresholds);
+    }
+}
+
+// Around the border of a sample of the row: 1 % to a doubling to each side.
+void tighten_by_sample(Border& border, const SamplingKernels& kernels, const SampledRow& row, double top_p,
+                       const MassPass& whole, double share) {
+    constexpr std::uint32_t distances[] = {1u << 16, 1u << 18, 1u << 20, 1u << 21, 1u << 23};
+    constexpr int num_distances = 5;
+    const MassPass sample{kernels, row, sample_run, sample_stride};
+    const float least = float_of(border.low);
+    double total = 0.0;
+    sample(&least, 1, &total);
+    if (total == 0.0) return;
+    Border guess = border;
+    narrow(guess, sample, top_p * total);
+    const std::uint32_t middle = guess.low + (guess.high - guess.low) / 2;
+    std::uint32_t bits[2 * num_distances];
+    for (int i = 0; i < num_distances; ++i) {
+        bits[num_distances - 1 - i] = std::max(middle - distances[i], border.low);
+        bits[num_distances + i] = std::min(middle + distances[i], border.high);
+    }
+    tighten(border, whole, share, bits, 2 * num_distances);
+}
+
+Border find_border(const SamplingKernels& kernels, const SampledRow& row, double top_p, double total) {
+    const double share = top_p * total;
+    // The tokens behind the border hold what the nucleus leaves: it lies at no less than their mean weight.
+    const double least = std::max(0.999 * (1.0 - top_p) * total / static_cast<double>(row.vocab), 1e-37);
+    Border border{bits_of(static_cast<float>(least)), above_all_weights, 0.0};
+    const MassPass whole{kernels, row, row.vocab, 1};
+    if (row.vocab >= sampled_vocab) tighten_by_sample(border, kernels, row, top_p, whole, share);
+    narrow(border, whole, share);
+    return border;
 }
 
 double weight_in(std::uint64_t key) { return static_cast<double>(float_of(~static_cast<std::uint32_t>(key >> 32))); }
@@ -206,25 +265,17 @@ std::uint64_t key_at_mass(std::uint64_t* keys, std::int64_t count, double rest) 
 // Set all weights to 0 that lie outside the nucleus or below min_p.
 void keep_nucleus(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params, double total,
                   const SampleScratch& scratch) {
-    const double share = params.top_p * total;
-    const Border border = find_border(kernels, scratch.weights, row.vocab, share);
-    if (border.bucket == 0) {  // it ends among weights that are 0 but for rounding
-        kernels.cut(scratch.weights, row.vocab, -1.0f, 0, rounded_up(params.min_p));
-        return;
+    const Border border = find_border(kernels, row, params.top_p, total);
+    const float low = float_of(border.low), high = float_of(border.high);
+    const std::int64_t count = kernels.collect(row.weights, row.vocab, low, high, scratch.ids);
+    if (count == 0) return cut(kernels, row, low, row.vocab, params.min_p);  // sums rounded the last share away
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::uint64_t falling = ~bits_of(row.weights[scratch.ids[i]]);
+        scratch.keys[i] = (falling & 0xffffffffu) << 32 | static_cast<std::uint64_t>(scratch.ids[i]);
     }
-    const auto bucket_bits = static_cast<std::uint32_t>(border.bucket) << low_bits;
-    const std::int64_t found = kernels.collect(scratch.weights, row.vocab, float_of(bucket_bits), true, scratch.ids);
-    std::int64_t count = 0;
-    for (std::int64_t i = 0; i < found; ++i) {
-        const std::int64_t id = scratch.ids[i];
-        const std::uint32_t bits = bits_of(scratch.weights[id]);
-        if (bits >> low_bits != static_cast<std::uint32_t>(border.bucket)) continue;
-        scratch.keys[count++] = static_cast<std::uint64_t>(~bits) << 32 | static_cast<std::uint64_t>(id);
-    }
-    const std::uint64_t last = key_at_mass(scratch.keys, count, share - border.before);
+    const std::uint64_t last = key_at_mass(scratch.keys, count, params.top_p * total - border.above);
     const float weight = float_of(~static_cast<std::uint32_t>(last >> 32));
-    kernels.cut(scratch.weights, row.vocab, weight, static_cast<std::int64_t>(last & 0xffffffffu),
-                rounded_up(params.min_p));
+    cut(kernels, row, weight, static_cast<std::int64_t>(last & 0xffffffffu), params.min_p);
 }
 
 std::int64_t draw_with_top_p(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params,
@@ -235,9 +286,8 @@ std::int64_t draw_with_top_p(const SamplingKernels& kernels, const SampledRow& r
         const Kept kept = keep(few, total, params, masses_in(scratch));
         if (kept.length <= few.num) return kept.token;
     }
-    kernels.weights(row.logits, row.vocab, softmax_of(row, params), scratch.weights);
     keep_nucleus(kernels, row, params, total, scratch);
-    return draw_from_weights(kernels, row, params.uniform, scratch.weights);
+    return draw_from_weights(row, params.uniform);
 }
 
 }  // namespace
@@ -251,8 +301,8 @@ Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row,
                           const SampleScratch& scratch) {
     k = std::min(k, row.vocab);
     const float bound = candidate_bound(kernels, row, k, scratch.blocks);
-    const bool with_equal = with_impossible || bound > minus_infinity;
-    const std::int64_t found = kernels.collect(row.logits, row.vocab, bound, with_equal, scratch.ids);
+    const float low = with_impossible ? bound : std::max(bound, -std::numeric_limits<float>::max());
+    const std::int64_t found = kernels.collect(row.logits, row.vocab, low, infinity, scratch.ids);
     for (std::int64_t i = 0; i < found; ++i) scratch.keys[i] = order_key(row.logits[scratch.ids[i]], scratch.ids[i]);
     const std::int64_t num = std::min(k, found);
     if (num < found) std::nth_element(scratch.keys, scratch.keys + num, scratch.keys + found);
@@ -272,15 +322,15 @@ std::int64_t first_highest(const SamplingKernels& kernels, const SampledRow& row
     return start + kernels.find(row.logits + start, row.vocab - start, row.highest);
 }
 
-bool needs_columns(const DrawParams& params) {
-    return params.top_k == 0 && (params.top_p < 1.0 || params.min_p == 0.0);
-}
+bool needs_columns(const DrawParams& params) { return params.top_k == 0; }
+
+bool needs_weights(const DrawParams& params) { return params.top_p < 1.0 || params.min_p > 0.0; }
 
 std::int64_t draw(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params,
                   const SampleScratch& scratch) {
     if (params.top_k > 0) return draw_with_top_k(kernels, row, params, scratch);
     if (params.top_p < 1.0) return draw_with_top_p(kernels, row, params, scratch);
-    if (params.min_p > 0.0) return draw_with_min_p(kernels, row, params, scratch);
+    if (params.min_p > 0.0) return draw_with_min_p(kernels, row, params);
     return draw_from_all(kernels, row, params);
 }
 

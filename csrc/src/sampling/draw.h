@@ -34,10 +34,11 @@ double total_of(const SampledRow& row);
 // The lowest id with the highest logit.
 std::int64_t first_highest(const SamplingKernels& kernels, const SampledRow& row);
 
-// Whether `draw` reads the sums of all weights.
+// Whether `draw` reads the columns' sums, and the weights themselves.
 bool needs_columns(const DrawParams& params);
+bool needs_weights(const DrawParams& params);
 
-// One token. A token of weight 0 is never drawn.
+// One token; changes the row's weights and columns. A token of weight 0 is never drawn.
 std::int64_t draw(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params,
                   const SampleScratch& scratch);
 

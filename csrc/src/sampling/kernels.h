@@ -36,16 +36,18 @@ struct SamplingKernels {
     // The first index with that value, or n.
     std::int64_t (*find)(const float* values, std::int64_t n, float value);
     // sums[c] for some columns: token c, c + C, c + 2 C ... with C = num_columns.
-    void (*weigh)(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns, float* sums);
+    // The weights are written to `weights` unless that is null.
+    void (*weigh)(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns,
+                  float* sums, float* weights);
     void (*weights)(const float* row, std::int64_t n, Softmax softmax, float* out);
-    // ids of values at least (`with_equal`) or above the threshold; returns how many.
-    std::int64_t (*collect)(const float* values, std::int64_t n, float threshold, bool with_equal, std::int64_t* ids);
+    // ids of the values with low <= value < high; returns how many.
+    std::int64_t (*collect)(const float* values, std::int64_t n, float low, float high, std::int64_t* ids);
     // sums[t] = sum of the weights whose value is at least thresholds[t].
     void (*masses)(const float* weights, std::int64_t n, const float* thresholds, int count, double* sums);
-    // Set to 0 what comes after (weight, id) in the order "weight falling, id rising", and what is below `least`.
-    void (*cut)(float* weights, std::int64_t n, float weight, std::int64_t id, float least);
-    // As `weigh`, of weights.
-    void (*column_sums)(const float* weights, std::int64_t vocab, std::int64_t num_columns, float* sums);
+    // Set to 0 what comes after (weight, id) in the order "weight falling, id rising", and what is below `least`; and
+    // the columns' sums of what stays.
+    void (*cut)(float* weights, std::int64_t vocab, float weight, std::int64_t id, float least, std::int64_t num_columns,
+                float* sums);
     std::int64_t (*count_above)(const float* values, std::int64_t n, float value, bool with_equal);
     bool (*is_finite_bf16)(const std::uint16_t* values, std::int64_t n);
     bool (*is_finite_f32)(const float* values, std::int64_t n);

@@ -82,16 +82,19 @@ std::int64_t find(const float* values, std::int64_t n, float value) {
     return n;
 }
 
-PENSTOCK_INLINE F32 weight_of(F32 logit, Softmax softmax) { return exp_of((logit - softmax.highest) * softmax.factor); }
+PENSTOCK_INLINE F32 weight_of(F32 logit, Softmax softmax) {
+    return exp_of_nonpositive((logit - softmax.highest) * softmax.factor);
+}
 
-// Adds f(row[i]) for a piece of the row to sums[0 ...].
+// Adds f(row[i], i) for a piece of the row, the first of whose tokens is `first`, to sums[0 ...].
 template <class Function>
-PENSTOCK_INLINE void add_piece(const float* from, std::int64_t n, float* sums, Function f) {
+PENSTOCK_INLINE void add_piece(const float* row, std::int64_t first, std::int64_t n, float* sums, Function f) {
     std::int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) store(sums + i, load(sums + i) + f(load(from + i)));
+    for (; i + lanes <= n; i += lanes) store(sums + i, load(sums + i) + f(load(row + first + i), first + i, lanes));
     if (i >= n) return;
     const int rest = static_cast<int>(n - i);
-    store_first(sums + i, load_first(sums + i, rest) + f(load_first(from + i, rest)), rest);
+    const F32 value = f(load_first(row + first + i, rest), first + i, rest);
+    store_first(sums + i, load_first(sums + i, rest) + value, rest);
 }
 
 // The columns' sums: the row's 32 pieces are added one after another, each a run of neighbours.
@@ -100,17 +103,27 @@ PENSTOCK_INLINE void sum_columns(const float* row, std::int64_t vocab, Range col
                                  Function f) {
     for (std::int64_t c = columns.start; c < columns.end; ++c) sums[c] = 0.0f;
     for (std::int64_t start = 0; start + columns.start < vocab; start += num_columns) {
+        const std::int64_t first = start + columns.start;
         const std::int64_t end = start + columns.end < vocab ? start + columns.end : vocab;
-        add_piece(row + start + columns.start, end - start - columns.start, sums + columns.start, f);
+        add_piece(row, first, end - first, sums + columns.start, f);
     }
 }
 
-void weigh(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns, float* sums) {
-    sum_columns(row, vocab, columns, num_columns, sums, [=](F32 v) { return weight_of(v, softmax); });
-}
-
-void column_sums(const float* weights, std::int64_t vocab, std::int64_t num_columns, float* sums) {
-    sum_columns(weights, vocab, {0, num_columns}, num_columns, sums, [](F32 v) { return v; });
+void weigh(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns, float* sums,
+           float* weights) {
+    if (!weights) {
+        sum_columns(row, vocab, columns, num_columns, sums, [=](F32 v, std::int64_t, int) { return weight_of(v, softmax); });
+        return;
+    }
+    sum_columns(row, vocab, columns, num_columns, sums, [=](F32 v, std::int64_t id, int n) {
+        const F32 weight = weight_of(v, softmax);
+        if (n == lanes) {
+            store(weights + id, weight);
+        } else {
+            store_first(weights + id, weight, n);
+        }
+        return weight;
+    });
 }
 
 void weights(const float* row, std::int64_t n, Softmax softmax, float* out) {
@@ -120,15 +133,12 @@ void weights(const float* row, std::int64_t n, Softmax softmax, float* out) {
     if (rest) store_first(out + i, weight_of(load_first(row + i, rest), softmax), rest);
 }
 
-std::int64_t collect(const float* values, std::int64_t n, float threshold, bool with_equal, std::int64_t* ids) {
+std::int64_t collect(const float* values, std::int64_t n, float low, float high, std::int64_t* ids) {
     std::int64_t count = 0;
-    const auto take = [&](std::int64_t i, unsigned bits) {
-        for (; bits; bits &= bits - 1) ids[count++] = i + __builtin_ctz(bits);
-    };
-    const F32 bound = splat(threshold);
+    const F32 from = splat(low), to = splat(high);
     for (std::int64_t i = 0; i < n; i += lanes) {
         const F32 v = n - i < lanes ? load_or(values + i, n - i, __builtin_nanf("")) : load(values + i);
-        take(i, bits_of(with_equal ? v >= bound : v > bound));
+        for (unsigned bits = bits_of((v >= from) & (v < to)); bits; bits &= bits - 1) ids[count++] = i + __builtin_ctz(bits);
     }
     return count;
 }
@@ -150,21 +160,21 @@ void masses(const float* weights, std::int64_t n, const float* thresholds, int c
     }
 }
 
-void cut(float* weights, std::int64_t n, float weight, std::int64_t id, float least) {
+void cut(float* weights, std::int64_t vocab, float weight, std::int64_t id, float least, std::int64_t num_columns,
+         float* sums) {
     const F32 border = splat(weight), bound = splat(least);
     const I32 last = I32{} + static_cast<std::int32_t>(id);
-    I32 ids = counting();
-    for (std::int64_t i = 0; i < n; i += lanes, ids += lanes) {
-        const bool is_whole = n - i >= lanes;
-        const F32 v = is_whole ? load(weights + i) : load_first(weights + i, static_cast<int>(n - i));
+    sum_columns(weights, vocab, {0, num_columns}, num_columns, sums, [=](F32 v, std::int64_t first, int n) {
+        const I32 ids = counting() + static_cast<std::int32_t>(first);
         const I32 stays = ((v > border) | ((v == border) & (ids <= last))) & (v >= bound);
         const F32 left = stays ? v : F32{};
-        if (is_whole) {
-            store(weights + i, left);
+        if (n == lanes) {
+            store(weights + first, left);
         } else {
-            store_first(weights + i, left, static_cast<int>(n - i));
+            store_first(weights + first, left, n);
         }
-    }
+        return left;
+    });
 }
 
 std::int64_t count_above(const float* values, std::int64_t n, float value, bool with_equal) {
@@ -193,7 +203,7 @@ bool is_finite_bf16(const std::uint16_t* values, std::int64_t n) { return is_fin
 bool is_finite_f32(const float* values, std::int64_t n) { return is_finite(values, n); }
 
 constexpr SamplingKernels kernels{strip,   lanes, scan,        largest,     find,           weigh,         weights, collect,
-                                  masses, cut,   column_sums, count_above, is_finite_bf16, is_finite_f32};
+                                  masses, cut,   count_above, is_finite_bf16, is_finite_f32};
 
 }  // namespace
 }  // namespace penstock

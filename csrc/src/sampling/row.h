@@ -14,6 +14,7 @@ struct SampledRow {
     float* edited;   // [vocab]: the logits after the edits
     float* maxima;   // [blocks]
     float* columns;  // [columns]: sums of weights
+    float* weights;  // [vocab]; only where a filter needs them
     std::int64_t vocab = 0;
     const float* raw = nullptr;     // as the model gave it
     const float* logits = nullptr;  // raw, or edited
@@ -28,7 +29,6 @@ struct SampledRow {
 };
 
 struct SampleScratch {
-    float* weights;       // [vocab]
     float* blocks;        // [blocks]
     std::int64_t* ids;    // [vocab]
     std::uint64_t* keys;  // [vocab]

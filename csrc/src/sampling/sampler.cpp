@@ -41,8 +41,8 @@ struct Sizes {
 
     std::size_t values, maxima, columns, ids;
 
-    std::size_t row() const { return values + maxima + columns; }
-    std::size_t scratch() const { return values + maxima + 2 * ids; }
+    std::size_t row() const { return 2 * values + maxima + columns; }
+    std::size_t scratch() const { return maxima + 2 * ids; }
 };
 
 template <class T>
@@ -96,7 +96,8 @@ struct Passes {
     void weigh(std::int64_t r, const SampledRow& row, Range columns) const {
         if (!is_weighed(r)) return;
         const Softmax softmax{row.highest, static_cast<float>(1.0 / call.temperatures[r])};
-        kernels.weigh(row.logits, row.vocab, softmax, columns, row.num_columns(), row.columns);
+        float* weights = needs_weights(draw_params(call, r)) ? row.weights : nullptr;
+        kernels.weigh(row.logits, row.vocab, softmax, columns, row.num_columns(), row.columns, weights);
     }
 
     void finish(std::int64_t r, SampledRow& row, const SampleScratch& scratch) const {
@@ -113,7 +114,8 @@ struct Passes {
             row.highest = row.raw_highest;
             scan_all(row);
         }
-        kernels.weigh(row.raw, row.vocab, {row.highest, 1.0f}, {0, row.num_columns()}, row.num_columns(), row.columns);
+        kernels.weigh(row.raw, row.vocab, {row.highest, 1.0f}, {0, row.num_columns()}, row.num_columns(), row.columns,
+                      nullptr);
         const double log_total = static_cast<double>(row.highest) + std::log(total_of(row));
         const std::int64_t token = call.tokens[r];
         const float value = row.raw[token];
@@ -176,11 +178,12 @@ void TokenSampler::reserve(std::int64_t vocab) {
     memory_ = HugeBuffer(threads * (2 * sizes.row() + sizes.scratch()));
     std::byte* at = memory_.data();
     for (std::size_t i = 0; i < 2 * threads; ++i) {
-        rows_.push_back({take<float>(at, sizes.values), take<float>(at, sizes.maxima), take<float>(at, sizes.columns)});
+        rows_.push_back({take<float>(at, sizes.values), take<float>(at, sizes.maxima), take<float>(at, sizes.columns),
+                         take<float>(at, sizes.values)});
     }
     for (std::size_t i = 0; i < threads; ++i) {
-        scratches_.push_back({take<float>(at, sizes.values), take<float>(at, sizes.maxima),
-                              take<std::int64_t>(at, sizes.ids), take<std::uint64_t>(at, sizes.ids)});
+        scratches_.push_back({take<float>(at, sizes.maxima), take<std::int64_t>(at, sizes.ids),
+                              take<std::uint64_t>(at, sizes.ids)});
     }
     vocab_ = vocab;
 }
