@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 
 namespace penstock {
 
@@ -10,6 +11,9 @@ public:
     HugeBuffer() = default;
     // Throws std::bad_alloc where the kernel refuses. Pages are handed out at first touch.
     explicit HugeBuffer(std::size_t bytes);
+    // A part of a mapping that many such buffers share, so that small ones lie in huge pages too and none is rounded up
+    // to one. The mapping goes back when its last part does: for buffers that live equally long (a model's weights).
+    static HugeBuffer part(std::size_t bytes);
     ~HugeBuffer();
     HugeBuffer(HugeBuffer&& other) noexcept;
     HugeBuffer& operator=(HugeBuffer&& other) noexcept;
@@ -24,6 +28,7 @@ private:
     std::size_t size_ = 0;
     void* map_ = nullptr;
     std::size_t map_size_ = 0;
+    std::shared_ptr<HugeBuffer> whole_;  // of a part
 };
 
 }  // namespace penstock

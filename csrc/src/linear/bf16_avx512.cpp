@@ -26,7 +26,7 @@ namespace {
 constexpr int pair_bytes = panel_features * 4;
 constexpr int rows_max = 12;
 constexpr int chunk_pairs = 128;   // 16 KiB of weights: a third of the L1 cache, so that the next chunk fits beside it
-constexpr int ahead_bytes = 4096;  // in a single pass: a page, about the time that memory takes to answer
+constexpr int ahead_bytes = 8192;  // in a single pass
 
 struct Chunk {
     const std::byte* x;  // first row's first pair
@@ -61,6 +61,7 @@ void multiply_rows(const Chunk& chunk) {
     const std::byte* weights = chunk.weights;
     const std::byte* next = chunk.next;
     const std::int64_t row_bytes = chunk.row_bytes;
+    float* out = chunk.out;
     for (int k = 0; k < chunk.num_pairs; ++k) {
         if constexpr (lines > 0) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
         if constexpr (lines > 1) _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T0);
@@ -78,8 +79,8 @@ void multiply_rows(const Chunk& chunk) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-        _mm512_store_ps(chunk.out + r * panel_features, sums[r][0]);
-        _mm512_store_ps(chunk.out + r * panel_features + 16, sums[r][1]);
+        _mm512_store_ps(out + r * panel_features, sums[r][0]);
+        _mm512_store_ps(out + r * panel_features + 16, sums[r][1]);
     }
 }
 

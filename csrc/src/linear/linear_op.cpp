@@ -52,11 +52,12 @@ std::int64_t l2_bytes() {
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Blocks of equal size whose operand fills at most half of the L2 cache (the rest is for the panels), and enough of them
-// that every thread has tasks.
+// Blocks of equal size whose operand fills at most three quarters of the L2 cache (the panels pass through the rest), and
+// enough of them that every thread has tasks.
 RowBlocks row_blocks(std::int64_t num_rows, std::int64_t row_bytes, std::int64_t num_panels, int rows_at_once,
                      int threads) {
-    const std::int64_t fitting = std::max<std::int64_t>(l2_bytes() * 3 / 4 / row_bytes / rows_at_once * rows_at_once, rows_at_once);
+    const std::int64_t steps = std::max<std::int64_t>(1, l2_bytes() * 3 / 4 / (row_bytes * rows_at_once));
+    const std::int64_t fitting = steps * rows_at_once;
     std::int64_t count = (num_rows + fitting - 1) / fitting;
     const std::int64_t wanted = (std::int64_t{tasks_per_thread} * threads + num_panels - 1) / num_panels;
     count = std::max(count, std::min(wanted, num_rows / rows_at_once));

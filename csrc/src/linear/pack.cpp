@@ -51,8 +51,8 @@ std::shared_ptr<Matrix> allocate(const Plain& plain, WeightFormat format, int gr
     matrix->num_panels = (plain.out_features + panel_features - 1) / panel_features;
     matrix->group_size = group_size;
     const auto features = static_cast<std::size_t>(matrix->num_panels) * panel_features;
-    matrix->values = HugeBuffer(value_bytes(format, features * static_cast<std::size_t>(matrix->padded_inputs)));
-    matrix->scales = HugeBuffer(scale_bytes(*matrix));
+    matrix->values = HugeBuffer::part(value_bytes(format, features * static_cast<std::size_t>(matrix->padded_inputs)));
+    matrix->scales = HugeBuffer::part(scale_bytes(*matrix));
     return matrix;
 }
 
@@ -63,8 +63,8 @@ std::shared_ptr<Matrix> pack(const Plain& plain, WeightFormat format, int group_
     auto matrix = allocate(plain, format, group_size);
     switch (format) {
         case WeightFormat::bf16: pack_bf16(plain, *matrix, pool); break;
-        case WeightFormat::int8: pack_int8 ? pack_int8(plain, *matrix, pool) : throw std::invalid_argument("no int8 yet"); break;
-        case WeightFormat::int4: pack_int4 ? pack_int4(plain, *matrix, pool) : throw std::invalid_argument("no int4 yet"); break;
+        case WeightFormat::int8: pack_int8(plain, *matrix, pool); break;
+        case WeightFormat::int4: pack_int4(plain, *matrix, pool); break;
     }
     return matrix;
 }

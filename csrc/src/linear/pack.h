@@ -12,11 +12,11 @@ namespace penstock {
 void pack_bf16(const Plain& plain, Matrix& matrix, Pool& pool);
 void unpack_bf16(const Matrix& matrix, float* out);
 
-[[gnu::weak]] void pack_int8(const Plain& plain, Matrix& matrix, Pool& pool);
-[[gnu::weak]] void unpack_int8(const Matrix& matrix, float* out);
+void pack_int8(const Plain& plain, Matrix& matrix, Pool& pool);
+void unpack_int8(const Matrix& matrix, float* out);
 
-[[gnu::weak]] void pack_int4(const Plain& plain, Matrix& matrix, Pool& pool);
-[[gnu::weak]] void unpack_int4(const Matrix& matrix, float* out);
+void pack_int4(const Plain& plain, Matrix& matrix, Pool& pool);
+void unpack_int4(const Matrix& matrix, float* out);
 
 // Element (n, k) of the source.
 [[gnu::always_inline]] inline float plain_value(const Plain& plain, std::int64_t n, std::int64_t k) {
