@@ -18,9 +18,11 @@
 // Source: Dao et al., FlashAttention, 2022, algorithm 1; Milakov and Gimelshein, Online normalizer calculation for
 // softmax, 2018.
 #include <limits>
+#include <utility>
 
 // GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for a mistake (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include "penstock/attention.h"
 #include "penstock/bf16.h"
@@ -33,6 +35,7 @@ constexpr int step_granules = 4;
 constexpr int step_tokens = step_granules * granule_tokens;
 constexpr int step_pairs = step_tokens / 2;
 constexpr int granule_vectors = granule_tokens / lanes;
+constexpr int fetches_per_row = 4;  // while weighing; measured: a row takes as long as 4 pairs of dims
 constexpr float log2_e = 1.44269504f;
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
@@ -40,8 +43,8 @@ static_assert(part_tokens % step_tokens == 0, "a step lies in one part");
 
 #if defined(__AVX512BF16__)
 
-// 28 sums, the vector they multiply and spare: of 32 registers.
-constexpr int max_rows = 7, score_vectors = 4, out_vectors = 4;
+// 24 sums, four vectors of pairs and a weight: of 32 registers.
+constexpr int max_rows = 6, score_vectors = 4, out_vectors = 4;
 
 using Weight = std::uint32_t;  // a pair of bf16
 using Pairs = __m512bh;
@@ -72,9 +75,9 @@ PENSTOCK_INLINE void pack_weights(const std::uint16_t* from, int num, Weight* to
 #else
 
 #if defined(__AVX2__)
-constexpr int max_rows = 6, score_vectors = 2, out_vectors = 2;  // 12 sums, two halves of pairs, a weight: of 16
+constexpr int max_rows = 4, score_vectors = 2, out_vectors = 2;  // 8 sums, four halves of pairs, a weight: of 16
 #else
-constexpr int max_rows = 3, score_vectors = 4, out_vectors = 4;
+constexpr int max_rows = 2, score_vectors = 4, out_vectors = 4;
 #endif
 
 struct Weight {
@@ -123,20 +126,57 @@ struct Int8Kv {
     PENSTOCK_INLINE static Pairs load_pairs(const std::byte* from) { return load_int8_pairs(from); }
 };
 
-// 2^v for v <= 127; 0 below -126.5. Relative error 1e-7 (a polynomial of degree 5 on [-1/2, 1/2], minimax); 2^0 is 1.
-PENSTOCK_INLINE F32 exp2_of(F32 v) {
-    constexpr float lowest = -127.0f;  // its power of two has the bits of 0
-    const F32 x = v < lowest ? splat(lowest) : v;
-    const F32 shifted = x + round_magic;
-    const F32 f = x - (shifted - round_magic);
+// 2^f on [-1/2, 1/2]: minimax of degree 5, relative error 1e-7; 1 at 0.
+PENSTOCK_INLINE F32 exp2_fraction(F32 f) {
     F32 p = splat(1.326472731307149e-3f);
     p = p * f + 9.671512991189957e-3f;
     p = p * f + 5.550733581185341e-2f;
     p = p * f + 2.4022242426872253e-1f;
     p = p * f + 6.931470036506653e-1f;
-    p = p * f + 1.0f;
-    return p * (F32)(((I32)shifted - 0x4b400000 + 127) << 23);
+    return p * f + 1.0f;
 }
+
+// 2^v for v <= 127 with the relative error of its fraction, and 0 for v far below -126; NaN gives NaN.
+PENSTOCK_INLINE F32 exp2_of(F32 v) {
+#if defined(__AVX512F__)
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-1000.0f), (__m512)v);  // not -inf: inf - inf is NaN
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (F32)_mm512_scalef_ps((__m512)exp2_fraction((F32)_mm512_sub_ps(x, n)), n);
+#else
+    constexpr float lowest = -127.0f;  // its power of two has the bits of 0
+    const F32 x = v < lowest ? splat(lowest) : v;
+    const F32 shifted = x + round_magic;
+    return exp2_fraction(x - (shifted - round_magic)) * (F32)(((I32)shifted - 0x4b400000 + 127) << 23);
+#endif
+}
+
+PENSTOCK_INLINE F32 larger_of(F32 a, F32 b) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return larger(a, b);
+#endif
+}
+
+PENSTOCK_INLINE float largest_lane(F32 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    return largest_of(v);
+#endif
+}
+
+// f(0), f(1), ... f(N - 1) with constants, so that arrays indexed by them live in registers.
+template <int N, class F>
+PENSTOCK_INLINE void repeat(F&& f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+        (f(std::integral_constant<int, i>{}), ...);
+    }(std::make_integer_sequence<int, N>{});
+}
+
+#define PENSTOCK_INLINE_LAMBDA __attribute__((always_inline))
 
 // Where a step's granules lie, and which part of it the group of rows reads.
 struct StepView {
@@ -145,6 +185,40 @@ struct StepView {
     int begin;  // position of granule 0's first token
     int from;   // granules [from, to)
     int to;
+};
+
+// Brings the next step's granules into the cache while this one is computed, some lines at each call: evenly, because a core
+// keeps few lines on their way at once, and a burst would wait for itself.
+class Fetcher {
+public:
+    // rate: lines at each call.
+    void start(const StepView& next, std::int64_t granule_bytes, int num_calls) {
+        count_ = 0;
+        for (int g = next.from; g < next.to; ++g) spans_[count_++] = next.keys[g];
+        for (int g = next.from; g < next.to; ++g) spans_[count_++] = next.values[g];
+        span_bytes_ = static_cast<int>(granule_bytes);
+        offset_ = 0;
+        const int lines = count_ * (span_bytes_ / line_bytes);
+        rate_ = lines > 0 ? (lines + num_calls - 1) / num_calls : 0;
+    }
+
+    PENSTOCK_INLINE void go() {
+        for (int i = 0; i < rate_; ++i) {
+            __builtin_prefetch(spans_[count_ - 1] + offset_);
+            offset_ += line_bytes;
+            if (offset_ < span_bytes_) continue;
+            offset_ = 0;
+            if (--count_ == 0) rate_ = 0;
+        }
+    }
+
+private:
+    static constexpr int line_bytes = 64;
+    const std::byte* spans_[2 * step_granules];
+    int count_ = 0;
+    int span_bytes_ = 0;
+    int offset_ = 0;
+    int rate_ = 0;
 };
 
 // One thread's memory for a group of rows.
@@ -157,25 +231,32 @@ struct GroupScratch {
 
 // ---- scores
 
-// Scores of R rows with V vectors of keys that lie `vector_offset` bytes apart... each (row, key) sums its dims in order.
+// Scores of R rows with the keys of G granules; each sums its dims in their order.
 template <class Kv, int R, int G>
-void multiply_keys(const std::byte* const* keys, const Weight* query, int num_pairs, float* scores) {
-    F32 sums[R][G * granule_vectors]{};
+void multiply_keys(const std::byte* const* keys, const Weight* query, int num_pairs, float* scores, Fetcher& fetcher) {
+    constexpr int num_vectors = G * granule_vectors;
+    F32 sums[R][num_vectors]{};
     for (int p = 0; p < num_pairs; ++p) {
-        for (int v = 0; v < G * granule_vectors; ++v) {
-            const int token = v % granule_vectors * lanes;
-            const Pairs x =
-                Kv::load_pairs(keys[v / granule_vectors] + (p * granule_tokens + token) * Kv::pair_bytes);
-            for (int r = 0; r < R; ++r) sums[r][v] = dot(sums[r][v], x, query[r * num_pairs + p]);
-        }
+        Pairs x[num_vectors];
+        fetcher.go();
+        repeat<num_vectors>([&](auto v) PENSTOCK_INLINE_LAMBDA {
+            constexpr int token = v % granule_vectors * lanes;
+            x[v] = Kv::load_pairs(keys[v / granule_vectors] + (p * granule_tokens + token) * Kv::pair_bytes);
+        });
+        repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+            const Weight w = query[r * num_pairs + p];
+            repeat<num_vectors>([&](auto v) PENSTOCK_INLINE_LAMBDA { sums[r][v] = dot(sums[r][v], x[v], w); });
+        });
     }
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < G * granule_vectors; ++v) store(scores + r * step_tokens + v * lanes, sums[r][v]);
-    }
+    repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+        repeat<num_vectors>([&](auto v) PENSTOCK_INLINE_LAMBDA {
+            store(scores + r * step_tokens + v * lanes, sums[r][v]);
+        });
+    });
 }
 
 template <class Kv, int R>
-void score_step(const StepView& step, const Weight* query, int num_pairs, float* scores) {
+void score_step(const StepView& step, const Weight* query, int num_pairs, float* scores, Fetcher& fetcher) {
     constexpr int most = score_vectors / granule_vectors > 0 ? score_vectors / granule_vectors : 1;
     int g = step.from;
     while (g < step.to) {
@@ -183,13 +264,13 @@ void score_step(const StepView& step, const Weight* query, int num_pairs, float*
         float* to = scores + g * granule_tokens;
         const int num = step.to - g < most ? step.to - g : most;
         if constexpr (most >= 4) {
-            if (num == 4) multiply_keys<Kv, R, 4>(keys, query, num_pairs, to);
-            if (num == 3) multiply_keys<Kv, R, 3>(keys, query, num_pairs, to);
+            if (num == 4) multiply_keys<Kv, R, 4>(keys, query, num_pairs, to, fetcher);
+            if (num == 3) multiply_keys<Kv, R, 3>(keys, query, num_pairs, to, fetcher);
         }
         if constexpr (most >= 2) {
-            if (num == 2) multiply_keys<Kv, R, 2>(keys, query, num_pairs, to);
+            if (num == 2) multiply_keys<Kv, R, 2>(keys, query, num_pairs, to, fetcher);
         }
-        if (num == 1) multiply_keys<Kv, R, 1>(keys, query, num_pairs, to);
+        if (num == 1) multiply_keys<Kv, R, 1>(keys, query, num_pairs, to, fetcher);
         g += num;
     }
 }
@@ -206,84 +287,116 @@ PENSTOCK_INLINE F32 scales_of(const std::byte* granule, const AttentionTile& til
     return load(reinterpret_cast<const float*>(granule + granule_tokens * tile.head_dim) + token);
 }
 
-// Scores in base 2, and -inf where the row does not see the key. Returns their maximum.
-template <class Kv, bool IsEdge>
-float finish_scores(const AttentionTile& tile, const StepView& step, int row, float* scores) {
-    const float factor = tile.softcap > 0.0f ? tile.scale / tile.softcap : tile.scale * log2_e;
-    const float cap = tile.softcap * log2_e;
+// f(v) for the step's vectors of keys; IsWhole: all of them, unrolled.
+template <bool IsWhole, class F>
+PENSTOCK_INLINE void for_each_vector(const StepView& step, F&& f) {
+    if constexpr (IsWhole) {
+        repeat<step_granules * granule_vectors>(f);
+    } else {
+        for (int v = step.from * granule_vectors; v < step.to * granule_vectors; ++v) f(v);
+    }
+}
+
+PENSTOCK_INLINE F32 only_seen(F32 v, F32 otherwise, const AttentionTile& tile, int row, int position) {
+    const I32 at = lane_indices() + position;
+    v = at < tile.first[row] ? otherwise : v;
+    return at > tile.last[row] ? otherwise : v;
+}
+
+// A score is a factor times what lies in `scores` after this, and -inf there where the row does not see the key. Returns
+// the largest. IsPlain: all granules, all keys seen, no cap.
+template <class Kv, bool IsPlain>
+PENSTOCK_INLINE float finish_scores(const AttentionTile& tile, const StepView& step, int row, float* scores) {
+    const float inner = tile.scale / tile.softcap;
     F32 largest = splat(minus_infinity);
-    for (int v = step.from * granule_vectors; v < step.to * granule_vectors; ++v) {
-        F32 s = load(scores + v * lanes) * factor;
+    for_each_vector<IsPlain>(step, [&](auto v) PENSTOCK_INLINE_LAMBDA {
+        F32 s = load(scores + v * lanes);
         if constexpr (Kv::is_scaled) {
             s *= scales_of(step.keys[v / granule_vectors], tile, v % granule_vectors * lanes);
         }
-        if (tile.softcap > 0.0f) s = tanh_of(s) * cap;
-        if constexpr (IsEdge) {
-            const I32 position = lane_indices() + (step.begin + v * lanes);
-            s = position < tile.first[row] ? splat(minus_infinity) : s;
-            s = position > tile.last[row] ? splat(minus_infinity) : s;
+        if constexpr (!IsPlain) {
+            if (tile.softcap > 0.0f) s = tanh_of(s * inner);
+            s = only_seen(s, splat(minus_infinity), tile, row, step.begin + v * lanes);
         }
-        store(scores + v * lanes, s);
-        largest = larger(s, largest);
-    }
-    return largest_of(largest);
+        if constexpr (Kv::is_scaled || !IsPlain) store(scores + v * lanes, s);
+        largest = larger_of(s, largest);
+    });
+    return largest_lane(largest);
 }
 
-// The weights of one row; returns what its sum and out so far must be multiplied by.
-template <class Kv, bool IsEdge>
-float weigh(const AttentionTile& tile, const StepView& step, int row, float* scores, Weight* weights, float* max,
-            float* sums) {
-    const float largest = finish_scores<Kv, IsEdge>(tile, step, row, scores);
-    const float old = max[row];
-    const float now = largest > old ? largest : old;
-    const float base = now == minus_infinity ? 0.0f : now;
-    const float shrink = exp2_of(splat(old - base))[0];
-    F32 sum = load(sums) * shrink;
-    for (int v = step.from * granule_vectors; v < step.to * granule_vectors; ++v) {
-        F32 w = exp2_of(load(scores + v * lanes) - base);
+// 2^(score - base), added to the row's sums and stored as weights of the values.
+template <class Kv, bool IsPlain>
+PENSTOCK_INLINE void store_row(const AttentionTile& tile, const StepView& step, int row, const float* scores,
+                               float factor, float base, Weight* weights, F32& sum) {
+    for_each_vector<IsPlain>(step, [&](auto v) PENSTOCK_INLINE_LAMBDA {
+        F32 w = exp2_of(load(scores + v * lanes) * factor - base);
         sum += w;
         if constexpr (Kv::is_scaled) {
             w *= scales_of(step.values[v / granule_vectors], tile, v % granule_vectors * lanes);
-            if constexpr (IsEdge) {  // an unseen slot's scale may be NaN
-                const I32 position = lane_indices() + (step.begin + v * lanes);
-                w = position < tile.first[row] ? F32{} : w;
-                w = position > tile.last[row] ? F32{} : w;
-            }
+            // An unseen slot's scale may be NaN.
+            if constexpr (!IsPlain) w = only_seen(w, F32{}, tile, row, step.begin + v * lanes);
         }
         store_weights(weights + v * lanes / 2, w);
-    }
-    store(sums, sum);
-    max[row] = now;
-    return shrink;
+    });
+}
+
+// The weights of R rows, and in `shrink` what their sums and outs so far are multiplied by.
+template <class Kv, int R, bool IsPlain>
+void weigh(const AttentionTile& tile, const StepView& step, int row, float* max, GroupScratch& scratch, float* shrink,
+           Fetcher& fetcher) {
+    static_assert(R <= lanes);
+    const float factor = (tile.softcap > 0.0f ? tile.softcap : tile.scale) * log2_e;
+    alignas(64) float largest[lanes], base[lanes];
+    repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+        for (int i = 0; i < fetches_per_row; ++i) fetcher.go();
+        largest[r] = finish_scores<Kv, IsPlain>(tile, step, row + r, scratch.scores[r]);
+    });
+    const F32 old = load_first(max + row, R);
+    const F32 now = larger_of(load_first(largest, R) * factor, old);
+    const F32 bases = now == minus_infinity ? F32{} : now;
+    store(base, bases);
+    store(shrink, exp2_of(old - bases));
+    store_first(max + row, now, R);
+    repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+        F32 sum = load(scratch.sums[row + r]) * shrink[r];
+        store_row<Kv, IsPlain>(tile, step, row + r, scratch.scores[r], factor, base[r], scratch.weights[r], sum);
+        store(scratch.sums[row + r], sum);
+    });
 }
 
 // ---- values
 
+// C vectors of out, of R rows, from `column` on; each sums its tokens in their order.
 template <class Kv, int R, int C>
 void multiply_values(const StepView& step, const Weight* weights, const float* shrink, int head_dim, int column,
-                     float* out) {
+                     float* out, Fetcher& fetcher) {
     F32 sums[R][C];
-    for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) sums[r][c] = load(out + r * head_dim + column + c * lanes) * shrink[r];
-    }
+    repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+        repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA {
+            sums[r][c] = load(out + r * head_dim + column + c * lanes) * shrink[r];
+        });
+    });
     for (int g = step.from; g < step.to; ++g) {
-        for (int t = 0; t < granule_tokens / 2; ++t) {
-            const std::byte* from = step.values[g] + (t * head_dim + column) * Kv::pair_bytes;
-            for (int c = 0; c < C; ++c) {
-                const Pairs x = Kv::load_pairs(from + c * lanes * Kv::pair_bytes);
-                for (int r = 0; r < R; ++r) {
-                    sums[r][c] = dot(sums[r][c], x, weights[r * step_pairs + g * (granule_tokens / 2) + t]);
-                }
-            }
+        const std::byte* from = step.values[g] + column * Kv::pair_bytes;
+        const Weight* weight = weights + g * (granule_tokens / 2);
+        for (int t = 0; t < granule_tokens / 2; ++t, ++weight, from += head_dim * Kv::pair_bytes) {
+            Pairs x[C];
+            fetcher.go();
+            repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA { x[c] = Kv::load_pairs(from + c * lanes * Kv::pair_bytes); });
+            repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+                const Weight w = weight[r * step_pairs];
+                repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA { sums[r][c] = dot(sums[r][c], x[c], w); });
+            });
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) store(out + r * head_dim + column + c * lanes, sums[r][c]);
-    }
+    repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
+        repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA { store(out + r * head_dim + column + c * lanes, sums[r][c]); });
+    });
 }
 
 template <class Kv, int R>
-void value_step(const StepView& step, const Weight* weights, const float* shrink, int head_dim, float* out) {
+void value_step(const StepView& step, const Weight* weights, const float* shrink, int head_dim, float* out,
+                Fetcher& fetcher) {
     const int num = head_dim / lanes;
     int c = 0;
     while (c < num) {
@@ -293,11 +406,11 @@ void value_step(const StepView& step, const Weight* weights, const float* shrink
         if (out_vectors == 4 && (left == 5 || left == 6)) width = 3;
         const int column = c * lanes;
         if constexpr (out_vectors == 4) {
-            if (width == 4) multiply_values<Kv, R, 4>(step, weights, shrink, head_dim, column, out);
-            if (width == 3) multiply_values<Kv, R, 3>(step, weights, shrink, head_dim, column, out);
+            if (width == 4) multiply_values<Kv, R, 4>(step, weights, shrink, head_dim, column, out, fetcher);
+            if (width == 3) multiply_values<Kv, R, 3>(step, weights, shrink, head_dim, column, out, fetcher);
         }
-        if (width == 2) multiply_values<Kv, R, 2>(step, weights, shrink, head_dim, column, out);
-        if (width == 1) multiply_values<Kv, R, 1>(step, weights, shrink, head_dim, column, out);
+        if (width == 2) multiply_values<Kv, R, 2>(step, weights, shrink, head_dim, column, out, fetcher);
+        if (width == 1) multiply_values<Kv, R, 1>(step, weights, shrink, head_dim, column, out, fetcher);
         c += width;
     }
 }
@@ -347,30 +460,30 @@ StepView clean_step(const AttentionTile& tile, const StepView& step, int row, st
 
 template <class Kv, int R>
 void attend_group(const AttentionTile& tile, const StepView& step, int row, const AttentionPart& part,
-                  GroupScratch& scratch) {
+                  GroupScratch& scratch, Fetcher& fetcher) {
     const int num_pairs = tile.head_dim / 2;
     const auto* query = reinterpret_cast<const Weight*>(tile.query) + row * num_pairs;
     float* out = part.out + row * tile.head_dim;
-    float shrink[R];
-    score_step<Kv, R>(step, query, num_pairs, scratch.scores[0]);
+    alignas(64) float shrink[lanes];
+    score_step<Kv, R>(step, query, num_pairs, scratch.scores[0], fetcher);
     const bool is_edge = tile.first[row + R - 1] > step.begin + step.from * granule_tokens ||
                          tile.last[row] < step.begin + step.to * granule_tokens - 1;
-    for (int r = 0; r < R; ++r) {
-        const auto weigh_row = is_edge ? weigh<Kv, true> : weigh<Kv, false>;
-        shrink[r] = weigh_row(tile, step, row + r, scratch.scores[r], scratch.weights[r], part.max,
-                              scratch.sums[row + r]);
-    }
+    const bool is_plain = !is_edge && step.to - step.from == step_granules && !(tile.softcap > 0.0f);
+    const auto weigh_rows = is_plain ? weigh<Kv, R, true> : weigh<Kv, R, false>;
+    weigh_rows(tile, step, row, part.max, scratch, shrink, fetcher);
     if (!Kv::is_scaled && is_edge && needs_cleaning(tile, step, row, R)) {
         for (int r = 0; r < R; ++r) {
             const StepView clean = clean_step(tile, step, row + r, scratch.clean);
-            value_step<Kv, 1>(clean, scratch.weights[r], shrink + r, tile.head_dim, out + r * tile.head_dim);
+            value_step<Kv, 1>(clean, scratch.weights[r], shrink + r, tile.head_dim, out + r * tile.head_dim,
+                              fetcher);
         }
         return;
     }
-    value_step<Kv, R>(step, scratch.weights[0], shrink, tile.head_dim, out);
+    value_step<Kv, R>(step, scratch.weights[0], shrink, tile.head_dim, out, fetcher);
 }
 
-using AttendGroup = void (*)(const AttentionTile&, const StepView&, int, const AttentionPart&, GroupScratch&);
+using AttendGroup = void (*)(const AttentionTile&, const StepView&, int, const AttentionPart&, GroupScratch&,
+                             Fetcher&);
 
 // By the number of rows.
 template <class Kv>
@@ -379,14 +492,13 @@ AttendGroup group_kernel(int num_rows) {
         nullptr,
         attend_group<Kv, 1>,
         attend_group<Kv, 2>,
-        attend_group<Kv, 3>,
 #if PENSTOCK_LANES >= 8
+        attend_group<Kv, 3>,
         attend_group<Kv, 4>,
-        attend_group<Kv, 5>,
-        attend_group<Kv, 6>,
 #endif
 #if PENSTOCK_LANES >= 16
-        attend_group<Kv, 7>,
+        attend_group<Kv, 5>,
+        attend_group<Kv, 6>,
 #endif
     };
     static_assert(sizeof kernels / sizeof kernels[0] == max_rows + 1);
@@ -412,9 +524,18 @@ StepView view_step(const AttentionTile& tile, int begin, int end, int seen_from,
     return step;
 }
 
+// Calls of the fetcher in one step.
+int num_fetches(const AttentionTile& tile) {
+    const int num_groups = (tile.num_rows + max_rows - 1) / max_rows;
+    const int key_calls = tile.head_dim / 2 * at_least(1, step_granules * granule_vectors / score_vectors);
+    const int value_calls = step_pairs * (tile.head_dim / (lanes * out_vectors));
+    return num_groups * (key_calls + value_calls) + tile.num_rows * fetches_per_row;
+}
+
 // All groups of rows over one step; a group reads only the granules that one of its rows sees.
 template <class Kv>
-void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part, GroupScratch& scratch) {
+void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part, GroupScratch& scratch,
+                 Fetcher& fetcher) {
     const int num_groups = (tile.num_rows + max_rows - 1) / max_rows;
     for (int i = 0; i < num_groups; ++i) {
         const int row = tile.num_rows * i / num_groups, end = tile.num_rows * (i + 1) / num_groups;
@@ -422,7 +543,7 @@ void attend_step(const AttentionTile& tile, const StepView& step, const Attentio
         const int first = tile.first[row] - step.begin, last = tile.last[end - 1] - step.begin;
         seen.from = at_least(step.from, first > 0 ? first / granule_tokens : 0);
         seen.to = last < 0 ? 0 : at_most(step.to, last / granule_tokens + 1);
-        if (seen.from < seen.to) group_kernel<Kv>(end - row)(tile, seen, row, part, scratch);
+        if (seen.from < seen.to) group_kernel<Kv>(end - row)(tile, seen, row, part, scratch, fetcher);
     }
 }
 
@@ -433,9 +554,17 @@ void attend(const AttentionTile& tile, int begin, int end, const AttentionPart& 
     std::memset(part.out, 0, sizeof(float) * static_cast<std::size_t>(tile.num_rows * tile.head_dim));
     for (int r = 0; r < tile.num_rows; ++r) part.max[r] = minus_infinity;
     const int seen_from = tile.first[0], seen_to = tile.last[tile.num_rows - 1] + 1;
+    Fetcher fetcher;
+    const int num_calls = num_fetches(tile);
+    StepView step = view_step(tile, begin, end, seen_from, seen_to);
     for (int at = begin; at < end; at += step_tokens) {
-        const StepView step = view_step(tile, at, end, seen_from, seen_to);
-        if (step.from < step.to) attend_step<Kv>(tile, step, part, scratch);
+        StepView next{};
+        if (at + step_tokens < end) {
+            next = view_step(tile, at + step_tokens, end, seen_from, seen_to);
+            fetcher.start(next, tile.granule_bytes, num_calls);
+        }
+        if (step.from < step.to) attend_step<Kv>(tile, step, part, scratch, fetcher);
+        step = next;
     }
     for (int r = 0; r < tile.num_rows; ++r) part.sum[r] = sum_of(load(scratch.sums[r]));
 }
