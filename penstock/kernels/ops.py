@@ -175,6 +175,10 @@ class KernelSet(Protocol):
         """See `moe`."""
         ...
 
+    def rows_are_finite(self, x: Tensor) -> Tensor:
+        """See `rows_are_finite`."""
+        ...
+
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """See `copy_blocks`."""
         ...
@@ -506,6 +510,19 @@ def moe(
     assert router.shape == (len(experts), x.shape[1]), (router.shape, len(experts), x.shape)
     assert 1 <= shape.top_k <= len(experts), (shape.top_k, len(experts))
     return kernels.moe(x, router, experts, shape)
+
+
+def rows_are_finite(kernels: KernelSet, x: Tensor) -> Tensor:
+    """Whether a row holds neither NaN nor infinity.
+
+    Args:
+        kernels: the home that looks.
+        x: [T, I].
+
+    Returns:
+        [T] bool.
+    """
+    return kernels.rows_are_finite(x)
 
 
 def copy_blocks(kernels: KernelSet, pool: Tensor, src: Tensor, dst: Tensor) -> None:

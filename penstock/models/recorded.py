@@ -5,6 +5,7 @@ recorded runs operation by operation on the same kernels.
 """
 
 import sys
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.batch import AttentionBatch, ForwardBatch, KvShape, KvSlab
 from penstock.kernels.cpu import passes
-from penstock.kernels.cpu._native import Program
+from penstock.kernels.cpu._native import AttentionInputs, Program
 from penstock.kernels.cpu.emission import attention_inputs, emit
 from penstock.kernels.cpu.kernel_set import NativeKernels
 from penstock.kernels.cpu.recorder import TRACE_ROWS, Recorder, TorchCalls
@@ -127,6 +128,8 @@ class RecordedModel:
         self._forward, self._logits = (emit(tape, kernels.machine) for tape in self._tapes)
         self._dtype = dtype
         self._buffers = LogitsBuffers()
+        self.program_seconds = 0.0
+        """Time inside the programs so far: the rest of a step is the host's."""
         self._slabs: tuple[KvSlab, ...] = ()
         self.config: ModelConfig = model.config
         self.layer_windows = model.layer_windows
@@ -155,7 +158,7 @@ class RecordedModel:
             (batch.positions.data_ptr(), batch.positions.itemsize),
             (hidden.data_ptr(), hidden.stride(0) * hidden.itemsize),
         ]
-        self._forward.run(rows, externals, attention_inputs(batch.groups))
+        self._run(self._forward, rows, externals, attention_inputs(batch.groups))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -169,8 +172,19 @@ class RecordedModel:
             (out.data_ptr(), out.stride(0) * out.itemsize),
         ]
         if rows:
-            self._logits.run(rows, externals, [])
+            self._run(self._logits, rows, externals, [])
         return out
+
+    def _run(
+        self,
+        program: Program,
+        rows: int,
+        externals: list[tuple[int, int]],
+        groups: list[AttentionInputs],
+    ) -> None:
+        began_s = time.perf_counter()
+        program.run(rows, externals, groups)
+        self.program_seconds += time.perf_counter() - began_s
 
     def _bind(self, batch: ForwardBatch) -> None:
         layers = [

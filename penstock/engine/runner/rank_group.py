@@ -38,16 +38,16 @@ class LocalRank:
     """One rank, in this process."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        self.runner = runner
 
     @property
     def buffer_bytes(self) -> int:
         """See `RankGroup`."""
-        return self._runner.buffer_bytes
+        return self.runner.buffer_bytes
 
     def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
         """See `RankGroup`."""
-        self._runner.warm_up(
+        self.runner.warm_up(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
@@ -55,8 +55,8 @@ class LocalRank:
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """See `RankGroup`."""
-        return self._runner.launch(plan)
+        return self.runner.launch(plan)
 
     def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
         """See `RankGroup`."""
-        return self._runner.collect(handle, masks=masks)
+        return self.runner.collect(handle, masks=masks)

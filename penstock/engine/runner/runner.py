@@ -28,6 +28,7 @@ from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, touched_blocks
+from penstock.engine.sampling.native import NativeSampler
 from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.plan import (
@@ -38,8 +39,8 @@ from penstock.engine.scheduler.plan import (
     StepPlan,
     StepResult,
 )
-from penstock.kernels.ops import kv_block
-from penstock.models.interface import LoadedModel
+from penstock.kernels.ops import KernelSet, kv_block, rows_are_finite
+from penstock.models.interface import CausalLM, LoadedModel
 
 CANARY: Final = SequenceId(-1)
 """Our own one-token sequence on the scratch block: if it fails too, the fault is no request's."""
@@ -118,7 +119,13 @@ class Runner:
         )
         self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
-        self._sampler = Sampler()
+        self._kernels = loaded.kernels
+        self._sampler = Sampler(native=_native_sampler(loaded.kernels))
+
+    @property
+    def model(self) -> CausalLM:
+        """What it runs, for profiles."""
+        return self._model
 
     @property
     def buffer_bytes(self) -> int:
@@ -231,7 +238,11 @@ class Runner:
         logits = self._model.logits(hidden[ends[sampled] - 1]) if sampled.any() else hidden.new_empty(0, 0)
         if self._faults:
             self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
-        return ForwardPass(sequences=sequences, is_sound=_are_finite(hidden, ends=ends), logits=logits)
+        return ForwardPass(
+            sequences=sequences,
+            is_sound=_are_sound(rows_are_finite(self._kernels, hidden), ends),
+            logits=logits,
+        )
 
     def _refuse_engine_fault(
         self, culprits: Sequence[Culprit[ScheduledSequence]], *, num_sequences: int
@@ -294,20 +305,29 @@ class Runner:
         return self._sampler.sample(part, specs=specs, masks=masks)
 
 
-def _are_finite(hidden: torch.Tensor, *, ends: torch.Tensor) -> torch.Tensor:
+def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
+    """A sampler on the threads of the kernels, if they have their own."""
+    if not kernels.has_own_threads:
+        return None
+    # Imported here: it needs the extension module, which is there if such kernels are.
+    from penstock.kernels.cpu.kernel_set import NativeKernels
+
+    assert isinstance(kernels, NativeKernels)
+    return NativeSampler(kernels.machine.pool, isa=kernels.machine.isa)
+
+
+def _are_sound(are_finite: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """[num_seqs] bool: True where no number of the sequence's rows is NaN or infinite.
 
     Every row counts, not only the sampled ones: a prefill chunk's blocks must not reach the prefix tree.
 
-    By the largest and smallest number of a row, both NaN if any is: a sum would overflow for large numbers
-    that are finite.
-
     Args:
-        hidden: [num_tokens, hidden_size]
+        are_finite: [num_tokens] bool.
         ends: [num_seqs] int64, one past each sequence's last row.
     """
-    num_bad = torch.zeros(len(hidden) + 1, dtype=torch.int64)
-    are_finite = hidden.amax(dim=-1).isfinite() & hidden.amin(dim=-1).isfinite()
+    if are_finite.all():
+        return torch.ones(len(ends), dtype=torch.bool)
+    num_bad = torch.zeros(len(are_finite) + 1, dtype=torch.int64)
     torch.cumsum(~are_finite, dim=0, out=num_bad[1:])
     until = num_bad[ends]
     return until == torch.cat([until.new_zeros(1), until[:-1]])

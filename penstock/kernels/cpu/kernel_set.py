@@ -257,6 +257,23 @@ class NativeKernels:
         writer.add(operation)
         return writer.result(out)
 
+    def rows_are_finite(self, x: Tensor) -> Tensor:
+        """As `ops.rows_are_finite`."""
+        out = torch.empty(x.shape[0], dtype=torch.bool)
+        if not x.shape[0]:
+            return out
+        _native.rows_are_finite(
+            self.machine.pool,
+            isa=self.machine.isa,
+            data=x.data_ptr(),
+            dtype=weights.NATIVE_DTYPES[x.dtype],
+            num_rows=x.shape[0],
+            cols=x.shape[1],
+            row_bytes=x.stride(0) * x.itemsize,
+            out=out.data_ptr(),
+        )
+        return out
+
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""
         pool.index_copy_(0, dst, pool.index_select(0, src))

@@ -104,6 +104,11 @@ class EagerKernels:
         """As `ops.moe`."""
         return dense.moe(x, router, experts, shape)
 
+    def rows_are_finite(self, x: Tensor) -> Tensor:
+        """As `ops.rows_are_finite`, by a row's largest and smallest number, both NaN if any is."""
+        # A sum would overflow for large numbers that are finite.
+        return x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
+
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""
         pool.index_copy_(0, dst, pool.index_select(0, src))
