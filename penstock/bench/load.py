@@ -13,6 +13,7 @@ server is gone (`server_died`) or at Ctrl-C or SIGTERM (`interrupted`); what was
 
 import asyncio
 import contextlib
+import resource
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from penstock.bench.client import (
 )
 from penstock.bench.target import Target
 from penstock.bench.workload import LoadRequest, Workload
+from penstock.core.errors import InvalidParameterError
 
 MAX_IN_FLIGHT: Final = 4096
 """Streams of one client at once; in an open loop a request beyond it waits, at its own cost."""
@@ -37,6 +39,8 @@ TICK_S: Final = 0.1
 ALIVE_DELAYS_S: Final = (0.0, 0.2, 0.5)
 """Before each of the attempts to reach a server that broke a connection; after them it counts as gone."""
 ALIVE_TIMEOUT_S: Final = 2.0
+RESERVED_FILES: Final = 64
+"""Open files beside the connections: the loop's own, libraries, the terminal."""
 
 Status = Literal["complete", "interrupted", "server_died"]
 Send = Callable[[LoadRequest, RequestRecord], Awaitable[None]]
@@ -127,6 +131,7 @@ class Load:
         workload: what to send.
         is_alive: asked after a broken connection; False ends the run.
         clock: seconds, monotonic; the start of the run is subtracted in everything recorded.
+        num_places: most requests in flight, whatever the workload says.
         watcher: told how it goes, or None.
     """
 
@@ -136,6 +141,7 @@ class Load:
         *,
         is_alive: Callable[[], Awaitable[bool]],
         clock: Callable[[], float],
+        num_places: int = MAX_IN_FLIGHT,
         watcher: Watcher | None = None,
     ) -> None:
         self._workload = workload
@@ -146,7 +152,7 @@ class Load:
         self._fault: BaseException | None = None
         self._records: dict[int, RequestRecord] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._places = asyncio.Semaphore(min(workload.max_concurrency or MAX_IN_FLIGHT, MAX_IN_FLIGHT))
+        self._places = asyncio.Semaphore(min(workload.max_concurrency or num_places, num_places))
         self._alive_check: asyncio.Task[bool] | None = None
         self._num_held = 0
         self._max_in_flight = 0
@@ -279,10 +285,11 @@ class Load:
 
 async def drive(workload: Workload, target: Target, *, watcher: Watcher | None = None) -> LoadResult:
     """Run a workload against a server, in the running loop. See `run_load`."""
-    num_connections = min(workload.max_concurrency or len(workload.requests), MAX_IN_FLIGHT)
+    num_connections = allow_connections(workload)
     async with open_session(target, num_connections=num_connections) as session:
         load = Load(
             workload,
+            num_places=num_connections,
             is_alive=lambda: is_alive(target.base_url),
             clock=time.perf_counter,
             watcher=watcher,
@@ -290,6 +297,28 @@ async def drive(workload: Workload, target: Target, *, watcher: Watcher | None =
         sender = RequestSender(session, target=target, clock=load.now, on_piece=load.on_piece)
         with _interrupted_by_signals(load):
             return await load.run(sender.send)
+
+
+def allow_connections(workload: Workload) -> int:
+    """How many connections the workload may have at once; raises the limit of open files if it can.
+
+    Raises:
+        InvalidParameterError: the system allows fewer than `max_concurrency`.
+    """
+    wanted = min(workload.max_concurrency or len(workload.requests), MAX_IN_FLIGHT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED_FILES
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    allowed = max(1, min(wanted, needed - RESERVED_FILES))
+    if workload.max_concurrency is not None and allowed < wanted:
+        limit = f"the system's limit of open files allows {allowed}"
+        raise InvalidParameterError(
+            f"max_concurrency is {workload.max_concurrency}, {limit}", param="max_concurrency"
+        )
+    return allowed
 
 
 def run_load(workload: Workload, target: Target, *, watcher: Watcher | None = None) -> LoadResult:

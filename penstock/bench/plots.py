@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from penstock.bench.client import RequestRecord
 from penstock.bench.load import LoadResult
 from penstock.bench.measure import Metric, metric_values_s
-from penstock.bench.sweep import Sweep, middle_and_tail_ms
+from penstock.bench.sweep import Sweep, middle_and_tail, middle_and_tail_ms
 from penstock.core.errors import StartupError
 
 if TYPE_CHECKING:
@@ -143,8 +143,9 @@ def _draw_metric(panel: "Axes", *, sweep: Sweep, metric: Metric) -> None:
         _say_none(panel)
         return
     loads, middles, tails = zip(*drawn, strict=True)
-    for values, name, color in ((middles, "p50", COLORS[0]), (tails, "p99", COLORS[3])):
-        panel.plot(loads, values, marker="o", color=color, label=name)
+    names = next(middle_and_tail(figures) for _, figures in found if figures is not None)
+    for values, name, color in zip((middles, tails), names, (COLORS[0], COLORS[3]), strict=True):
+        panel.plot(loads, values, marker="o", color=color, label=f"p{name:g}")
     limit = next((slo.limit_ms for slo in sweep.points[0].summary.slos if slo.metric == metric), None)
     if limit is not None:
         panel.axhline(limit, color=COLORS[4], linewidth=1.4, linestyle="--", label=f"objective {limit:g} ms")
@@ -181,8 +182,8 @@ def _draw_trade(panel: "Axes", *, sweep: Sweep) -> None:
     panel.plot(one, all_of_them, marker="o", color=COLORS[2])
     for x, y, load in found:
         panel.annotate(f"{load:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=INK)
-    panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
+    panel.set_xlim(0, max(one) * 1.1)  # room for the loads beside the points
+    panel.set_ylim(0, max(all_of_them) * 1.1)
 
 
 def _draw_latencies(panel: "Axes", *, result: LoadResult) -> None:

@@ -279,10 +279,16 @@ def _middle_and_tail(summary: Summary, *, metric: Metric) -> str:
     return "/".join(told_ms(value) for value in middle_and_tail_ms(found))
 
 
+def middle_and_tail(found: Distribution) -> tuple[float, float]:
+    """Of the percentiles that were asked for: the one nearest to the median, and the highest."""
+    middle = min(found.percentiles_ms, key=lambda percentile: abs(percentile - 50))
+    return middle, max(found.percentiles_ms)
+
+
 def middle_and_tail_ms(found: Distribution) -> tuple[float, float]:
-    """The median, or what is nearest to it, and the highest of the percentiles that were asked for."""
-    wanted = min(found.percentiles_ms, key=lambda percentile: abs(percentile - 50))
-    return found.percentiles_ms[wanted], found.percentiles_ms[max(found.percentiles_ms)]
+    """The values of `middle_and_tail`."""
+    middle, tail = middle_and_tail(found)
+    return found.percentiles_ms[middle], found.percentiles_ms[tail]
 
 
 def verdict_lines(sweep: Sweep) -> list[str]:
@@ -291,9 +297,8 @@ def verdict_lines(sweep: Sweep) -> list[str]:
     lines: list[str] = []
     if sweep.saturation is not None:
         best = max(point.summary.output_throughput for point in sweep.points)
-        lines.append(
-            f"saturated at {sweep.saturation:g} {unit}: more only queues (at best {best:.1f} tokens/s)"
-        )
+        told = f"saturated at {sweep.saturation:g} {unit}: beyond it little is gained"
+        lines.append(f"{told} (at best {best:.1f} tokens/s)")
     else:
         lines.append(f"not saturated by {sweep.points[-1].load:g} {unit}")
     if sweep.points[0].summary.slos:

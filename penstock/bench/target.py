@@ -1,5 +1,6 @@
 """The server that is measured: its address, route, model, and what is asked of every request."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 from urllib.parse import urlsplit
@@ -8,6 +9,10 @@ from penstock.core.errors import InvalidParameterError, PenstockError
 
 Route = Literal["completions", "chat"]
 PATHS: Final[dict[Route, str]] = {"completions": "/completions", "chat": "/chat/completions"}
+
+
+FIXED_FIELDS: Final = ("model", "prompt", "messages", "max_tokens", "stream", "n", "best_of", "echo")
+"""Of a request's body: the load generator sets them or leaves them out, and counts by them."""
 
 
 class TargetError(PenstockError):
@@ -22,7 +27,7 @@ class Target:
     """Where requests go and what they all ask.
 
     Raises:
-        InvalidParameterError: the address is none, or a time is out of range.
+        InvalidParameterError: the address is none, a field is not to be set, or a time is out of range.
     """
 
     base_url: str
@@ -36,13 +41,14 @@ class Target:
     temperature: float | None = 0.0
     """None leaves the field out, for servers that refuse it."""
     body: dict[str, object] = field(default_factory=dict)
-    """More fields of every request."""
+    """More fields of every request; none of `FIXED_FIELDS`."""
     timeout_s: float = 600.0
     """A request that takes longer has failed; above 0."""
     connect_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
         check_url(self.base_url)
+        check_body(self.body)
         if not 0 < self.timeout_s <= 86_400:
             raise InvalidParameterError(
                 f"timeout_s is {self.timeout_s}, it must be above 0 and at most 86400", param="timeout_s"
@@ -76,6 +82,19 @@ def api_url(base_url: str) -> str:
     last = base.rsplit("/", 1)[-1]
     is_versioned = last[:1] == "v" and last[1:].isdigit()
     return base if is_versioned else f"{base}/v1"
+
+
+def check_body(body: Mapping[str, object]) -> None:
+    """Refuse fields that would change what is counted.
+
+    Raises:
+        InvalidParameterError: names the first of them.
+    """
+    for name in FIXED_FIELDS:
+        if name in body:
+            raise InvalidParameterError(
+                f"extra_body has {name}, it must have none of {', '.join(FIXED_FIELDS)}", param="extra_body"
+            )
 
 
 def check_url(url: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from penstock.bench.target import check_body
 from penstock.core.errors import InvalidParameterError
 
 Prompt = tuple[int, ...] | str
@@ -30,7 +31,10 @@ class LoadRequest:
     arrival_s: float = 0.0
     """Seconds after the start when it is due; counts in an open loop only."""
     body: dict[str, object] = field(default_factory=dict)
-    """Fields of its own, over those of the target; e.g. another `temperature`."""
+    """Fields of its own, over those of the target; e.g. another `temperature`; none of `FIXED_FIELDS`."""
+
+    def __post_init__(self) -> None:
+        check_body(self.body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

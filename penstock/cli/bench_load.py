@@ -58,9 +58,9 @@ class TargetFlags:
     ignore_eos: Annotated[
         bool, setting("Ask that answers have their full length, and check that they do.")
     ] = False
-    temperature: Annotated[
-        float | None, setting("0 always takes the likeliest.", allowed=Range(low=0, high=2))
-    ] = 0.0
+    temperature: Annotated[float, setting("0 always takes the likeliest.", allowed=Range(low=0, high=2))] = (
+        0.0
+    )
     extra_body: Annotated[str | None, setting("JSON object with more fields of every request.")] = None
     request_timeout_s: Annotated[
         float, setting("Seconds after which a request has failed.", allowed=Range(low=0.001, high=86_400))

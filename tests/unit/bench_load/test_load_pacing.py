@@ -5,10 +5,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from penstock.bench import load as load_module
 from penstock.bench.client import Failure, RequestRecord
 from penstock.bench.load import Counters, Load, LoadResult
 from penstock.bench.measure import summarize
 from penstock.bench.workload import LoadRequest, Workload, from_lists
+from penstock.core.errors import InvalidParameterError
 from tests.unit.bench_load.virtual_time import run_virtual
 
 Send = Callable[[LoadRequest, RequestRecord], Awaitable[None]]
@@ -196,3 +198,48 @@ def test_a_loop_that_is_blocked_shows_in_its_own_probes() -> None:
     result = _run(_workload(2, max_concurrency=1), _service(0.5))
     assert max(result.cost.loop_delays_s) == pytest.approx(0.0, abs=1e-6)
     assert result.cost.cpu_s >= 0
+
+
+class _FakeLimits:
+    RLIMIT_NOFILE = 7
+    RLIM_INFINITY = -1
+
+    def __init__(self, soft: int, hard: int) -> None:
+        self.limits = (soft, hard)
+
+    def getrlimit(self, _which: int) -> tuple[int, int]:
+        return self.limits
+
+    def setrlimit(self, _which: int, limits: tuple[int, int]) -> None:
+        self.limits = limits
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "num", "max_concurrency", "allowed", "soft_after"),
+    [
+        (1024, 4096, 100, None, 100, 1024),
+        (1024, 4096, 2000, None, 2000, 2064),
+        (1024, 2048, 9000, None, 1984, 2048),
+        (1024, -1, 9000, None, 4096, 4160),
+        (1024, 4096, 9000, 3000, 3000, 3064),
+    ],
+)
+def test_connections_are_as_many_as_files_may_be_open(
+    monkeypatch: pytest.MonkeyPatch,
+    soft: int,
+    hard: int,
+    num: int,
+    max_concurrency: int | None,
+    allowed: int,
+    soft_after: int,
+) -> None:
+    limits = _FakeLimits(soft, hard)
+    monkeypatch.setattr(load_module, "resource", limits)
+    assert load_module.allow_connections(_workload(num, max_concurrency=max_concurrency)) == allowed
+    assert limits.limits[0] == soft_after
+
+
+def test_more_users_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_module, "resource", _FakeLimits(1024, 2048))
+    with pytest.raises(InvalidParameterError, match="max_concurrency is 3000, the system's .* allows 1984"):
+        load_module.allow_connections(_workload(9000, max_concurrency=3000))

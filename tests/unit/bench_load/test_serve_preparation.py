@@ -24,7 +24,8 @@ from penstock.bench.serve import (
     title_of,
     warm_up,
 )
-from penstock.bench.target import Target, TargetError, api_url
+from penstock.bench.target import FIXED_FIELDS, Target, TargetError, api_url
+from penstock.bench.workload import LoadRequest
 from penstock.core.errors import InvalidParameterError
 from tests.unit.bench_load.scripted_server import ScriptedServer, scripted
 
@@ -239,6 +240,14 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], wo
     target = Target(base_url="http://127.0.0.1:1", model="", route=options.pop("route", "completions"))
     with pytest.raises(InvalidParameterError, match=words):
         ServeOptions(target=target, **options)
+
+
+@pytest.mark.parametrize("name", FIXED_FIELDS)
+def test_fields_that_would_change_what_is_counted_are_refused(name: str) -> None:
+    with pytest.raises(InvalidParameterError, match=f"extra_body has {name}, it must have none of model"):
+        Target(base_url="http://h", model="", body={name: 2})
+    with pytest.raises(InvalidParameterError, match=f"extra_body has {name}"):
+        LoadRequest(prompt="x", num_prompt_tokens=1, num_output_tokens=1, body={name: 2})
 
 
 @pytest.mark.parametrize(
