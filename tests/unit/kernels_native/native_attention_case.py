@@ -93,6 +93,26 @@ class NativeCache:
         return _native.LayerKv(self.keys.data_ptr(), self.values.data_ptr(), self.block_bytes, 0)
 
 
+def read_cache(cache: Tensor, *, spec: AttentionSpec, is_key: bool) -> Tensor:
+    """Blocks of bytes [P, ...] as [P, B, N, D] float64, by the drawing alone."""
+    item = {"bf16": 2, "int8": 1}[spec.kv_format]
+    num_values = 16 * spec.head_dim
+    granules = cache.view(len(cache), spec.heads[1], spec.block_size // 16, -1)
+    raw = granules[..., : num_values * item].contiguous()
+    values = raw.view(torch.bfloat16 if item == 2 else torch.int8).double()
+    lead = granules.shape[:3]
+    if is_key:  # [D / 2][16][2] -> [16][D]
+        values = (
+            values.view(*lead, spec.head_dim // 2, 16, 2).transpose(3, 4).reshape(*lead, 16, spec.head_dim)
+        )
+    else:  # [8][D][2] -> [16][D]
+        values = values.view(*lead, 8, spec.head_dim, 2).transpose(4, 5).reshape(*lead, 16, spec.head_dim)
+    if item == 1:
+        scales = granules[..., num_values:].contiguous().view(torch.float32).double()
+        values = values * scales.unsqueeze(-1)
+    return values.permute(0, 2, 3, 1, 4).reshape(len(cache), spec.block_size, spec.heads[1], spec.head_dim)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """The tensors behind one `AttentionInputs`, kept alive."""
@@ -126,7 +146,8 @@ def step_inputs(
         if spec.window and new:
             row[: max(0, total - new - spec.window + 1) // spec.block_size] = -1
         slots += [
-            table[p // spec.block_size] * spec.block_size + p % spec.block_size for p in range(total - new, total)
+            table[p // spec.block_size] * spec.block_size + p % spec.block_size
+            for p in range(total - new, total)
         ]
     starts = torch.tensor([0, *(new for new, _ in lengths)]).cumsum(0).int()
     return StepInputs(
@@ -163,7 +184,9 @@ def write_cache(
 class AttentionRunner:
     """A program of one attention, to be run over different steps."""
 
-    def __init__(self, spec: AttentionSpec, *, isa: str, threads: int = 1, deterministic: bool = True) -> None:
+    def __init__(
+        self, spec: AttentionSpec, *, isa: str, threads: int = 1, deterministic: bool = True
+    ) -> None:
         self._spec = spec
         self._program = _native.Program(_native.Pool(threads, [], 0), isa, deterministic)
         cols = spec.heads[0] * spec.head_dim
@@ -182,7 +205,12 @@ class AttentionRunner:
         )
 
     def run(
-        self, lengths: list[tuple[int, int]], *, queries: list[Tensor], tables: list[list[int]], cache: NativeCache
+        self,
+        lengths: list[tuple[int, int]],
+        *,
+        queries: list[Tensor],
+        tables: list[list[int]],
+        cache: NativeCache,
     ) -> list[Tensor]:
         """The results [new, H, D] of each sequence."""
         query = torch.cat([*queries, torch.zeros(0, *queries[0].shape[1:], dtype=torch.bfloat16)])

@@ -9,6 +9,7 @@ from tests.unit.kernels_native.native_attention_case import (
     BF16_ROUNDOFF,
     AttentionSpec,
     NativeCache,
+    read_cache,
     step_inputs,
 )
 
@@ -47,7 +48,11 @@ def native_rope(x: Tensor, angles: Tensor, *, isa: str) -> Tensor:
     _native.add_rope(program, x=source, head_dim=head_dim, angles=given, out=out)
     result = torch.full_like(x, torch.nan)
     row_bytes = heads * head_dim * 2
-    externals = [(x.data_ptr(), row_bytes), (angles.data_ptr(), angles.shape[1] * 4), (result.data_ptr(), row_bytes)]
+    externals = [
+        (x.data_ptr(), row_bytes),
+        (angles.data_ptr(), angles.shape[1] * 4),
+        (result.data_ptr(), row_bytes),
+    ]
     program.run(num, externals, [])
     return result
 
@@ -88,25 +93,9 @@ def test_rotation_equals_float64_and_passes_the_rest(isa: str, head_dim: int, ro
         assert torch.equal(native_rope(x, angles, isa=isa)[..., rotary:], x[..., rotary:])
 
 
-def unpack_granules(cache: Tensor, *, spec: AttentionSpec, is_key: bool) -> Tensor:
-    """Blocks of bytes [P, ...] as [P, B, N, D] float64, by the drawing alone."""
-    item = {"bf16": 2, "int8": 1}[spec.kv_format]
-    num_values = 16 * spec.head_dim
-    granules = cache.view(len(cache), spec.heads[1], spec.block_size // 16, -1)
-    raw = granules[..., : num_values * item].contiguous()
-    values = raw.view(torch.bfloat16 if item == 2 else torch.int8).double()
-    lead = granules.shape[:3]
-    if is_key:  # [D / 2][16][2] -> [16][D]
-        values = values.view(*lead, spec.head_dim // 2, 16, 2).transpose(3, 4).reshape(*lead, 16, spec.head_dim)
-    else:  # [8][D][2] -> [16][D]
-        values = values.view(*lead, 8, spec.head_dim, 2).transpose(4, 5).reshape(*lead, 16, spec.head_dim)
-    if item == 1:
-        scales = granules[..., num_values:].contiguous().view(torch.float32).double()
-        values = values * scales.unsqueeze(-1)
-    return values.permute(0, 2, 3, 1, 4).reshape(len(cache), spec.block_size, spec.heads[1], spec.head_dim)
-
-
-def write_rows(spec: AttentionSpec, *, keys: Tensor, values: Tensor, slots: list[int], isa: str) -> NativeCache:
+def write_rows(
+    spec: AttentionSpec, *, keys: Tensor, values: Tensor, slots: list[int], isa: str
+) -> NativeCache:
     cache = NativeCache(spec, num_blocks=5)
     program = _native.Program(pool(), isa, True)
     cols = spec.heads[1] * spec.head_dim
@@ -133,7 +122,7 @@ def test_a_write_puts_a_token_where_the_drawing_says(
     values[4] = 0.0
     cache = write_rows(spec, keys=keys, values=values, slots=slots, isa=isa)
     for given, stored, is_key in ((keys, cache.keys, True), (values, cache.values, False)):
-        got = unpack_granules(stored, spec=spec, is_key=is_key).flatten(0, 1)
+        got = read_cache(stored, spec=spec, is_key=is_key).flatten(0, 1)
         step = given.double().abs().amax(-1, keepdim=True) / 127 if kv_format == "int8" else torch.zeros(1)
         assert ((got[slots] - given.double()).abs() <= step * 0.5001).all()
         others = torch.ones(5 * block_size, dtype=torch.bool)
@@ -149,7 +138,7 @@ def test_an_int8_head_that_is_not_finite_reads_as_nan(isa: str, bad: float) -> N
     keys = torch.ones(1, 2, 32).bfloat16()
     keys[0, 0, 7] = bad
     cache = write_rows(spec, keys=keys, values=torch.ones(1, 2, 32).bfloat16(), slots=[18], isa=isa)
-    got = unpack_granules(cache.keys, spec=spec, is_key=True).flatten(0, 1)[18]
+    got = read_cache(cache.keys, spec=spec, is_key=True).flatten(0, 1)[18]
     assert got[0].isnan().all()
     assert torch.allclose(got[1], torch.ones(32).double())
 
@@ -166,8 +155,10 @@ def test_the_fused_write_is_the_same_bits_as_its_parts(isa: str, kv_format: str)
     rotated = native_rope(query, angles, isa=isa)
     together = NativeCache(spec, num_blocks=5)
     program = _native.Program(pool(), isa, True)
-    refs = {name: program.add_external(_native.DType.bf16, 64 * x.shape[1]) for name, x in
-            (("query", query), ("keys", keys), ("values", values))}
+    refs = {
+        name: program.add_external(_native.DType.bf16, 64 * x.shape[1])
+        for name, x in (("query", query), ("keys", keys), ("values", values))
+    }
     given = program.add_external(_native.DType.f32, 48)
     _native.add_rope_write_kv(program, **refs, angles=given, layer=0, **spec.kv_options())  # type: ignore[arg-type]
     program.set_layers([together.layer()])
