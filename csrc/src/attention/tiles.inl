@@ -84,19 +84,22 @@ struct Product {
 
 template <int row_tiles>
 [[gnu::noinline]] void multiply_tiles(const Product& p) {
+    const std::int64_t a_stride = p.a_stride, b_stride = p.b_stride, b_step = p.b_step;
+    const std::byte *a0 = p.a[0], *a1 = p.a[1], *b0 = p.b[0], *b1 = p.b[1];
     tile::zero<0>(), tile::zero<1>();
     if constexpr (row_tiles == 2) tile::zero<2>(), tile::zero<3>();
-    for (int step = 0; step < p.num_steps; ++step) {
-        tile::load<4>(p.a[0] + step * 64, p.a_stride);
-        tile::load<6>(p.b[0] + step * p.b_step, p.b_stride);
+    for (int left = p.num_steps; left > 0; --left) {
+        tile::load<4>(a0, a_stride);
+        tile::load<6>(b0, b_stride);
         tile::dot_bf16<0, 4, 6>();
-        tile::load<7>(p.b[1] + step * p.b_step, p.b_stride);
+        tile::load<7>(b1, b_stride);
         tile::dot_bf16<1, 4, 7>();
         if constexpr (row_tiles == 2) {
-            tile::load<5>(p.a[1] + step * 64, p.a_stride);
+            tile::load<5>(a1, a_stride);
             tile::dot_bf16<2, 5, 6>();
             tile::dot_bf16<3, 5, 7>();
         }
+        a0 += tile_row_bytes_max, a1 += tile_row_bytes_max, b0 += b_step, b1 += b_step;
     }
     tile::store<0>(p.c[0][0], p.c_stride), tile::store<1>(p.c[0][1], p.c_stride);
     if constexpr (row_tiles == 2) tile::store<2>(p.c[1][0], p.c_stride), tile::store<3>(p.c[1][1], p.c_stride);
