@@ -2,7 +2,7 @@
 //
 // The stored nibbles, q + 8, are the unsigned side of `vpmaddubsw`, which adds pairs of products in 16 bits. A pair is at
 // most 2 * 15 * 127 = 3,810, so that the eight pairs which 32 inputs give a lane still fit (30,480); then `vpmaddwd` by
-// ones takes them to 32 bits. A tile is 4 rows x 16 features or fewer rows x 32: eight 16-bit sums in registers.
+// ones takes them to 32 bits. A tile is 3 rows x 16 features or fewer rows x 32; with a fourth row GCC keeps sums on the stack.
 #include <immintrin.h>
 
 #include "int4_panel.h"
@@ -13,7 +13,7 @@ namespace penstock {
 
 namespace {
 
-constexpr int most_rows = 4;
+constexpr int most_rows = 3;
 constexpr int prefetch_bytes = 2048;
 constexpr int inputs_16_bits_hold = 32;
 constexpr int step_bytes = panel_features * 4;  // eight inputs of the panel
@@ -33,16 +33,20 @@ template <int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::uint8_t* w,
                                                  __m256i (&pairs)[rows][vectors]) {
     const __m256i mask = _mm256_set1_epi8(15);
+    __m256i low[vectors], high[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
         const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(w) + v);
-        const __m256i low = _mm256_and_si256(bytes, mask);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+        low[v] = _mm256_and_si256(bytes, mask);
+        high[v] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+    }
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-            const __m256i first = _mm256_maddubs_epi16(low, four_inputs(x[r] + k));
-            const __m256i second = _mm256_maddubs_epi16(high, four_inputs(x[r] + k + 4));
-            pairs[r][v] = _mm256_add_epi16(pairs[r][v], _mm256_add_epi16(first, second));
+    for (int r = 0; r < rows; ++r) {
+        const __m256i first = four_inputs(x[r] + k), second = four_inputs(x[r] + k + 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            const __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(low[v], first), _mm256_maddubs_epi16(high[v], second));
+            pairs[r][v] = _mm256_add_epi16(pairs[r][v], products);
         }
     }
 }
@@ -52,6 +56,8 @@ template <int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_32(const std::int8_t* const (&x)[rows], int k, const std::uint8_t* w,
                                                __m256i (&sums)[rows][vectors]) {
     __m256i pairs[rows][vectors] = {};
+// Not unrolled: GCC would gather the products of all four steps before it adds them, and spill.
+#pragma GCC unroll 1
     for (int end = k + inputs_16_bits_hold; k < end; k += 8, w += step_bytes) {
         _mm_prefetch(w + prefetch_bytes, _MM_HINT_T0);
         if constexpr (vectors == 4) _mm_prefetch(w + prefetch_bytes + 64, _MM_HINT_T0);
