@@ -120,6 +120,11 @@ class Recorder:
 class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own, untyped
     """Writes down what a model asks of torch itself: sums, products with a number, copies."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is ever compiled, and the guard against it imports torch's compiler: 1.5 s of every start.
+        return False
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as the class
         self._recorder = recorder
@@ -132,31 +137,32 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         kwargs: dict[str, Any] | None = None,  # as `func`
     ) -> Any:  # whatever the operator returns
         del types
-        made = func(*args, **(kwargs or {}))
         name = func.overloadpacket
+        if name is aten.add and all(map(_is_step, args)) and (kwargs or {}).get("alpha", 1) == 1:
+            return self._sum(*args)
+        if name is aten.mul and _is_step(args[0]) and not _is_step(args[1]):
+            return self._scale(*args)
+        made = func(*args, **(kwargs or {}))  # sums and products are not: on meta that too imports the compiler
         if name in VIEWS or not any(_is_step(arg) for arg in args):
             return made
-        if name is aten.add and _is_step(args[1]) and (kwargs or {}).get("alpha", 1) == 1:
-            return self._sum(args[0], args[1], made)
-        if name is aten.mul and not _is_step(args[1]):
-            return self._scale(args[0], args[1], made)
         if name in COPIES and not made.is_complex():
             return self._write(made, lambda out: Convert(x=self._recorder.take(args[0]), out=out))
         raise NotRecordableError(f"a call of torch's {func}")
 
-    def _sum(self, first: Tensor, second: Tensor, made: Tensor) -> Tensor:
+    def _sum(self, first: Tensor, second: Tensor) -> Tensor:
         if first.shape != second.shape or first.dtype != second.dtype:
             raise NotRecordableError(f"a sum of shapes {list(first.shape)} and {list(second.shape)}")
         take = self._recorder.take
-        return self._write(made, lambda out: Sum(a=take(first), b=take(second), out=out))
+        return self._write(first, lambda out: Sum(a=take(first), b=take(second), out=out))
 
-    def _scale(self, x: Tensor, factor: object, made: Tensor) -> Tensor:
+    def _scale(self, x: Tensor, factor: Tensor | float) -> Tensor:
         value = factor.item() if isinstance(factor, Tensor) and factor.numel() == 1 else factor
-        if not isinstance(value, int | float) or made.dtype != x.dtype:
+        if not isinstance(value, int | float) or torch.result_type(x, factor) != x.dtype:
             raise NotRecordableError("a product that is not one of a row and a number")
-        return self._write(made, lambda out: Scale(x=self._recorder.take(x), factor=float(value), out=out))
+        return self._write(x, lambda out: Scale(x=self._recorder.take(x), factor=float(value), out=out))
 
     def _write(self, made: Tensor, operation: Callable[[Slice], Operation]) -> Tensor:
+        """Append an operation whose result is like `made`."""
         if made.shape[:1] != (TRACE_ROWS,):
             raise NotRecordableError(f"a copy of shape {list(made.shape)}, which is not rows of the step")
         out = self._recorder.make(*made.shape[1:], dtype=made.dtype)
