@@ -98,17 +98,19 @@ const EpilogueKernels& epilogue_of(Isa isa) {
     return isa == Isa::avx2 ? epilogue_avx2 : epilogue_avx512;
 }
 
-Multiply multiply_of(const LinearKernels& kernels, WeightFormat format, bool is_quantized) {
-    switch (format) {
+void require(bool holds, const std::string& otherwise) {
+    if (!holds) throw std::invalid_argument(otherwise);
+}
+
+Multiply multiply_of(const Program& program, const LinearInput& x, const Matrix& matrix) {
+    const LinearKernels& kernels = linear_kernels(program.isa());
+    const bool is_quantized = std::holds_alternative<QuantizedRef>(x);
+    switch (matrix.format) {
         case WeightFormat::bf16: return kernels.bf16;
         case WeightFormat::int8: return is_quantized ? kernels.int8 : kernels.int8_weight_only;
         case WeightFormat::int4: return is_quantized ? kernels.int4 : kernels.int4_weight_only;
     }
     return nullptr;
-}
-
-void require(bool holds, const std::string& otherwise) {
-    if (!holds) throw std::invalid_argument(otherwise);
 }
 
 int input_cols(const Program& program, const LinearInput& x) {
@@ -136,6 +138,7 @@ void check(const Program& program, const LinearInput& x, const Matrix& matrix, c
     require(out.dtype == DType::bf16 || out.dtype == DType::f32, "the output is bf16 or f32");
     require(std::holds_alternative<Ref>(x) || matrix.format != WeightFormat::bf16,
             "bf16 matrices take bf16 rows, not quantized ones");
+    require(multiply_of(program, x, matrix) != nullptr, "there is no kernel for these rows and this weight format");
 }
 
 Operand operand_of(const Step& step, const LinearInput& x) {
@@ -211,8 +214,7 @@ public:
             const Matrix& matrix = *projection.matrix;
             add_panels(static_cast<int>(projections_.size()), matrix.num_panels);
             projections_.emplace_back(projection);
-            multiply_.push_back(multiply_of(linear_kernels(program.isa()), matrix.format,
-                                            std::holds_alternative<QuantizedRef>(x)));
+            multiply_.push_back(multiply_of(program, x, matrix));
         }
     }
 
@@ -240,10 +242,13 @@ class GatedLinearOp final : public PanelOp {
 public:
     GatedLinearOp(const Program& program, const LinearInput& x, const Projection& gate, const Projection& up, Gate kind,
                   const Ref& out)
-        : PanelOp(program, x), gate_(gate), up_(up), kind_(kind), out_(out) {
-        const bool is_quantized = std::holds_alternative<QuantizedRef>(x);
-        multiply_gate_ = multiply_of(linear_kernels(program.isa()), gate.matrix->format, is_quantized);
-        multiply_up_ = multiply_of(linear_kernels(program.isa()), up.matrix->format, is_quantized);
+        : PanelOp(program, x),
+          gate_(gate),
+          up_(up),
+          multiply_gate_(multiply_of(program, x, *gate.matrix)),
+          multiply_up_(multiply_of(program, x, *up.matrix)),
+          kind_(kind),
+          out_(out) {
         add_panels(0, gate.matrix->num_panels);
     }
 
