@@ -2,10 +2,16 @@
 #include "penstock/dense.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
 
 #include "module.h"
+#include "penstock/moe.h"
 
 namespace penstock {
 
@@ -38,6 +44,16 @@ void gated_activation(Program& program, const Ref& gate, const Ref& up, const st
     add_gated_activation(program, gate, up, activation_named(name), out);
 }
 
+using ExpertTuple = std::tuple<std::shared_ptr<Matrix>, std::shared_ptr<Matrix>, std::shared_ptr<Matrix>>;
+
+void moe(Program& program, const Ref& x, std::uintptr_t router, int num_experts, const std::vector<ExpertTuple>& experts,
+         int top_k, bool renormalize, const std::string& name, bool quantize, const Ref& out, bool add) {
+    if (num_experts != static_cast<int>(experts.size())) throw std::invalid_argument("num_experts must count the experts");
+    MoeArgs args{x, bf16_at(router), {}, top_k, renormalize, activation_named(name), quantize, out, add};
+    for (const auto& [gate, up, down] : experts) args.experts.push_back({gate, up, down});
+    add_moe(program, args);
+}
+
 }  // namespace
 
 void bind_dense(nb::module_& m) {
@@ -54,6 +70,8 @@ void bind_dense(nb::module_& m) {
     m.def("add_activation", &activation, "program"_a, nb::kw_only(), "x"_a, "activation"_a, "out"_a);
     m.def("add_gated_activation", &gated_activation, "program"_a, nb::kw_only(), "gate"_a, "up"_a, "activation"_a,
           "out"_a);
+    m.def("add_moe", &moe, "program"_a, nb::kw_only(), "x"_a, "router"_a, "num_experts"_a, "experts"_a, "top_k"_a,
+          "renormalize"_a, "activation"_a, "quantize"_a, "out"_a, "add"_a);
     m.def("add_softcap", &add_softcap, "program"_a, nb::kw_only(), "x"_a, "cap"_a);
 }
 

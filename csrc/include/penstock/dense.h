@@ -34,6 +34,8 @@ struct DenseKernels {
     // row += n values.
     void (*add_bf16)(const std::uint16_t* from, int n, float* row);
     void (*add_f32)(const float* from, int n, float* row);
+    // row += factor * n values.
+    void (*add_scaled)(const float* from, int n, float factor, float* row);
     // Write n values and nothing behind them.
     void (*store_bf16)(const float* row, int n, std::uint16_t* to);
     void (*store_f32)(const float* row, int n, float* to);

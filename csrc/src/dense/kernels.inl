@@ -43,6 +43,13 @@ void load_bf16(const std::uint16_t* from, int n, float* row) { load_any(from, n,
 void load_f32(const float* from, int n, float* row) { load_any(from, n, row); }
 void add_bf16(const std::uint16_t* from, int n, float* row) { add_any(from, n, row); }
 void add_f32(const float* from, int n, float* row) { add_any(from, n, row); }
+
+void add_scaled(const float* from, int n, float factor, float* row) {
+    int i = 0;
+    for (; i + lanes <= n; i += lanes) store(row + i, load(row + i) + load(from + i) * factor);
+    if (i < n) store(row + i, load(row + i) + load_first(from + i, n - i) * factor);
+}
+
 void store_bf16(const float* row, int n, std::uint16_t* to) { store_any(row, n, to); }
 void store_f32(const float* row, int n, float* to) { store_any(row, n, to); }
 
@@ -154,8 +161,8 @@ void softcap(float* row, int n, float cap) {
     change_row(row, padded(n), [&](F32 v, int) { return cap * tanh_of(v * inverse); });
 }
 
-constexpr DenseKernels kernels{load_bf16, load_f32,   add_bf16, add_f32,  store_bf16, store_f32, rms_norm,
-                               layer_norm, quantize, activate, multiply, scale,      softcap};
+constexpr DenseKernels kernels{load_bf16, load_f32,   add_bf16, add_f32,  add_scaled, store_bf16, store_f32,
+                               rms_norm,  layer_norm, quantize, activate, multiply,   scale,      softcap};
 
 }  // namespace
 }  // namespace penstock
