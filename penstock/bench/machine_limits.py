@@ -42,15 +42,22 @@ class MachineLimits:
         return {name: round(v, 3) if isinstance(v, float) else v for name, v in asdict(self).items()}
 
 
-def measure_limits(*, num_threads: int, read_bytes: int = READ_BYTES) -> MachineLimits:
+def measure_limits(*, num_threads: int, isa: str = "auto", read_bytes: int = READ_BYTES) -> MachineLimits:
     """Measure now; takes one to two seconds and `read_bytes` of memory.
+
+    Args:
+        num_threads: that read and multiply.
+        isa: as `kernels/options` has it.
+        read_bytes: of memory, read a few times.
 
     Raises:
         StartupError: `PENSTOCK_ISA` names what this CPU does not run.
     """
     if why_missing() is not None:
         return _by_torch(num_threads=num_threads, read_bytes=read_bytes)
-    return _by_probes(import_module(NATIVE), isa=choose_isa(), num_threads=num_threads, read_bytes=read_bytes)
+    return _by_probes(
+        import_module(NATIVE), isa=choose_isa(isa), num_threads=num_threads, read_bytes=read_bytes
+    )
 
 
 def _by_probes(

@@ -24,3 +24,4 @@ bench.command(
 bench.command(
     "penstock.cli.bench_compare:peer", name="peer", help="Start a peer's server as compare does, and keep it."
 )
+bench.command(f"{_ENGINE}:kernels", name="kernels", help="Each operation against the machine's limits.")

@@ -1,12 +1,17 @@
 """`penstock bench offline` and `kernels`: what runs the engine or its operations in this process."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from cyclopts import Parameter
 
 from penstock.bench.compare.report import write_record
-from penstock.bench.machine_limits import measure_limits
+from penstock.bench.kernel_bench import FORMATS, OPERATIONS, SHAPES, make_cases, measure
+from penstock.bench.kernel_bench import make_table as kernel_table
+from penstock.bench.machine import environment
+from penstock.bench.machine_limits import MachineLimits, measure_limits
 from penstock.bench.offline import OfflineSizes, offline_record, offline_table, run_offline
 from penstock.cli.bench_options import (
     MAX_BATCH,
@@ -20,11 +25,21 @@ from penstock.cli.bench_options import (
     results,
     tell,
     threads_or_all,
+    words,
 )
 from penstock.cli.model_source import find_model
 from penstock.cli.setting import Range, setting
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
+from penstock.kernels.ops import KernelSet
+from penstock.kernels.options import KernelOptions
+from penstock.kernels.registry import select_kernels
+
+Quantization = Annotated[Literal["none", "int8", "int4"], Parameter(help="Of the weights.")]
+GroupSize = Annotated[int, setting("Inputs that share a scale in int4: 32, 64 or 128.")]
+Activations = Annotated[
+    Literal["int8", "bf16"], Parameter(help="Inputs of quantized products, rounded to int8 or not.")
+]
 
 
 def offline(
@@ -40,7 +55,10 @@ def offline(
     rounds: Rounds = 3,
     seed: Seed = 0,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    kernels: Literal["auto", "eager", "reference"] = "auto",
+    kernels: Literal["auto", "native", "eager", "reference"] = "auto",
+    quantization: Quantization = "none",
+    quantization_group_size: GroupSize = 128,
+    quantization_activations: Activations = "int8",
     num_threads: Threads = None,
     limits: Annotated[
         bool, Parameter(help="Measure the machine's read bandwidth and multiply peak first.")
@@ -62,6 +80,9 @@ def offline(
         model_revision=source.revision,
         dtype=dtype,
         kernels=kernels,
+        quantization=quantization,
+        quantization_group_size=quantization_group_size,
+        quantization_activations=quantization_activations,
         num_threads=threads,
         max_model_len=prompt_tokens + output_tokens,
         scheduler=_offline_limits(sizes),
@@ -96,3 +117,82 @@ def _run_offline(
         write_record(record, output)
     results().print(offline_table(rows, info=core.info, limits=found))
     return 0
+
+
+# -- the kernels ---------------------------------------------------------------------------------------------
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSettings:
+    """Options of `kernels`."""
+
+    shapes: Annotated[str, Parameter(help=f"Sizes of these models, with commas: {', '.join(SHAPES)}.")] = (
+        "qwen2.5-0.5b"
+    )
+    operations: Annotated[str, Parameter(help=f"With commas: {', '.join(OPERATIONS)}.")] = ",".join(
+        OPERATIONS
+    )
+    formats: Annotated[str, Parameter(help=f"Of the weights, with commas: {', '.join(FORMATS)}.")] = ",".join(
+        FORMATS
+    )
+    rows: Annotated[str, Parameter(help="Tokens in a step, with commas.")] = "1,16,64,512"
+    kernels: Literal["auto", "native", "eager", "reference"] = "auto"
+    isa: Annotated[
+        Literal["auto", "scalar", "avx2", "avx512", "amx"],
+        Parameter(help="Instruction set of the native kernels; auto takes the best."),
+    ] = "auto"
+    num_threads: Threads = None
+    seconds: Annotated[float, setting("Time for each case.", allowed=Range(low=0.001, high=60))] = 0.2
+    output: Output = None
+
+
+def kernels(*, settings: KernelSettings | None = None) -> int:
+    """Each operation alone: GB/s, operations per second, and the share of the machine's measured limits.
+
+    Raises:
+        StartupError: the kernels cannot run here with these options; the message says why.
+    """
+    chosen = settings or KernelSettings()
+    threads = threads_or_all(chosen.num_threads)
+    torch.set_num_threads(threads)
+    shapes = words(chosen.shapes, param="shapes", known=tuple(SHAPES))
+    home = select_kernels(
+        chosen.kernels,
+        device="cpu",
+        dtype=torch.bfloat16,
+        options=KernelOptions(num_threads=threads, isa=chosen.isa),
+    )
+    limits = measure_limits(num_threads=threads, isa=chosen.isa)
+    head: dict[str, object] = {
+        "benchmark": "kernels",
+        "command": command_line(),
+        "environment": environment(packages=("penstock", "torch")),
+        "kernels": home.name,
+        "limits": limits.record(),
+    }
+    rows: dict[str, list[dict[str, object]]] = {}
+    for name in shapes:
+        rows[name] = _measured(home, name, chosen=chosen, limits=limits)
+        if chosen.output is not None:
+            write_record({**head, "shapes": rows}, chosen.output)
+        title = (
+            f"{name}, kernels {home.name}, {limits.isa}, {threads} threads; at best {limits.read_gb_per_s:.1f} "
+            f"GB/s, bf16 {limits.bf16_tflops:.2f} and int8 {limits.int8_tops:.2f} T operations/s"
+        )
+        results().print(kernel_table(rows[name], title=title))
+    return 0
+
+
+def _measured(
+    home: KernelSet, name: str, *, chosen: KernelSettings, limits: MachineLimits
+) -> list[dict[str, object]]:
+    formats = words(chosen.formats, param="formats", known=FORMATS)
+    cases = make_cases(
+        home,
+        SHAPES[name],
+        operations=words(chosen.operations, param="operations", known=OPERATIONS),
+        formats=[each for each in FORMATS if each in formats],
+        rows=numbers(chosen.rows, param="rows"),
+    )
+    return [measure(case, seconds=chosen.seconds).row(limits) for case in cases]
