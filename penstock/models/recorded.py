@@ -143,6 +143,11 @@ class RecordedModel:
         return self._forward.buffer_bytes + self._logits.buffer_bytes + self._buffers.num_bytes
 
     @property
+    def plain(self) -> CausalLM:
+        """The model that was recorded, which runs operation by operation."""
+        return self._model
+
+    @property
     def programs(self) -> tuple[Program, Program]:
         """Of the layers and of the head, for profiles."""
         return self._forward, self._logits

@@ -303,26 +303,32 @@ def _can_quantize(operation: Operation, x: Slice) -> bool:
 
 
 def quantize_inputs(tape: Tape) -> Tape:
-    """Inputs of products with int8 activations are quantized: by what makes them, or by an operation more."""
-    uses, rewriting = Uses.of(tape), Rewriting(tape)
-    consumers: dict[Slice, list[int]] = {}
+    """Inputs of products with int8 activations are quantized by an operation before the first of them."""
+    rewriting = Rewriting(tape)
+    made: dict[Slice, Quantized] = {}
     for i, operation in enumerate(tape.operations):
         x = _int8_input(operation)
-        if x is not None:
-            consumers.setdefault(x, []).append(i)
-    for x, indices in consumers.items():
-        quantized = _quantized_buffers(rewriting, x.cols)
-        writer = uses.only_writer(x.buffer)
-        is_alone = tape.is_whole(x) and uses.readers[x.buffer] == tuple(indices)
-        if writer is not None and is_alone and _can_quantize(tape.operations[writer], x):
-            made = _writing(rewriting.current(writer), quantized)
-            rewriting.put(writer, made)
-            extra: list[Operation] = []
-        else:
-            extra = [Quantize(x=x, out=quantized)]
-        for i in indices:
-            rewriting.put(i, *extra, _reading(rewriting.current(i), quantized))
-            extra = []
+        if x is None:
+            continue
+        extra: list[Operation] = []
+        if x not in made:
+            made[x] = _quantized_buffers(rewriting, x.cols)
+            extra = [Quantize(x=x, out=made[x])]
+        rewriting.put(i, *extra, _reading(operation, made[x]))
+    return rewriting.apply()
+
+
+def fuse_quantizes(tape: Tape) -> Tape:
+    """What is only quantized is written quantized, and not rounded to bfloat16 in between."""
+    uses, rewriting = Uses.of(tape), Rewriting(tape)
+    for i, operation in enumerate(tape.operations):
+        if not isinstance(operation, Quantize):
+            continue
+        writer = uses.only_writer(operation.x.buffer)
+        is_alone = tape.is_whole(operation.x) and uses.is_read_by(operation.x.buffer, i)
+        if writer is not None and is_alone and _can_quantize(tape.operations[writer], operation.x):
+            rewriting.put(writer, _writing(tape.operations[writer], operation.out))
+            rewriting.drop(i)
     return rewriting.apply()
 
 
@@ -405,7 +411,7 @@ def drop_unused(tape: Tape) -> Tape:
     )
 
 
-FUSIONS: Final = (
+PASSES: Final = (
     gate_linears,
     merge_linears,
     fold_converts,
@@ -413,15 +419,20 @@ FUSIONS: Final = (
     fuse_norm_sums,
     fuse_rope_writes,
     widen_stream,
+    quantize_inputs,
+    fuse_quantizes,
+    isolate_operands,
+    reuse_buffers,
+    drop_unused,
 )
-"""What makes a pass fast."""
+"""All of them, in their order."""
 NEEDS: Final = (quantize_inputs, isolate_operands, reuse_buffers, drop_unused)
-"""What every tape goes through before it is emitted."""
+"""Those without which a tape cannot be emitted."""
 
 
 def optimize(tape: Tape) -> Tape:
     """All passes."""
-    for each in (*FUSIONS, *NEEDS):
+    for each in PASSES:
         tape = each(tape)
     return tape
 
