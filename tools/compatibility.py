@@ -26,8 +26,8 @@ other. A cell is
 - **no**: the pair is refused, in one message that names both, by `{test_file}::test_refused_pair[A+B]`.
 
 The pairs run on the `reference` kernels in float32, where a greedy or seeded answer is exactly the same with
-and without chunked prefill, prefix hits and preemption; the row and column *kernels eager, bfloat16* run the
-same features on the fast kernels.
+and without chunked prefill, prefix hits and preemption; the rows and columns *kernels eager* and *kernels
+native* run the same features on the fast kernels.
 """
 
 DOORS: Final = (

@@ -74,6 +74,11 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("fcfs", "scheduling policy fcfs"),
     _engine("sliding_window", "sliding window"),
     _engine("eager_bfloat16", "kernels eager, bfloat16"),
+    _engine("native_bfloat16", "kernels native, bfloat16"),
+    _engine("int8", "quantization int8"),
+    _engine("int4", "quantization int4"),
+    _engine("kv_int8", "kv_cache_dtype int8 (on the native kernels)"),
+    _engine("deterministic", "deterministic"),
 )
 """Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
 
@@ -102,6 +107,25 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         words=("max_num_batched_tokens", "enable_chunked_prefill"),
         reason="a budget below a whole context cuts prompts",
     ),
+    RefusedPair(
+        first="eager_bfloat16",
+        second="native_bfloat16",
+        words=("eager", "native"),
+        reason="there is one kernel set",
+    ),
+    RefusedPair(
+        first="eager_bfloat16",
+        second="kv_int8",
+        words=("eager", "kv_cache_dtype int8"),
+        reason="the native kernels alone keep such a cache",
+    ),
+    RefusedPair(
+        first="eager_bfloat16",
+        second="deterministic",
+        words=("eager", "deterministic"),
+        reason="its results depend on the batch",
+    ),
+    RefusedPair(first="int8", second="int4", words=("int8", "int4"), reason="weights are rounded in one way"),
 )
 
 REFUSED: Final[tuple[RefusedFeature, ...]] = (
@@ -114,7 +138,7 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),
     RefusedFeature(name="speculative_config", label="speculative decoding", kind="engine"),
-    RefusedFeature(name="quantization", label="quantized weights", kind="engine"),
+    RefusedFeature(name="load_format", label="quantized checkpoints (AWQ, GPTQ, GGUF)", kind="engine"),
     RefusedFeature(name="tensor_parallel_size", label="tensor parallelism", kind="engine"),
     RefusedFeature(name="gpu_memory_utilization", label="GPU", kind="engine"),
 )

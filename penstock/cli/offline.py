@@ -75,6 +75,18 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "chat_template": (str, Path, NONE),
     "tensor_parallel_size": (int,),
 }
+ENGINE_ARGUMENTS: Final = (
+    "dtype",
+    "kernels",
+    "quantization_group_size",
+    "quantization_activations",
+    "deterministic",
+    "thread_affinity",
+    "isa",
+    "num_threads",
+    "max_model_len",
+)
+"""Those that `EngineConfig` calls the same."""
 TYPE_WORDS: Final = {str: "text", Path: "a path", int: "a whole number", bool: "True or False", NONE: "None"}
 
 
@@ -146,16 +158,8 @@ class LLM:
         config = EngineConfig(
             model_path=str(source.path),
             model_revision=source.revision,
-            dtype=dtype,
-            kernels=kernels,
             quantization=quantization or "none",
-            quantization_group_size=quantization_group_size,
-            quantization_activations=quantization_activations,
-            deterministic=deterministic,
-            thread_affinity=thread_affinity,
-            isa=isa,
-            num_threads=num_threads,
-            max_model_len=max_model_len,
+            **{name: given[name] for name in ENGINE_ARGUMENTS},
             scheduler=with_room(
                 SchedulerConfig(
                     max_num_seqs=max_num_seqs,

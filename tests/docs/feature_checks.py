@@ -12,7 +12,7 @@ import msgspec
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Message, Priority
-from tests.docs.feature_engines import CHUNK, FeatureEngine, Run
+from tests.docs.feature_engines import CHUNK, NATIVE, FeatureEngine, Run
 from tests.docs.tiny_model import CHARACTERS, EOS_IDS, SPECIALS, VOCAB_SIZE
 
 MAX_TOKENS = 8
@@ -293,6 +293,12 @@ BEHAVIOURS: dict[str, Behaviour] = {
 }
 
 
+OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", *NATIVE})
+"""Another model, or another rounding of it: what is said may differ from what is said without."""
+ROUNDED = frozenset({"eager_bfloat16", *NATIVE})
+"""Where a token may also depend on the batch."""
+
+
 def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
     """The law of an engine feature: it is really at work, and changes no token.
 
@@ -302,10 +308,12 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         plain: the same request on the same kernels and model, without it.
         case: what ran.
     """
+    is_rounded = bool(case.names & ROUNDED) and "deterministic" not in case.names
     if name == "prefix_caching":
         again = case.again()
-        assert again.tokens() == run.tokens()
-        if not case.is_cut and "preemption" not in case.names:  # there the neighbours evict what was cached
+        assert again.tokens() == run.tokens() or is_rounded
+        # With few blocks the neighbours evict what was cached; a native block may hold more than the prompt.
+        if not case.is_cut and "preemption" not in case.names and not case.names & NATIVE:
             assert again.usage is not None
             assert again.usage.cached_tokens > 0
     if name == "fcfs" and not case.is_cut:
@@ -316,9 +324,9 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert run.max_step_tokens >= case.engine.num_prompt_tokens(case.request)
     if name == "preemption" and not case.is_cut:
         assert run.num_preemptions > 0
-    if name != "eager_bfloat16" and "eager_bfloat16" not in case.names and name != "sliding_window":
+    if name not in OTHER_TOKENS and not is_rounded:
         assert run.tokens() == plain.tokens()
         assert case.is_cut or run.end() == plain.end()
-    if name == "sliding_window" and not case.is_cut and "eager_bfloat16" not in case.names:
+    if name == "sliding_window" and not case.is_cut and not is_rounded:
         # without the window the same weights say something else once the window is passed
         assert run.deltas

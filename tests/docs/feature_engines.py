@@ -14,7 +14,7 @@ from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Priority, TextDelta, Usage
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
-from tests.docs.tiny_model import make_tiny_model
+from tests.docs.tiny_model import HEAD_DIM, make_tiny_model
 
 BLOCK_SIZE = 4
 WINDOW = 8
@@ -24,6 +24,11 @@ FEW_BLOCKS = 16
 """Blocks with `preemption`: the request and its neighbours need about thirty."""
 FEW_WINDOW_BLOCKS = 11
 """As `FEW_BLOCKS`, where blocks behind the window are given back."""
+NATIVE = frozenset({"native_bfloat16", "kv_int8"})
+"""Features of the native kernels, whose heads and blocks are larger."""
+NATIVE_BLOCK_SIZE = 16
+NATIVE_HEAD_DIM = 32
+FEW_NATIVE_BLOCKS = 5
 NUM_NEIGHBOURS = 3
 NUM_SEATS = NUM_NEIGHBOURS + 2
 
@@ -71,7 +76,8 @@ class FeatureEngine:
         self._totals = WatchedTotals()
         self._num_requests = 0
         window = WINDOW if "sliding_window" in features else None
-        source = find_model(str(make_tiny_model(folder / f"window-{window}", window=window)))
+        head_dim = NATIVE_HEAD_DIM if features & NATIVE else HEAD_DIM
+        source = find_model(str(make_tiny_model(folder / "model", window=window, head_dim=head_dim)))
         self._local: LocalModel = self._thread.run(
             open_local_model(source, _config(source.path, features), events=self._totals)
         )
@@ -155,12 +161,22 @@ class FeatureEngine:
             )
 
 
+def _all_of(features: frozenset[str], words: dict[str, str], otherwise: str) -> str:
+    """The values that the features ask of one option; several are refused."""
+    return ",".join(word for name, word in words.items() if name in features) or otherwise
+
+
 def _config(path: Path, features: frozenset[str]) -> EngineConfig:
-    is_eager = "eager_bfloat16" in features
+    is_native = bool(features & NATIVE)
+    kernels = _all_of(features, {"eager_bfloat16": "eager", "native_bfloat16": "native"}, "reference")
+    if is_native and kernels == "reference":
+        kernels = "native"
     return EngineConfig(
         model_path=str(path),
-        dtype="bfloat16" if is_eager else "float32",
-        kernels="eager" if is_eager else "reference",
+        dtype="bfloat16" if is_native or "eager_bfloat16" in features else "float32",
+        kernels=kernels,
+        quantization=_all_of(features, {"int8": "int8", "int4": "int4"}, "none"),
+        deterministic="deterministic" in features,
         num_threads=1,
         max_model_len=56,
         warmup=False,
@@ -172,7 +188,8 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
             policy="fcfs" if "fcfs" in features else "fair",
         ),
         kv=KvConfig(
-            block_size=BLOCK_SIZE,
+            block_size=NATIVE_BLOCK_SIZE if is_native else BLOCK_SIZE,
+            cache_dtype="int8" if "kv_int8" in features else "auto",
             num_blocks=_num_blocks(features),
         ),
     )
@@ -181,4 +198,6 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
 def _num_blocks(features: frozenset[str]) -> int:
     if "preemption" not in features:
         return 128
+    if features & NATIVE:
+        return FEW_NATIVE_BLOCKS
     return FEW_WINDOW_BLOCKS if "sliding_window" in features else FEW_BLOCKS

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 )
 
 
-def _weights(*, seed: int) -> dict[str, torch.Tensor]:
+def _weights(*, seed: int, head_dim: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 0.3) -> torch.Tensor:
@@ -30,10 +30,10 @@ def _weights(*, seed: int) -> dict[str, torch.Tensor]:
         "lm_head.weight": normal(VOCAB_SIZE, HIDDEN),
     }
     shapes = {
-        "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+        "self_attn.q_proj": (HEADS * head_dim, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * head_dim, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * head_dim, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HEADS * head_dim),
         "mlp.gate_proj": (MLP, HIDDEN),
         "mlp.up_proj": (MLP, HIDDEN),
         "mlp.down_proj": (HIDDEN, MLP),
@@ -56,7 +56,7 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_tiny_model(folder: Path, *, window: int | None = None) -> Path:
+def make_tiny_model(folder: Path, *, window: int | None = None, head_dim: int = HEAD_DIM) -> Path:
     """Write the checkpoint; with a window it calls itself Mistral."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -66,7 +66,7 @@ def make_tiny_model(folder: Path, *, window: int | None = None) -> Path:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "intermediate_size": MLP,
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": 128,
@@ -84,5 +84,5 @@ def make_tiny_model(folder: Path, *, window: int | None = None) -> Path:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_IDS}))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     _tokenizer().save(str(folder / "tokenizer.json"))
-    save_file(_weights(seed=5), folder / "model.safetensors")
+    save_file(_weights(seed=5, head_dim=head_dim), folder / "model.safetensors")
     return folder

@@ -122,7 +122,7 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing here is ever compiled, and the guard against it imports torch's compiler: 1.5 s of every start.
+        # Nothing here is ever compiled, and the guard against it imports torch's compiler: 1.5 s a start.
         return False
 
     def __init__(self, recorder: Recorder) -> None:
@@ -142,7 +142,8 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return self._sum(*args)
         if name is aten.mul and _is_step(args[0]) and not _is_step(args[1]):
             return self._scale(*args)
-        made = func(*args, **(kwargs or {}))  # sums and products are not: on meta that too imports the compiler
+        # Sums and products are not called: over meta tensors that imports the compiler too.
+        made = func(*args, **(kwargs or {}))
         if name in VIEWS or not any(_is_step(arg) for arg in args):
             return made
         if name in COPIES and not made.is_complex():

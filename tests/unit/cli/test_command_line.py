@@ -29,9 +29,9 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        (("serve", "--quantization", "awq"), 2, "quantization is not supported"),
+        (("serve", "--quantization", "awq"), 2, '"awq" for --quantization'),
         (("serve", "--gpu-memory-utilization=0.9"), 2, "gpu_memory_utilization is not supported"),
-        (("run", "a", "b", "--quantization", "awq"), 2, "quantization is not supported"),
+        (("run", "a", "b", "--load-format", "gguf"), 2, "load_format is not supported"),
         (("chat", "--enable-lora"), 2, "enable_lora is not supported"),
         (("serve", "--nonsense"), 2, "--nonsense"),
         (("serve", "--max-num-seqs", "0"), 2, "between 1 and 4096"),

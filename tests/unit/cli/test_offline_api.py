@@ -34,7 +34,7 @@ def llm() -> Iterator[LLM]:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"quantization": "awq"}, "quantization is not supported"),
+        ({"quantization": "awq"}, "quantization is 'awq', it must be one of none, int8, int4"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
         ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization is not supported"),
         ({"trust_remote_code": True}, "trust_remote_code is not supported"),

@@ -138,8 +138,8 @@ def test_every_refused_option_is_refused_as_a_flag(name: str) -> None:
 
 def test_a_refused_option_is_refused_in_a_file_and_in_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "serve.toml"
-    path.write_text('quantization = "awq"\n')
-    with pytest.raises(StartupError, match=r"quantization .*serve\.toml"):
+    path.write_text('load_format = "gguf"\n')
+    with pytest.raises(StartupError, match=r"load_format .*serve\.toml"):
         _parse(["--config", str(path)])
     with pytest.raises(StartupError, match=r"enable_lora .*environment"):
         _parse([], {"PENSTOCK_ENABLE_LORA": "1"})
@@ -171,6 +171,13 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
     settings = ServeSettings(
         dtype="float32",
         kernels="reference",
+        quantization="int4",
+        quantization_group_size=64,
+        quantization_activations="bf16",
+        kv_cache_dtype="int8",
+        deterministic=True,
+        thread_affinity="0-1",
+        isa="avx2",
         num_threads=3,
         log_level="debug",
         max_model_len=77,
