@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock.cli.resolved import readable_bytes
+from penstock.core.errors import StartupError
 from penstock.models.embedded_model import embedded_path
 
 BANDWIDTH_BYTES: Final = 256 << 20
@@ -131,9 +132,31 @@ def package_findings() -> list[Finding]:
     return found
 
 
+def native_finding() -> Finding:
+    """Whether the C++ kernels run here, on which instruction set and why, or why not."""
+    from penstock.kernels.cpu import extension
+
+    missing = extension.why_missing()
+    if missing is not None:
+        return Finding(name="kernels native", value=f"no: {missing}; torch computes")
+    try:
+        isa = extension.choose_isa()
+    except StartupError as error:
+        return Finding(name="kernels native", value=f"no: {error.message}", is_missing=True)
+    usable = extension.usable_isas()
+    forced = os.environ.get(extension.ISA_VARIABLE)
+    why = f"{extension.ISA_VARIABLE} asks for it" if forced else f"the best of {', '.join(usable)}"
+    threads = extension.default_num_threads()
+    return Finding(
+        name="kernels native",
+        value=f"yes: C++ on {isa} ({why}), {threads} threads, what auto takes for bfloat16",
+    )
+
+
 def _kernel_findings() -> list[Finding]:
     return [
-        Finding(name="kernels eager", value="yes: fast torch, what auto takes"),
+        native_finding(),
+        Finding(name="kernels eager", value="yes: fast torch, what auto takes for float32"),
         Finding(name="kernels reference", value="yes: obvious torch, output independent of the batch"),
     ]
 

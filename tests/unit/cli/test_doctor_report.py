@@ -1,6 +1,7 @@
 """`penstock doctor` reads what the system says and marks what is missing."""
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -48,3 +49,29 @@ def test_a_whole_machine_exits_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: [Finding(name="a", value="[1]")])
     assert doctor.report(Console(file=out, width=80)) == 0
     assert "[1]" in out.getvalue()
+
+
+def test_the_native_kernels_are_named_with_their_instruction_set_and_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PENSTOCK_ISA", raising=False)
+    assert "the best of scalar" in doctor.native_finding().value
+    monkeypatch.setenv("PENSTOCK_ISA", "scalar")
+    assert "C++ on scalar (PENSTOCK_ISA asks for it)" in doctor.native_finding().value
+
+
+def test_an_instruction_set_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_ISA", "mmx")
+    finding = doctor.native_finding()
+    assert finding.is_missing
+    assert "'mmx'" in finding.value
+
+
+def test_without_the_extension_module_doctor_says_why_and_what_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "penstock.kernels.cpu._native", None)
+    finding = doctor.native_finding()
+    assert not finding.is_missing
+    assert finding.value.startswith("no: the extension module")
+    assert finding.value.endswith("torch computes")
