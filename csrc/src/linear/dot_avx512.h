@@ -6,6 +6,8 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
 namespace penstock {
 namespace {
 
@@ -19,6 +21,12 @@ namespace {
 [[gnu::always_inline, maybe_unused]] inline __m512 dot(__m512 sums, __m512i a, __m512i b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
     return sums;
+}
+
+// Without _mm512_cvtepi32_ps, of which GCC 12 warns that it reads an uninitialized register.
+[[gnu::always_inline, maybe_unused]] inline __m512 to_floats(__m512i integers) {
+    typedef std::int32_t Integers __attribute__((vector_size(64)));
+    return __builtin_convertvector((Integers)integers, __m512);
 }
 
 }  // namespace

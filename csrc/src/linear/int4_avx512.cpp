@@ -37,7 +37,7 @@ struct Nibbles {
 }
 
 [[gnu::always_inline]] inline __m512 load_scales(const Float16* scales) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
 }
 
 // Eight inputs of each row x 32 features.
@@ -86,7 +86,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
             const __m512 scale = load_scales(scales + half * 16);
 #pragma GCC unroll 12
             for (int r = 0; r < rows; ++r) {
-                totals[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][half]), scale, totals[r][half]);
+                totals[r][half] = _mm512_fmadd_ps(to_floats(sums[r][half]), scale, totals[r][half]);
             }
         }
     }
@@ -125,7 +125,7 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel&
         __m512i sums[2][2] = {{offset, zero}, {offset, zero}};
         for (; k < end; k += 32, w += panel_features * 16) multiply_32(x_row + k, w, sums);
         for (int half = 0; half < 2; ++half) {
-            const __m512 exact = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[half][0], sums[half][1]));
+            const __m512 exact = to_floats(_mm512_add_epi32(sums[half][0], sums[half][1]));
             totals[half] = _mm512_fmadd_ps(exact, load_scales(scales + half * 16), totals[half]);
         }
     }

@@ -45,7 +45,7 @@ std::int32_t sum_of(const std::int32_t* group_sums, int groups) {
 }
 
 [[gnu::always_inline]] inline void store(__m512i sums, const float* w_scales, float x_scale, float* out) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_loadu_ps(w_scales));
+    const __m512 scaled = _mm512_mul_ps(to_floats(sums), _mm512_loadu_ps(w_scales));
     _mm512_store_ps(out, _mm512_mul_ps(scaled, _mm512_set1_ps(x_scale)));
 }
 

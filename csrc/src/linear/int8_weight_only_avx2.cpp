@@ -1,0 +1,11 @@
+// bf16 rows x int8 weights, AVX2. See weight_only.inl.
+#include "weight_only.inl"
+
+namespace penstock {
+
+void multiply_int8_weight_only_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                                     float* out) {
+    multiply_int8_weight_only(x, first_row, num_rows, w, panel, out);
+}
+
+}  // namespace penstock
