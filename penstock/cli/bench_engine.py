@@ -176,10 +176,10 @@ def kernels(*, settings: KernelSettings | None = None) -> int:
         rows[name] = _measured(home, name, chosen=chosen, limits=limits)
         if chosen.output is not None:
             write_record({**head, "shapes": rows}, chosen.output)
-        title = (
-            f"{name}, kernels {home.name}, {limits.isa}, {threads} threads; at best "
-            f"{limits.read_gb_per_s:.1f} GB/s, bf16 {limits.bf16_tflops:.2f} and int8 {limits.int8_tops:.2f} T operations/s"
+        best = (
+            f"{limits.read_gb_per_s:.1f} GB/s, bf16 {limits.bf16_tflops:.2f}, int8 {limits.int8_tops:.2f} T/s"
         )
+        title = f"{name}, kernels {home.name}, {limits.isa}, {threads} threads; at best {best}"
         results().print(kernel_table(rows[name], title=title))
     return 0
 

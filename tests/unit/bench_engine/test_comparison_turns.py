@@ -25,11 +25,10 @@ def own_sigterm():
 class Fake:
     """Answers every request in a tenth of a second; can refuse to start, or die at a scenario."""
 
-    facts: dict[str, str] = {"version": "1"}
-
     def __init__(self, name, log, *, start_error=None, dies_at=None):
         self.name, self._log = name, log
         self._start_error, self._dies_at = start_error, dies_at
+        self.facts = {"version": "1"}
         self.is_up = False
 
     def start(self):
