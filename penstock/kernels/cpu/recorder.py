@@ -142,13 +142,13 @@ class TorchCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return self._sum(*args)
         if name is aten.mul and _is_step(args[0]) and not _is_step(args[1]):
             return self._scale(*args)
-        # Sums and products are not called: over meta tensors that imports the compiler too.
+        is_known = name in VIEWS or name in COPIES or not any(map(_is_step, args))
+        if not is_known:  # not called: over meta tensors a sum, say, imports torch's compiler
+            raise NotRecordableError(f"a call of torch's {func}")
         made = func(*args, **(kwargs or {}))
-        if name in VIEWS or not any(_is_step(arg) for arg in args):
+        if name not in COPIES or not _is_step(args[0]):
             return made
-        if name in COPIES and not made.is_complex():
-            return self._write(made, lambda out: Convert(x=self._recorder.take(args[0]), out=out))
-        raise NotRecordableError(f"a call of torch's {func}")
+        return self._write(made, lambda out: Convert(x=self._recorder.take(args[0]), out=out))
 
     def _sum(self, first: Tensor, second: Tensor) -> Tensor:
         if first.shape != second.shape or first.dtype != second.dtype:
