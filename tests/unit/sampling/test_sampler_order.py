@@ -10,6 +10,8 @@ from penstock.core.text import TokenLogprob
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.plan import NewSequence, SampledToken, SampleSpec, SequenceFailure
 
+pytestmark = pytest.mark.usefixtures("every_sampler")
+
 
 def new(seq_id, *, seed=0, prompt=(), banned=(), **params):
     return NewSequence(
@@ -164,3 +166,24 @@ def test_a_prompt_is_not_kept_where_no_penalty_reads_it():
     sampler = Sampler()
     sampler.add([new(1, prompt=range(1000), presence_penalty=1.0)])
     assert sampler.num_bytes == 0
+
+
+def test_specs_may_share_a_row_and_leave_rows_out():
+    sampler = Sampler()
+    sampler.add(
+        [new(1, temperature=0.0), new(2, temperature=0.0, logit_bias={0: 9.0}), new(3, temperature=0.0)]
+    )
+    logits = np.array([[1, 2], [math.nan, 0], [4, 3]], np.float32)
+    outcomes = sampler.sample(
+        logits, specs=[SampleSpec(1, 0), SampleSpec(2, 0), SampleSpec(3, 0)], rows=[0, 0, 2]
+    )
+    assert [outcome.token_id for outcome in outcomes] == [1, 0, 0]
+
+
+def test_an_id_outside_the_vocabulary_raises_and_is_drawn_by_nobody():
+    with pytest.raises(IndexError):
+        sample([[1, 2]], [new(1, logit_bias={2: 1.0})])
+
+
+def test_no_specs_give_no_tokens():
+    assert Sampler().sample(np.zeros((0, 5), np.float32), specs=[]) == []
