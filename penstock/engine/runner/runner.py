@@ -45,6 +45,9 @@ from penstock.models.interface import CausalLM, LoadedModel
 CANARY: Final = SequenceId(-1)
 """Our own one-token sequence on the scratch block: if it fails too, the fault is no request's."""
 
+MAX_WARM_UP_TOKENS: Final = 256
+"""A larger chunk would find nothing new, and the computing would delay the start by seconds on a large model."""
+
 Mask = npt.NDArray[np.int32]
 """[ceil(vocab / 32)]"""
 
@@ -189,13 +192,14 @@ class Runner:
         )
 
     def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Run the largest chunk and the largest decode batch, so that no request meets a first time.
+        """Run a large chunk and the largest decode batch, so that no request meets a first time.
 
         Uses the pool's blocks while no sequence has any, clears them and forgets the sequences.
 
         Args:
             max_num_seqs: decodes in the largest batch.
-            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold.
+            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold, and to
+                `MAX_WARM_UP_TOKENS`.
             max_model_len: tokens in the longest context.
 
         Raises:
@@ -203,7 +207,7 @@ class Runner:
         """
         limits = WarmUpLimits(
             max_num_seqs=max_num_seqs,
-            max_num_tokens=min(max_num_batched_tokens, max_model_len),
+            max_num_tokens=min(max_num_batched_tokens, max_model_len, MAX_WARM_UP_TOKENS),
             num_groups=len(self._layout.groups),
             num_blocks=self._pool.num_blocks,
             block_size=self._pool.block_size,

@@ -1,4 +1,4 @@
-"""The largest steps that the limits allow, as plans, to be run once before the engine is ready.
+"""The largest steps within given limits, as plans, to be run once before the engine is ready.
 
 What happens only once (allocations, kernels chosen per shape) then happens to nobody's request. The runner
 calls it.
