@@ -95,8 +95,7 @@ def measure(core: EngineCore, *, batch_size: int, params: SamplingParams, num_st
 
 
 def make_core(folder: Path) -> EngineCore:
-    """The engine over a checkpoint of random weights."""
-    make_checkpoint(folder, SHAPES[SHAPE])
+    """The engine over a checkpoint of that shape."""
     limits = SchedulerConfig(max_num_seqs=max(BARS_MS))
     kv = KvConfig(num_blocks=4096)
     return build_core(EngineConfig(model_path=str(folder), max_model_len=1024, scheduler=limits, kv=kv))
@@ -104,10 +103,12 @@ def make_core(folder: Path) -> EngineCore:
 
 def main() -> int:
     """Every batch size and kind of sampling; fails where a bar is missed."""
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--model", type=Path, help="a checkpoint of the shape; otherwise one is made")
+    options = parser.parse_args()
     num_steps = 5 if options.tiny else 100
     with tempfile.TemporaryDirectory() as folder:
-        core = make_core(Path(folder))
+        core = make_core(options.model or make_checkpoint(Path(folder), SHAPES[SHAPE]))
         results = {
             f"batch {size}, {kind}": measure(core, batch_size=size, params=params, num_steps=num_steps)
             for size in BARS_MS
