@@ -11,7 +11,7 @@ namespace penstock {
 
 void multiply_bf16_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
     const StoredPanel values{w.values.data() + w.panel_bytes() * static_cast<std::size_t>(panel)};
-    multiply_panel<Bf16Dot>(x, first_row, num_rows, values, w.padded_inputs * 2 / step_bytes, out);
+    multiply_panel<Bf16Dot>(x, first_row, num_rows, values, w.padded_inputs * 2 / step_bytes, out, [](int, int) {});
 }
 
 }  // namespace penstock

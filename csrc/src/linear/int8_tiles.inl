@@ -13,22 +13,30 @@ namespace {
 // where weights come from L3 or L2 at two to three times that pace.
 constexpr int int8_tile_rows = 4;
 
-// In place: the exact sums, times the feature's scale, times the row's (in the order of int8_scalar.cpp).
-void scale_sums(const Operand& x, std::int64_t first_row, int num_rows, const float* w_scales, float* out) {
-    static_assert(2 * lanes == panel_features);
-    const F32 low = load(w_scales), high = load(w_scales + lanes);
-    for (int r = 0; r < num_rows; ++r, out += panel_features) {
-        const float x_scale = x.scale(first_row + r);
-        store(out, __builtin_convertvector((I32)load(out), F32) * low * x_scale);
-        store(out + lanes, __builtin_convertvector((I32)load(out + lanes), F32) * high * x_scale);
+// Rows [first, end) in place: the exact sums, times the feature's scale, times the row's (in the order of int8_scalar.cpp).
+struct ScaleSums {
+    const Operand& x;
+    std::int64_t first_row;
+    const float* w_scales;
+    float* out;
+
+    void operator()(int first, int end) const {
+        static_assert(2 * lanes == panel_features);
+        const F32 low = load(w_scales), high = load(w_scales + lanes);
+        float* sums = out + first * panel_features;
+        for (int r = first; r < end; ++r, sums += panel_features) {
+            const float x_scale = x.scale(first_row + r);
+            store(sums, __builtin_convertvector((I32)load(sums), F32) * low * x_scale);
+            store(sums + lanes, __builtin_convertvector((I32)load(sums + lanes), F32) * high * x_scale);
+        }
     }
-}
+};
 
 void multiply_int8(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
     const StoredPanel values{w.values.data() + w.panel_bytes() * static_cast<std::size_t>(panel)};
-    multiply_panel<Int8Dot>(x, first_row, num_rows, values, w.padded_inputs / step_bytes, out);
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
-    scale_sums(x, first_row, num_rows, scales, out);
+    multiply_panel<Int8Dot>(x, first_row, num_rows, values, w.padded_inputs / step_bytes, out,
+                            ScaleSums{x, first_row, scales, out});
 }
 
 }  // namespace

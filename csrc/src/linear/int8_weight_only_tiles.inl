@@ -66,14 +66,16 @@ void multiply_int8_weight_only(const Operand& x, std::int64_t first_row, int num
                                float* out) {
     Scratch scratch;
     const WidenedPanel widened{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(), scratch};
-    multiply_panel<Bf16Dot>(x, first_row, num_rows, widened, w.padded_inputs * 2 / step_bytes, out);
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
     const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(top_byte));
     const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(scales + 16), _mm512_set1_ps(top_byte));
-    for (int r = 0; r < num_rows; ++r, out += panel_features) {
-        _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(out), low));
-        _mm512_store_ps(out + 16, _mm512_mul_ps(_mm512_load_ps(out + 16), high));
-    }
+    multiply_panel<Bf16Dot>(x, first_row, num_rows, widened, w.padded_inputs * 2 / step_bytes, out,
+                            [low, high, out](int first, int end) {
+                                for (float* sums = out + first * panel_features; first < end; ++first, sums += panel_features) {
+                                    _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), low));
+                                    _mm512_store_ps(sums + 16, _mm512_mul_ps(_mm512_load_ps(sums + 16), high));
+                                }
+                            });
 }
 
 }  // namespace

@@ -94,6 +94,7 @@ struct Block {
     const std::byte* panel;
     int num_steps;
     bool is_first;  // sums start at 0, else at what stands in `out`
+    bool is_last;
     Ahead ahead;
 };
 
@@ -179,26 +180,35 @@ struct RowTiles {
     int one_first() const { return num_rows < tile_rows_max ? 0 : num_rows - tile_rows_max; }
 };
 
-template <class Dot, bool is_stored>
-void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTile& last) {
-    for (int first = 0; first < rows.pairs_end(); first += 2 * tile_rows_max) {
-        const bool is_last = first + 2 * tile_rows_max >= rows.pairs_end();
-        const int second = is_last ? rows.pairs_end() - tile_rows_max : first + tile_rows_max;
-        const std::byte* next = is_last ? block.rows + block.num_steps * step_bytes
-                                        : block.rows + (first + 2 * tile_rows_max) * block.row_bytes;
-        multiply_two<Dot>(block, first, second, next, out);
-    }
-    if (!rows.has_one()) return;
-    float* sums = rows.num_rows < tile_rows_max ? out : last.values;
-    multiply_one<Dot, is_stored>(block, rows.one_first(), sums);
-}
-
 // The rows that only the last tile has, from its own sums to their place.
 void place_last(const RowTiles& rows, const OneTile& last, float* out) {
-    if (!rows.has_one() || rows.num_rows < tile_rows_max) return;
+    if (rows.num_rows < tile_rows_max) return;
     const std::size_t count = static_cast<std::size_t>(rows.rest()) * panel_features;
     std::memcpy(out + rows.pairs_end() * panel_features, last.values + tile_rows_max * panel_features - count,
                 count * sizeof(float));
+}
+
+// `finish(first, end)` is called once for all rows, 32 at a time, when their sums are complete: of a pair of tiles while
+// the next pair's products are on their way.
+template <class Dot, bool is_stored, class Finish>
+void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTile& last, const Finish& finish) {
+    constexpr int pair_rows = 2 * tile_rows_max;
+    for (int first = 0; first < rows.pairs_end(); first += pair_rows) {
+        const bool is_last = first + pair_rows >= rows.pairs_end();
+        const int second = is_last ? rows.pairs_end() - tile_rows_max : first + tile_rows_max;
+        const std::byte* next = is_last ? block.rows + block.num_steps * step_bytes
+                                        : block.rows + (first + pair_rows) * block.row_bytes;
+        multiply_two<Dot>(block, first, second, next, out);
+        if (block.is_last && first > 0) finish(first - pair_rows, first);
+    }
+    const int unfinished = (rows.pairs_end() - 1) / pair_rows * pair_rows;
+    if (rows.has_one()) {
+        multiply_one<Dot, is_stored>(block, rows.one_first(), rows.num_rows < tile_rows_max ? out : last.values);
+        if (block.is_last) place_last(rows, last, out);
+    }
+    if (!block.is_last) return;
+    if (rows.pairs_end() > 0) finish(unfinished, rows.pairs_end());
+    if (rows.has_one()) finish(rows.pairs_end(), rows.num_rows);
 }
 
 // A panel that lies in memory as the tiles read it.
@@ -208,9 +218,10 @@ struct StoredPanel {
     const std::byte* block(int step, int) const { return values + std::int64_t{step} * panel_step_bytes; }
 };
 
-// out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), nothing scaled.
-template <class Dot, class Panel>
-void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, int num_steps, float* out) {
+// out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), which `finish` may scale.
+template <class Dot, class Panel, class Finish>
+void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, int num_steps, float* out,
+                    const Finish& finish) {
     tile::configure(product_config_of[(num_rows < tile_rows_max ? num_rows : tile_rows_max) - 1]);
     const RowTiles rows{num_rows};
     const int most_steps = Panel::is_stored && num_rows <= 2 * tile_rows_max ? num_steps : block_steps;
@@ -223,11 +234,10 @@ void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, cons
     for (int step = 0; step < num_steps; step += most_steps) {
         const int count = num_steps - step < most_steps ? num_steps - step : most_steps;
         const Block block{x.row<std::byte>(first_row) + step * step_bytes, x.row_bytes, panel.block(step, count),
-                          count, step == 0, ahead};
+                          count, step == 0, step + count == num_steps, ahead};
         ahead.panel += count * panel_stride;
-        multiply_block<Dot, Panel::is_stored>(block, rows, out, last);
+        multiply_block<Dot, Panel::is_stored>(block, rows, out, last, finish);
     }
-    place_last(rows, last, out);
 }
 
 }  // namespace
