@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ Perplexity per token on 03454.txt ({held_out_tokens:,} tokens, windows of 1,024,
 | ratio | {ratio:.3f} |
 
 By place in a window of 4,096 tokens: {positions}.
+
+The same in bfloat16 on Penstock's native kernels, and quantized while loading:
+
+{quantized}
 
 Exact greedy answers on {asked} generated questions whose wording or operands training never had
 (seed {seed}):
@@ -147,13 +152,30 @@ def _measured(figures: dict[str, Any], baseline: dict[str, Any]) -> dict[str, An
     }
 
 
-def write_card(folder: Path, *, checkpoint: Path, figures: Path, baseline: Path, fresh: Path) -> None:
+def quantized_table(figures: dict[str, Any]) -> str:
+    """The figures of `quantized.py` as a table. Any: JSON values."""
+    rises = figures["against bfloat16"]
+    rows = [f"| {name} | {value:.2f} | {rises[name]} |" for name, value in figures["perplexity"].items()]
+    return "\n".join(["| weights | perplexity | |", "| --- | --- | --- |", *rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """JSON files with what was measured."""
+
+    figures: Path
+    baseline: Path
+    fresh: Path
+    quantized: Path
+
+
+def write_card(folder: Path, *, checkpoint: Path, sources: Sources) -> None:
     """Write `MODEL_CARD.md` into the model folder; generates the samples, about half a minute."""
-    fresh_rates = json.loads(fresh.read_text(encoding="utf-8"))["questions"]
+    fresh_rates = json.loads(sources.fresh.read_text(encoding="utf-8"))["questions"]
     loaded = load(folder)
-    measured = json.loads(figures.read_text(encoding="utf-8"))
+    measured = json.loads(sources.figures.read_text(encoding="utf-8"))
     fields = _sizes(folder, checkpoint) | _measured(
-        measured, json.loads(baseline.read_text(encoding="utf-8"))
+        measured, json.loads(sources.baseline.read_text(encoding="utf-8"))
     )
     fields["epochs"] = fields["book_windows"] * 512 / fields["book_tokens"]
     questions = evaluation_set()[:NUM_SAMPLED_QUESTIONS]
@@ -164,6 +186,7 @@ def write_card(folder: Path, *, checkpoint: Path, figures: Path, baseline: Path,
         fresh_rate=fresh_rates["all"],
         seeds=", ".join(map(str, SAMPLE_SEEDS)),
         stories=_story_samples(loaded),
+        quantized=quantized_table(json.loads(sources.quantized.read_text(encoding="utf-8"))),
         num_questions=len(questions),
         answers="\n".join(_answer_sample(loaded, question) for question in questions),
     )
@@ -178,14 +201,15 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, required=True, help="JSON of evaluate.py")
     parser.add_argument("--baseline", type=Path, required=True, help="JSON of kneser_ney.py")
     parser.add_argument("--fresh", type=Path, required=True, help="JSON of evaluate.py, seed + 1")
+    parser.add_argument("--quantized", type=Path, required=True, help="JSON of quantized.py")
     arguments = parser.parse_args()
-    write_card(
-        arguments.model,
-        checkpoint=arguments.checkpoint,
+    sources = Sources(
         figures=arguments.figures,
         baseline=arguments.baseline,
         fresh=arguments.fresh,
+        quantized=arguments.quantized,
     )
+    write_card(arguments.model, checkpoint=arguments.checkpoint, sources=sources)
 
 
 if __name__ == "__main__":
