@@ -30,9 +30,9 @@ def _lazy_zeros(shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
 class KvPool:
     """Keys and values of every block.
 
-    The storage is `[num_slabs, 2, num_blocks + 1, *block]`, so that a block is copied or cleared in all
-    layers by one operation, while a slab's keys (or values) lie in one piece. What stands where inside a
-    block is the kernels' to know. The last block belongs to no sequence: it is the runner's scratch.
+    The storage is `[num_blocks + 1, num_slabs, 2, *block]`: all of a block lies in one piece, so that it is
+    copied or cleared at the speed of memory, and a new one touches few new pages. What stands where inside a
+    block of one layer is the kernels' to know. The last block belongs to no sequence: it is the runner's scratch.
     """
 
     def __init__(
@@ -54,22 +54,25 @@ class KvPool:
         self.num_blocks = num_blocks
         self.block_size = shape.block_size
         self.scratch_block = num_blocks
-        storage = (layout.num_slabs, KEYS_AND_VALUES, num_blocks + 1, *block.shape)
+        storage = (num_blocks + 1, layout.num_slabs, KEYS_AND_VALUES, *block.shape)
         self._storage = _lazy_zeros(storage, dtype=block.dtype)
         self.bytes_per_block = self._storage.nbytes // (num_blocks + 1)
-        self.slabs = tuple(KvSlab(keys=slab[0], values=slab[1], shape=shape) for slab in self._storage)
+        self.slabs = tuple(
+            KvSlab(keys=self._storage[:, slab, 0], values=self._storage[:, slab, 1], shape=shape)
+            for slab in range(layout.num_slabs)
+        )
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""
         if copies:
             src = torch.tensor([copy.src for copy in copies])
             dst = torch.tensor([copy.dst for copy in copies])
-            self._storage[:, :, dst] = self._storage[:, :, src]
+            self._storage[dst] = self._storage[src]
 
     def zero_blocks(self, block_ids: Sequence[int]) -> None:
         """Clear blocks in all layers: NaN times a weight of zero would still be NaN."""
-        if block_ids:
-            self._storage[:, :, torch.tensor(block_ids)] = 0
+        for block_id in block_ids:
+            self._storage[block_id].zero_()
 
 
 def layer_slabs(layout: CacheLayout, *, slabs: Sequence[KvSlab]) -> tuple[KvSlab, ...]:

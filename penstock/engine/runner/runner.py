@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Final
 
 import numpy as np
@@ -59,8 +59,8 @@ class ForwardPass:
     """What one pass of the model left for the sampler."""
 
     sequences: Sequence[ScheduledSequence]
-    is_sound: torch.Tensor
-    """[len(sequences)] bool: False if a hidden state of the sequence is NaN or infinite."""
+    is_sound: Sequence[bool]
+    """[len(sequences)]: False if a hidden state of the sequence is NaN or infinite."""
     logits: torch.Tensor
     """[sequences with samples, vocab] float32"""
 
@@ -237,14 +237,14 @@ class Runner:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
         batch = self._inputs.build(sequences)
         hidden = self._model.forward(batch)
-        ends = batch.groups[0].query_start_loc[1:].long()
-        sampled = torch.tensor([bool(seq.samples) for seq in sequences])
-        logits = self._model.logits(hidden[ends[sampled] - 1]) if sampled.any() else hidden.new_empty(0, 0)
+        ends = list(accumulate(batch.groups[0].query_lens_host))
+        rows = [end - 1 for end, seq in zip(ends, sequences, strict=True) if seq.samples]
+        logits = self._model.logits(_taken(hidden, rows)) if rows else hidden.new_empty(0, 0)
         if self._faults:
             self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
         return ForwardPass(
             sequences=sequences,
-            is_sound=_are_sound(rows_are_finite(self._kernels, hidden), ends),
+            is_sound=_are_sound(rows_are_finite(self._kernels, hidden).numpy(), ends),
             logits=logits,
         )
 
@@ -271,7 +271,7 @@ class Runner:
         outcomes: list[Outcome] = []
         draws: list[_Draw] = []
         row = 0
-        for seq, is_sound in zip(done.sequences, done.is_sound.tolist(), strict=True):
+        for seq, is_sound in zip(done.sequences, done.is_sound, strict=True):
             if is_sound:
                 draws.extend(_Draw(spec=spec, row=row) for spec in seq.samples)
             else:
@@ -320,21 +320,23 @@ def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
     return NativeSampler(kernels.machine.pool, isa=kernels.machine.isa)
 
 
-def _are_sound(are_finite: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[num_seqs] bool: True where no number of the sequence's rows is NaN or infinite.
+def _taken(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """The rows of [num_tokens, hidden_size], without a copy where they are all; rising."""
+    return hidden if len(rows) == len(hidden) else hidden.index_select(0, torch.tensor(rows))
+
+
+def _are_sound(are_finite: npt.NDArray[np.bool_], ends: list[int]) -> list[bool]:
+    """For each sequence: True where no number of its rows is NaN or infinite.
 
     Every row counts, not only the sampled ones: a prefill chunk's blocks must not reach the prefix tree.
 
     Args:
-        are_finite: [num_tokens] bool.
-        ends: [num_seqs] int64, one past each sequence's last row.
+        are_finite: [num_tokens].
+        ends: for each sequence one past its last row.
     """
     if are_finite.all():
-        return torch.ones(len(ends), dtype=torch.bool)
-    num_bad = torch.zeros(len(are_finite) + 1, dtype=torch.int64)
-    torch.cumsum(~are_finite, dim=0, out=num_bad[1:])
-    until = num_bad[ends]
-    return until == torch.cat([until.new_zeros(1), until[:-1]])
+        return [True] * len(ends)
+    return [bool(are_finite[start:end].all()) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _owners(seq: ScheduledSequence) -> Sequence[SequenceId]:

@@ -43,8 +43,9 @@ def padded_rows(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """[rows, cols] whose rows lie `ROW_BYTES` apart or a multiple of it, zeros in between."""
     step = ROW_BYTES // dtype.itemsize
     width = -(-cols // step) * step
-    make = torch.empty if width == cols else torch.zeros
-    return make(rows, width, dtype=dtype)[:, :cols]
+    if width == cols:
+        return torch.empty(rows, cols, dtype=dtype)
+    return torch.zeros(rows, width, dtype=dtype)[:, :cols]
 
 
 def has_whole_rows(x: Tensor) -> bool:

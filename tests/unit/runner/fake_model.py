@@ -32,9 +32,10 @@ class FakeModel:
         self.batches.append(batch)
         for layer in range(len(self.layer_windows)):
             attention, slab = batch.attention(layer)
-            keys, values = slab.keys.view(-1, 1, 2), slab.values.view(-1, 1, 2)
-            keys[attention.slot_mapping] = (batch.token_ids + 1).float()[:, None, None].expand(-1, 1, 2)
-            values[attention.slot_mapping] = (batch.positions + 1).float()[:, None, None].expand(-1, 1, 2)
+            block_size = slab.shape.block_size
+            places = (attention.slot_mapping // block_size, attention.slot_mapping % block_size)
+            slab.keys[places] = (batch.token_ids + 1).float()[:, None, None].expand(-1, 1, 2)
+            slab.values[places] = (batch.positions + 1).float()[:, None, None].expand(-1, 1, 2)
         rows = []
         attention, slab = batch.attention(0)
         for i, num_tokens in enumerate(attention.query_lens_host):

@@ -212,6 +212,6 @@ def test_a_fault_that_needs_two_members_at_once_blames_nobody():
 def test_the_canary_touches_no_block_of_the_scheduler():
     runner, _ = make_runner(faults=Faults(forward=[0]), num_blocks=8)
     storage = runner._pool._storage
-    before = storage[:, :, :8].clone()
+    before = storage[:8].clone()
     runner.launch(plan(1))
-    assert torch.equal(storage[:, :, :8], before)
+    assert torch.equal(storage[:8], before)
