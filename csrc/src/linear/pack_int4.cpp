@@ -1,14 +1,16 @@
-// int4 panels: [32-feature panel][eight inputs][32 features][8 inputs in 4 bytes], float16 scales of groups. See matrix.h,
-// which states the rule for the scale; here it is carried out, five candidates a group.
+// int4 panels: [32-feature panel][eight inputs][32 features][8 inputs in 4 bytes], float16 scales of groups. See matrix.h.
 //
-// The rule is one of searching little: against scale = max|w| / 7 it halves the mean squared error of trained weights;
-// sixty-five candidates take another 3 % away, two rounds of least squares less than the five do.
+// A panel's groups are read, checked and quantized one by one (int4_quantize.inl, by the fastest instruction set that the
+// CPU has: all give the same bits) and laid into the panel, 4 bytes each 128.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 
 #include "float16.h"
+#include "int4_quantize.h"
 #include "pack.h"
+#include "penstock/isa.h"
 #include "plain_rows.h"
 
 namespace penstock {
@@ -17,91 +19,42 @@ namespace {
 
 constexpr int most_group = 128;
 constexpr int most_inputs = 131072;
-constexpr float divisors[] = {-7.0f, -7.5f, -8.0f, -8.5f, -9.0f};
 // The greatest magnitude whose scales are all finite in float16: 65504 * 7.
 constexpr float largest_weight = 458528.0f;
 
-struct Candidate {
-    float error;
-    Float16 scale;
-    alignas(64) float values[most_group];  // -8 to 7
-};
-
-// The value of greatest magnitude, the first among equals.
-float extreme_of(const float* group, int size) {
-    const std::int32_t largest = largest_magnitude_bits(group, size);
-    for (int i = 0; i < size; ++i) {
-        if ((std::bit_cast<std::int32_t>(group[i]) & 0x7fffffff) == largest) return group[i];
-    }
-    return 0.0f;
+const Int4Quantize& fastest_quantize() {
+    const Isa best = supported_isas().back();
+    if (best >= Isa::avx512 && int4_quantize_avx512) return int4_quantize_avx512();
+    if (best >= Isa::avx2 && int4_quantize_avx2) return int4_quantize_avx2();
+    return int4_quantize_scalar();
 }
 
-// Sum of halves: e[i] + e[i + n/2] until one is left.
-float sum_by_halves(float* errors, int size) {
-    for (int half = size / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) errors[i] += errors[i + half];
-    }
-    return errors[0];
+QuantizeGroup* quantize_for(int group_size) {
+    const Int4Quantize& quantize = fastest_quantize();
+    if (group_size == 32) return quantize.group_32;
+    return group_size == 64 ? quantize.group_64 : quantize.group_128;
 }
 
-template <int size>
-void quantize_with(const float* group, Float16 scale, Candidate& out) {
-    const float step = from_float16(scale);
-    const float inverse = step == 0.0f ? 0.0f : 1.0f / step;
-    alignas(64) float errors[size];
-    for (int i = 0; i < size; ++i) {
-        float q = nearest_even(group[i] * inverse);
-        q = q < 7.0f ? q : 7.0f;
-        q = q > -8.0f ? q : -8.0f;
-        out.values[i] = q;
-        const float error = group[i] - q * step;
-        errors[i] = error * error;
-    }
-    out.scale = scale;
-    out.error = sum_by_halves(errors, size);
-}
-
-// Whichever of two candidates holds the best.
-template <int size>
-const Candidate& quantize_group(const float* group, Candidate (&candidates)[2]) {
-    const float extreme = extreme_of(group, size);
-    int best = 0;
-    candidates[best].error = std::numeric_limits<float>::infinity();
-    for (float divisor : divisors) {
-        quantize_with<size>(group, to_float16(extreme / divisor), candidates[1 - best]);
-        if (candidates[1 - best].error < candidates[best].error) best = 1 - best;
-    }
-    return candidates[best];
-}
-
-// A group's values, two in a byte, into a feature's column: 4 bytes each 128 bytes.
-void store_group(const float* values, int inputs, std::uint8_t* column) {
-    for (int k = 0; k < inputs; k += 8, column += panel_features * 4) {
-        for (int j = 0; j < 4; ++j) {
-            const int low = static_cast<int>(values[k + j]) + 8, high = static_cast<int>(values[k + j + 4]) + 8;
-            column[j] = static_cast<std::uint8_t>(low | high << 4);
-        }
-    }
+void store_words(const std::uint32_t* words, int count, std::uint8_t* column) {
+    for (int i = 0; i < count; ++i) std::memcpy(column + i * panel_features * 4, words + i, sizeof *words);
 }
 
 // False where a value is too large, infinite or NaN.
-template <int size>
-bool pack_panel(const Plain& plain, int panel, Matrix& matrix) {
-    const int first = panel * panel_features;
+bool pack_panel(const Plain& plain, int panel, QuantizeGroup* quantize, Matrix& matrix) {
+    const int first = panel * panel_features, size = matrix.group_size;
     const int features = std::min(panel_features, matrix.out_features - first);
     auto* out = reinterpret_cast<std::uint8_t*>(matrix.values.data()) + panel * matrix.panel_bytes();
     auto* scales = reinterpret_cast<Float16*>(matrix.scales.data()) + std::int64_t{panel} * matrix.num_groups() * panel_features;
     if (features < panel_features) std::fill_n(out, matrix.panel_bytes(), std::uint8_t{0x88});
-    alignas(64) float group[size];
-    Candidate candidates[2];
+    alignas(64) float group[most_group];
+    std::uint32_t words[most_group / 8];
     for (int g = 0, k = 0; k < matrix.padded_inputs; ++g, k += size) {
+        const int inputs = std::min(size, matrix.padded_inputs - k);
         for (int f = 0; f < features; ++f) {
             read_row(plain, first + f, k, std::clamp(plain.in_features - k, 0, size), size, group);
             if (largest_magnitude_bits(group, size) > std::bit_cast<std::int32_t>(largest_weight)) return false;
-            const Candidate& best = quantize_group<size>(group, candidates);
-            scales[g * panel_features + f] = best.scale;
-            store_group(best.values, std::min(size, matrix.padded_inputs - k),
-                        out + static_cast<std::int64_t>(k) * (panel_features / 2) + f * 4);
+            scales[g * panel_features + f] = quantize(group, words);
+            store_words(words, inputs / 8, out + static_cast<std::int64_t>(k) * (panel_features / 2) + f * 4);
         }
     }
     return true;
@@ -114,13 +67,12 @@ void pack_int4(const Plain& plain, Matrix& matrix, Pool& pool) {
         throw std::invalid_argument("int4 weights have at most 131072 input features, not " +
                                     std::to_string(plain.in_features));
     }
-    const auto pack_one = matrix.group_size == 32   ? pack_panel<32>
-                          : matrix.group_size == 64 ? pack_panel<64>
-                                                    : pack_panel<128>;
+    QuantizeGroup* quantize = quantize_for(matrix.group_size);
     std::atomic<bool> fits{true};
     const std::function<void(Worker&)> job = [&](Worker& worker) {
         worker.share(matrix.num_panels, [&](std::int64_t panel) {
-            if (!pack_one(plain, static_cast<int>(panel), matrix)) fits.store(false, std::memory_order_relaxed);
+            const bool is_packed = pack_panel(plain, static_cast<int>(panel), quantize, matrix);
+            if (!is_packed) fits.store(false, std::memory_order_relaxed);
         });
     };
     pool.run(job);

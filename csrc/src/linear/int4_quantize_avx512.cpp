@@ -1,0 +1,8 @@
+// Quantizing to int4, AVX-512. See int4_quantize.inl.
+#include "int4_quantize.inl"
+
+namespace penstock {
+
+const Int4Quantize& int4_quantize_avx512() { return quantize_groups; }
+
+}  // namespace penstock
