@@ -6,6 +6,7 @@ a log file whose last words are told when it dies.
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -114,9 +115,11 @@ def start_group(
     Raises:
         TargetError: the command cannot be run.
     """
+    if shutil.which(launch.command[0]) is None:
+        raise TargetError(f"{launch.command[0]} cannot be run: there is no such program")
     try:
         return subprocess.Popen(  # noqa: S603 - a command that `peers` made, no shell
-            launch.command,
+            (*_bound_to_us(), *launch.command),
             env={**os.environ, **launch.env},
             start_new_session=True,
             stdin=stdin,
@@ -125,6 +128,12 @@ def start_group(
         )
     except OSError as error:
         raise TargetError(f"{launch.command[0]} cannot be run: {error.strerror}") from error
+
+
+def _bound_to_us() -> tuple[str, ...]:
+    """Words before a command that end it with us, even if we are killed; none where util-linux is missing."""
+    setpriv = shutil.which("setpriv")
+    return () if setpriv is None else (setpriv, "--pdeathsig", "KILL", "--")
 
 
 def stop_group(process: "subprocess.Popen[bytes]") -> None:

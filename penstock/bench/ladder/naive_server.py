@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     threading.Thread(target=batcher.run_forever, name="generate", daemon=True).start()
     server = NaiveServer(batcher, Tokenizer.from_file(str(options.model / "tokenizer.json")))
-    web.run_app(server.app(), host="127.0.0.1", port=options.port, print=None)
+    web.run_app(server.app(), host="127.0.0.1", port=options.port, print=None, shutdown_timeout=0.1)
     return 0
 
 
