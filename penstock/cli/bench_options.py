@@ -42,8 +42,8 @@ def results() -> Console:
 
 
 def command_line() -> str:
-    """This command, for the record."""
-    return shlex.join(["penstock", *sys.argv[1:]])
+    """This command, for the record; of absolute paths the last part, which means something elsewhere too."""
+    return shlex.join(["penstock", *(Path(word).name if word[:1] == "/" else word for word in sys.argv[1:])])
 
 
 def threads_or_all(num_threads: int | None) -> int:
