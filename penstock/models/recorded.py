@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.batch import AttentionBatch, ForwardBatch, KvShape, KvSlab
-from penstock.kernels.cpu import passes
-from penstock.kernels.cpu._native import AttentionInputs, Program
+from penstock.kernels.cpu import _native, passes
 from penstock.kernels.cpu.emission import attention_inputs, emit
 from penstock.kernels.cpu.kernel_set import NativeKernels
 from penstock.kernels.cpu.recorder import TRACE_ROWS, Recorder, TorchCalls
@@ -148,7 +147,7 @@ class RecordedModel:
         return self._model
 
     @property
-    def programs(self) -> tuple[Program, Program]:
+    def programs(self) -> tuple[_native.Program, _native.Program]:
         """Of the layers and of the head, for profiles."""
         return self._forward, self._logits
 
@@ -182,10 +181,10 @@ class RecordedModel:
 
     def _run(
         self,
-        program: Program,
+        program: _native.Program,
         rows: int,
         externals: list[tuple[int, int]],
-        groups: list[AttentionInputs],
+        groups: list[_native.AttentionInputs],
     ) -> None:
         began_s = time.perf_counter()
         program.run(rows, externals, groups)

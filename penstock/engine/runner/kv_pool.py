@@ -32,7 +32,8 @@ class KvPool:
 
     The storage is `[num_blocks + 1, num_slabs, 2, *block]`: all of a block lies in one piece, so that it is
     copied or cleared at the speed of memory, and a new one touches few new pages. What stands where inside a
-    block of one layer is the kernels' to know. The last block belongs to no sequence: it is the runner's scratch.
+    block of one layer is the kernels' to know. The last block belongs to no sequence: it is the runner's
+    scratch.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ CANARY: Final = SequenceId(-1)
 """Our own one-token sequence on the scratch block: if it fails too, the fault is no request's."""
 
 MAX_WARM_UP_TOKENS: Final = 256
-"""A larger chunk would find nothing new, and the computing would delay the start by seconds on a large model."""
+"""A larger chunk would find nothing new, and would delay the start by seconds on a large model."""
 
 Mask = npt.NDArray[np.int32]
 """[ceil(vocab / 32)]"""
@@ -198,8 +198,8 @@ class Runner:
 
         Args:
             max_num_seqs: decodes in the largest batch.
-            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold, and to
-                `MAX_WARM_UP_TOKENS`.
+            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold, and
+                to `MAX_WARM_UP_TOKENS`.
             max_model_len: tokens in the longest context.
 
         Raises:
