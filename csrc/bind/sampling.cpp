@@ -58,7 +58,7 @@ void sample(TokenSampler& sampler, std::uintptr_t logits, std::int64_t row_strid
                           num_rows,
                           at<const std::int64_t>(rows),
                           at<const double>(temperatures),
-                          at<const std::int64_t>(top_k),
+                          at<const double>(top_k),
                           at<const double>(top_p),
                           at<const double>(min_p),
                           at<const double>(uniforms),

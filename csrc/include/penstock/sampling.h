@@ -58,7 +58,7 @@ struct SampleCall {
     std::int64_t num_rows;
     const std::int64_t* rows;      // which row of `logits` each draws from; may repeat
     const double* temperatures;    // 0: greedy
-    const std::int64_t* top_k;     // 0, -1, and from vocab up: off
+    const double* top_k;           // whole; 0, -1, and from vocab up: off
     const double* top_p;           // 1: off
     const double* min_p;           // 0: off
     const double* uniforms;        // in [0, 1)

@@ -55,8 +55,9 @@ Range part_of(std::int64_t total, std::int64_t part, std::int64_t num_parts) {
 }
 
 DrawParams draw_params(const SampleCall& call, std::int64_t r) {
-    const bool has_top_k = call.top_k[r] > 0 && call.top_k[r] < call.vocab;
-    return {call.temperatures[r], has_top_k ? call.top_k[r] : 0, call.top_p[r], call.min_p[r], call.uniforms[r]};
+    const double k = call.top_k[r];
+    const std::int64_t top_k = k > 0.0 && k < static_cast<double>(call.vocab) ? static_cast<std::int64_t>(k) : 0;
+    return {call.temperatures[r], top_k, call.top_p[r], call.min_p[r], call.uniforms[r]};
 }
 
 bool is_greedy(const SampleCall& call, std::int64_t r) { return call.temperatures[r] == 0.0; }

@@ -13,7 +13,7 @@ Sampler(native=NativeSampler(pool, isa="avx512"))
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,15 @@ import numpy.typing as npt
 from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.sampling.uniform import uniforms
-from penstock.engine.sampling.vocabulary import Doubles, Floats, Ints
+from penstock.engine.sampling.vocabulary import Floats
 
 if TYPE_CHECKING:  # the extension is not there on every machine
     from penstock.kernels.cpu import _native
 
 Mask = npt.NDArray[np.int32]
+
+FEW_DRAWS: Final = 16
+"""Room for these at first; it doubles when a batch is larger."""
 
 
 class DrawStatus(IntEnum):
@@ -40,14 +43,15 @@ class DrawStatus(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NativeDraw:
-    """One row's choice."""
+class NativeDraws:
+    """What a call drew; a list for each part, because a batch makes one of these and not one a row."""
 
-    status: DrawStatus
-    token_id: int
-    """Meaningless unless drawn."""
-    logprobs: TokenLogprobs | None
-    """None unless drawn and asked for."""
+    statuses: list[int]
+    """[draws] of `DrawStatus`."""
+    token_ids: list[int]
+    """[draws]; meaningless unless drawn."""
+    logprobs: list[TokenLogprobs | None]
+    """[draws]; None unless drawn and asked for."""
 
 
 class NativeSampler:
@@ -66,6 +70,7 @@ class NativeSampler:
         from penstock.kernels.cpu import _native
 
         self._sampler = _native.TokenSampler(pool, isa)
+        self._desk = _Desk(num_draws=FEW_DRAWS, num_top=0)
 
     @property
     def num_bytes(self) -> int:
@@ -80,7 +85,7 @@ class NativeSampler:
         states: Sequence[SequenceState],
         output_idxs: Sequence[int],
         masks: Mask | None,
-    ) -> list[NativeDraw]:
+    ) -> NativeDraws:
         """Choose one token per draw; changes neither logits nor states.
 
         Args:
@@ -91,52 +96,102 @@ class NativeSampler:
             masks: [draws, ceil(vocab / 32)] int32, a bit for each token that may come; None allows all.
 
         Returns:
-            [draws].
+            The tokens, and what was asked about them.
 
         Raises:
             IndexError: a bias, ban or penalty names a token outside the vocabulary.
         """
         assert logits.dtype == np.float32, logits.dtype
         assert logits.flags.c_contiguous, logits.strides
+        assert not rows or 0 <= min(rows) <= max(rows) < len(logits), (rows, logits.shape)
         vocab = logits.shape[1]
-        row_of = np.array(rows, np.int64)
-        assert not len(row_of) or 0 <= row_of.min() <= row_of.max() < len(logits), (rows, logits.shape)
-        numbers = np.ascontiguousarray(np.array([state.draw_numbers for state in states]).reshape(-1, 4).T)
-        top_k = numbers[1].astype(np.int64)
-        chances = _uniforms(states, output_idxs=output_idxs, temperatures=numbers[0])
+        num_top = [-1 if (n := state.params.logprobs) is None else min(n, vocab) for state in states]
+        desk = self._desk_for(num_draws=len(states), num_top=max(num_top, default=0))
+        desk.take(rows, states=states, output_idxs=output_idxs, num_top=num_top)
         edits = _Edits(states, output_idxs=output_idxs, masks=masks, vocab=vocab)
-        answers = _Answers(states, vocab=vocab)
         self._sampler.sample(
             logits=logits.ctypes.data,
             row_stride=vocab,
             vocab=vocab,
             num_rows=len(states),
-            rows=row_of.ctypes.data,
-            temperatures=numbers[0].ctypes.data,
-            top_k=top_k.ctypes.data,
-            top_p=numbers[2].ctypes.data,
-            min_p=numbers[3].ctypes.data,
-            uniforms=chances.ctypes.data,
             edits=edits.of_rows,
-            num_top=answers.num_top.ctypes.data,
-            max_top=answers.max_top,
-            tokens=answers.tokens.ctypes.data,
-            statuses=answers.statuses.ctypes.data,
-            logprobs=answers.logprobs.ctypes.data,
-            ranks=answers.ranks.ctypes.data,
-            top_ids=answers.top_ids.ctypes.data,
-            top_logprobs=answers.top_logprobs.ctypes.data,
+            max_top=desk.num_top,
+            **desk.addresses,
         )
-        return answers.draws()
+        return desk.draws(num_top)
+
+    def _desk_for(self, *, num_draws: int, num_top: int) -> "_Desk":
+        desk = self._desk
+        if num_draws > desk.num_draws or num_top > desk.num_top:
+            room = max(desk.num_draws, 2 ** (num_draws - 1).bit_length())
+            self._desk = _Desk(num_draws=room, num_top=max(desk.num_top, num_top))
+        return self._desk
 
 
-def _uniforms(
-    states: Sequence[SequenceState], *, output_idxs: Sequence[int], temperatures: Doubles
-) -> Doubles:
-    """[draws]; greedy draws read none."""
-    if not temperatures.any():
-        return np.zeros(len(states))
-    return uniforms([state.seed for state in states], output_idxs=list(output_idxs))
+class _Desk:
+    """The arrays that the extension reads and writes, kept from call to call, for speed."""
+
+    def __init__(self, *, num_draws: int, num_top: int) -> None:
+        self.num_draws = num_draws
+        self.num_top = max(0, num_top)
+        self._rows = np.zeros(num_draws, np.int64)
+        self._numbers = np.zeros((5, num_draws))
+        self._num_top = np.zeros(num_draws, np.int64)
+        self._tokens = np.zeros(num_draws, np.int64)
+        self._statuses = np.zeros(num_draws, np.int32)
+        self._logprobs = np.zeros(num_draws)
+        self._ranks = np.zeros(num_draws, np.int64)
+        self._top_ids = np.zeros((num_draws, self.num_top), np.int64)
+        self._top_logprobs = np.zeros((num_draws, self.num_top))
+        names = ("temperatures", "top_k", "top_p", "min_p", "uniforms")
+        self.addresses = {name: row.ctypes.data for name, row in zip(names, self._numbers, strict=True)} | {
+            "rows": self._rows.ctypes.data,
+            "num_top": self._num_top.ctypes.data,
+            "tokens": self._tokens.ctypes.data,
+            "statuses": self._statuses.ctypes.data,
+            "logprobs": self._logprobs.ctypes.data,
+            "ranks": self._ranks.ctypes.data,
+            "top_ids": self._top_ids.ctypes.data,
+            "top_logprobs": self._top_logprobs.ctypes.data,
+        }
+
+    def take(
+        self,
+        rows: Sequence[int],
+        *,
+        states: Sequence[SequenceState],
+        output_idxs: Sequence[int],
+        num_top: list[int],
+    ) -> None:
+        """Write the draws' numbers. Greedy draws read no uniform number."""
+        num = len(states)
+        self._rows[:num] = rows
+        self._num_top[:num] = num_top
+        if not num:
+            return
+        self._numbers[:4, :num] = np.array([state.draw_numbers for state in states]).T
+        if self._numbers[0, :num].any():
+            self._numbers[4, :num] = uniforms([state.seed for state in states], output_idxs=list(output_idxs))
+
+    def draws(self, num_top: list[int]) -> NativeDraws:
+        """What the extension wrote for the first `len(num_top)` draws."""
+        num = len(num_top)
+        statuses = self._statuses[:num].tolist()
+        return NativeDraws(
+            statuses=statuses,
+            token_ids=self._tokens[:num].tolist(),
+            logprobs=[
+                self._logprobs_of(draw, num_top=top) if top >= 0 and status == DrawStatus.DRAWN else None
+                for draw, (top, status) in enumerate(zip(num_top, statuses, strict=True))
+            ],
+        )
+
+    def _logprobs_of(self, draw: int, *, num_top: int) -> TokenLogprobs:
+        sampled = TokenLogprob(int(self._tokens[draw]), float(self._logprobs[draw]), int(self._ranks[draw]))
+        ids = self._top_ids[draw, :num_top].tolist()
+        logprobs = self._top_logprobs[draw, :num_top].tolist()
+        top = (TokenLogprob(i, lp, rank) for rank, (i, lp) in enumerate(zip(ids, logprobs, strict=True), 1))
+        return TokenLogprobs(sampled, tuple(top))
 
 
 class _Edits:
@@ -163,12 +218,11 @@ class _Edits:
         from penstock.kernels.cpu import _native
 
         params = state.params
-        is_too_early = output_idx < params.min_tokens
-        banned = np.array(state.banned if is_too_early else (), np.int64)
+        banned = state.banned if output_idx < params.min_tokens else ()
         biases = params.logit_bias or {}
         return _native.RowEdits(
             mask=0 if mask is None else self._address(mask),
-            banned=self._address(banned),
+            banned=self._address(np.array(banned, np.int64)),
             num_banned=len(banned),
             biased=self._address(np.fromiter(biases.keys(), np.int64, len(biases))),
             biases=self._address(np.fromiter(biases.values(), np.float32, len(biases))),
@@ -184,41 +238,7 @@ class _Edits:
         )
 
     def _address(self, array: npt.NDArray[np.generic]) -> int:
+        if not array.size:
+            return 0
         self._arrays.append(array)
         return array.ctypes.data
-
-
-class _Answers:
-    """The arrays that the extension writes."""
-
-    def __init__(self, states: Sequence[SequenceState], *, vocab: int) -> None:
-        asked = [state.params.logprobs for state in states]
-        self.num_top: Ints = np.array([-1 if n is None else min(n, vocab) for n in asked], np.int64)
-        self.max_top = max(0, int(self.num_top.max(initial=0)))
-        self.tokens: Ints = np.empty(len(states), np.int64)
-        self.statuses = np.empty(len(states), np.int32)
-        self.logprobs: Doubles = np.empty(len(states))
-        self.ranks: Ints = np.empty(len(states), np.int64)
-        self.top_ids: Ints = np.empty((len(states), self.max_top), np.int64)
-        self.top_logprobs: Doubles = np.empty((len(states), self.max_top))
-
-    def draws(self) -> list[NativeDraw]:
-        """What stands in the arrays."""
-        return [
-            NativeDraw(
-                status=DrawStatus(status), token_id=token_id, logprobs=self._logprobs(row, status=status)
-            )
-            for row, (token_id, status) in enumerate(
-                zip(self.tokens.tolist(), self.statuses.tolist(), strict=True)
-            )
-        ]
-
-    def _logprobs(self, row: int, *, status: int) -> TokenLogprobs | None:
-        num_top = int(self.num_top[row])
-        if num_top < 0 or status != DrawStatus.DRAWN:
-            return None
-        sampled = TokenLogprob(int(self.tokens[row]), float(self.logprobs[row]), int(self.ranks[row]))
-        ids = self.top_ids[row, :num_top].tolist()
-        logprobs = self.top_logprobs[row, :num_top].tolist()
-        top = (TokenLogprob(i, lp, rank) for rank, (i, lp) in enumerate(zip(ids, logprobs, strict=True), 1))
-        return TokenLogprobs(sampled, tuple(top))

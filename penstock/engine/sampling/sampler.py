@@ -117,8 +117,10 @@ class Sampler:
         output_idxs = [spec.output_idx for spec in specs]
         draws = native.sample(logits, rows=rows, states=states, output_idxs=output_idxs, masks=masks)
         return [
-            _outcome(spec.seq_id, status=draw.status, token_id=draw.token_id, logprobs=draw.logprobs)
-            for spec, draw in zip(specs, draws, strict=True)
+            _outcome(spec.seq_id, status=status, token_id=token_id, logprobs=logprobs)
+            for spec, status, token_id, logprobs in zip(
+                specs, draws.statuses, draws.token_ids, draws.logprobs, strict=True
+            )
         ]
 
     def _sample_in_chunks(
@@ -214,14 +216,12 @@ class _Rows:
         return token_logprobs(self._raw[row], token_id=token_id, num_top=num_top)
 
 
-def _outcome(
-    seq_id: SequenceId, *, status: DrawStatus, token_id: int, logprobs: TokenLogprobs | None
-) -> Outcome:
-    if status is DrawStatus.NOT_FINITE:
+def _outcome(seq_id: SequenceId, *, status: int, token_id: int, logprobs: TokenLogprobs | None) -> Outcome:
+    if status == DrawStatus.DRAWN:
+        return SampledToken(seq_id, token_id, logprobs)
+    if status == DrawStatus.NOT_FINITE:
         return SequenceFailure(seq_id, "numerical_error", "the model's logits are not finite numbers")
-    if status is DrawStatus.NONE_ALLOWED:
-        return SequenceFailure(seq_id, "no_token_allowed", "masks and min_tokens together allow no token")
-    return SampledToken(seq_id, token_id, logprobs)
+    return SequenceFailure(seq_id, "no_token_allowed", "masks and min_tokens together allow no token")
 
 
 def alter_row(row: Floats, *, state: SequenceState, output_idx: int) -> None:

@@ -299,8 +299,8 @@ class TokenSampler:
     ) -> None:
         """Draw `num_rows` tokens; see csrc/include/penstock/sampling.h for the arrays.
 
-        Read: logits float32 [.., vocab], `row_stride` floats from row to row; rows, top_k int64; temperatures (0 is
-        greedy), top_p, min_p, uniforms float64; edits (row of the call, its edits); num_top int64, -1 for no logprobs,
+        Read: logits float32 [.., vocab], `row_stride` floats from row to row; rows int64; temperatures (0 is greedy),
+        top_k, top_p, min_p, uniforms float64; edits (row of the call, its edits); num_top int64, -1 for no logprobs,
         or the address 0. Written: tokens, ranks int64; statuses int32 (0 drawn, 1 not finite, 2 none allowed);
         logprobs float64; top_ids int64 and top_logprobs float64 [num_rows, max_top]. An id outside the vocabulary
         raises IndexError before anything is drawn.

@@ -22,16 +22,16 @@ def state(*, seed=0, **params):
     return SequenceState(new)
 
 
-def draws(logits, states, *, isa, threads=2, rows=None, output_idx=0):
+def draws(logits, states, *, isa, threads=2, rows=None):
+    """[(status, token id, logprobs)]."""
     sampler = NativeSampler(POOLS[threads], isa=isa)
     rows = range(len(logits)) if rows is None else rows
-    return sampler.sample(
-        logits, rows=rows, states=states, output_idxs=[output_idx] * len(states), masks=None
-    )
+    found = sampler.sample(logits, rows=rows, states=states, output_idxs=[0] * len(states), masks=None)
+    return list(zip(found.statuses, found.token_ids, found.logprobs, strict=True))
 
 
 def tokens(logits, states, **kwargs):
-    return [draw.token_id for draw in draws(logits, states, **kwargs)]
+    return [token_id for _, token_id, _ in draws(logits, states, **kwargs)]
 
 
 def frequencies(row, *, isa, num=20000, **params):
@@ -143,7 +143,7 @@ def test_a_number_that_is_not_finite_is_found_anywhere(isa, bad, place):
     logits = np.zeros((2, 2047), np.float32)
     logits[0, place] = bad
     found = draws(logits, [state(), state(temperature=0.0)], isa=isa)
-    assert [draw.status for draw in found] == [DrawStatus.NOT_FINITE, DrawStatus.DRAWN]
+    assert [status for status, _, _ in found] == [DrawStatus.NOT_FINITE, DrawStatus.DRAWN]
 
 
 @every_isa
@@ -155,8 +155,8 @@ def test_a_row_of_minus_infinity_is_not_finite_and_one_finite_token_is_always_dr
         for params in ({}, {}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 9}, {"min_p": 1.0})
     ]
     found = draws(logits, states, isa=isa)
-    assert found[0].status is DrawStatus.NOT_FINITE
-    assert [draw.token_id for draw in found[1:]] == [4321] * 5
+    assert found[0][0] == DrawStatus.NOT_FINITE
+    assert [token_id for _, token_id, _ in found[1:]] == [4321] * 5
 
 
 def test_scratch_grows_with_the_vocabulary_and_stays():
