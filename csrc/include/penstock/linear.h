@@ -53,6 +53,15 @@ struct Operand {
 // num_rows >= 1; out is 64-byte aligned, [num_rows][32]. Features past out_features get 0.
 using Multiply = void (*)(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out);
 
+// The same for some of the inputs, a multiple of 64 of them: parts in their order, the first
+// at 0, the last to padded_inputs, give Multiply's bits. Between them `out` holds the kernel's own sums.
+struct InputRange {
+    int first;
+    int end;
+};
+using MultiplyPart = void (*)(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                              const InputRange& inputs, float* out);
+
 struct LinearKernels {
     Multiply bf16;              // bf16 rows, bf16 weights
     Multiply int8;              // int8 rows, int8 weights
@@ -60,6 +69,8 @@ struct LinearKernels {
     Multiply int8_weight_only;  // bf16 rows, int8 weights (widened to bf16 on the way)
     Multiply int4_weight_only;  // bf16 rows, int4 weights
     int rows_at_once;           // the least number of rows at which it reaches its full speed (a multiple is best)
+    MultiplyPart bf16_part = nullptr;  // null where an instruction set has none: tiles have
+    MultiplyPart int8_part = nullptr;
 };
 
 const LinearKernels& linear_kernels(Isa isa);

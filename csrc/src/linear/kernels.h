@@ -18,6 +18,13 @@ using MultiplyFunction = void(const Operand& x, std::int64_t first_row, int num_
     [[gnu::weak]] MultiplyFunction multiply_##format##_amx_emulated;  \
     [[gnu::weak]] MultiplyFunction multiply_##format##_amx;
 
+using MultiplyPartFunction = void(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                                  const InputRange& inputs, float* out);
+[[gnu::weak]] MultiplyPartFunction multiply_bf16_part_amx;
+[[gnu::weak]] MultiplyPartFunction multiply_bf16_part_amx_emulated;
+[[gnu::weak]] MultiplyPartFunction multiply_int8_part_amx;
+[[gnu::weak]] MultiplyPartFunction multiply_int8_part_amx_emulated;
+
 PENSTOCK_KERNELS(bf16)
 PENSTOCK_KERNELS(int8)
 PENSTOCK_KERNELS(int4)

@@ -5,6 +5,8 @@
 //             so that threads end together
 // many rows   rows are cut into blocks whose operand stays in the L2 cache; a task is one panel and one row block,
 //             all panels of a block before the next block
+// long rows   blocks get small, and each reads all weights. Where the kernel can do a part of K, a task is a group of panels
+//             for 512 rows: part by part, so that the part's operand and the sums stay in the L2 cache
 // a task      for each 96 rows: multiply into a tile on the stack, finish the tile (bias, gate, residual, store)
 // ```
 #include "penstock/linear_op.h"
@@ -27,6 +29,13 @@ constexpr int tile_rows = 96;
 struct alignas(64) Tile {
     float values[tile_rows * panel_features];
 };
+
+// The parts of K of long rows: 512 KiB of operand and at most 1 MiB of sums fit beside a stream of weights into the 2 MiB of
+// L2 that every core with tiles has. Of the machine's bandwidth each step of a part then takes 2 bytes a cycle for the
+// weights and as many for the operand (which is read once for each group of panels), where blocks of rows took up to 10.
+constexpr int part_rows = 512, part_row_bytes = 1024, most_group_panels = 16;
+constexpr int blocks_for_parts = 3;  // and of at most half of part_rows: else parts would read the weights as often
+constexpr int groups_per_thread = 2;
 
 // A panel of one of an operation's outputs.
 struct PanelRef {
@@ -113,6 +122,14 @@ Multiply multiply_of(const Program& program, const LinearInput& x, const Matrix&
     return nullptr;
 }
 
+// Null where there is none.
+MultiplyPart multiply_part_of(const Program& program, const LinearInput& x, const Matrix& matrix) {
+    const LinearKernels& kernels = linear_kernels(program.isa());
+    if (matrix.format == WeightFormat::bf16) return kernels.bf16_part;
+    const bool is_quantized = std::holds_alternative<QuantizedRef>(x);
+    return is_quantized && matrix.format == WeightFormat::int8 ? kernels.int8_part : nullptr;
+}
+
 int input_cols(const Program& program, const LinearInput& x) {
     if (const auto* quantized = std::get_if<QuantizedRef>(&x)) {
         const Ref& values = quantized->values;
@@ -171,6 +188,8 @@ public:
             });
             return;
         }
+        const bool is_long = blocks.count >= blocks_for_parts && blocks.size <= part_rows / 2;
+        if (is_long && has_parts()) return run_parts(step, x, worker);
         worker.share(blocks.count * num_panels, [&](std::int64_t task) {
             const std::int64_t first = task / num_panels * blocks.size;
             run_panel(step, x, static_cast<int>(task % num_panels), first,
@@ -182,6 +201,11 @@ protected:
     // The panel's results for at most `tile_rows` rows.
     virtual void run_tile(const Step& step, const Operand& x, const PanelRef& at, std::int64_t first_row,
                           int num_rows) const = 0;
+
+    // Whether the panels' kernels can do a part of K; then `multiply_part` and `finish` are there.
+    virtual bool has_parts() const { return false; }
+    virtual void multiply_part(const Operand&, const PanelRef&, std::int64_t, int, const InputRange&, float*) const {}
+    virtual void finish(const Step&, const PanelRef&, std::int64_t, int, const float*) const {}
 
     void add_panels(int projection, int num_panels) {
         for (int panel = 0; panel < num_panels; ++panel) panels_.push_back({projection, panel});
@@ -197,6 +221,56 @@ private:
             const int num_rows = static_cast<int>(std::min<std::int64_t>(tile_rows, end - first));
             run_tile(step, x, panels_[static_cast<std::size_t>(at)], first, num_rows);
         }
+    }
+
+    void run_parts(const Step& step, const Operand& x, Worker& worker) const {
+        const auto num_panels = static_cast<int>(panels_.size());
+        const int wanted = (num_panels + groups_per_thread * threads_ - 1) / (groups_per_thread * threads_);
+        const int group = std::min(most_group_panels, wanted);
+        const int num_groups = (num_panels + group - 1) / group;
+        const std::int64_t num_blocks = (step.num_rows + part_rows - 1) / part_rows;
+        // 1 MiB a thread, kept: taken here, at the first such step.
+        auto* sums = reinterpret_cast<float*>(worker.scratch(sizeof(float) * panel_features * part_rows * most_group_panels));
+        worker.share(num_blocks * num_groups, [&](std::int64_t task) {
+            const std::int64_t first = task / num_groups * part_rows;
+            const int first_panel = static_cast<int>(task % num_groups) * group;
+            const PanelGroup of{first_panel, std::min(num_panels, first_panel + group), first,
+                                static_cast<int>(std::min<std::int64_t>(part_rows, step.num_rows - first))};
+            run_group(step, x, of, sums);
+        });
+    }
+
+    struct PanelGroup {
+        int first;
+        int end;
+        std::int64_t first_row;
+        int num_rows;
+    };
+
+    // sums: [panels][rows][32].
+    void run_group(const Step& step, const Operand& x, const PanelGroup& group, float* sums) const {
+        const int part_inputs = part_row_bytes / bytes_of_input();
+        const auto for_tiles = [&](auto&& function) {
+            for (int at = group.first; at < group.end; ++at) {
+                for (int row = 0; row < group.num_rows; row += tile_rows) {
+                    function(panels_[static_cast<std::size_t>(at)], group.first_row + row, std::min(tile_rows, group.num_rows - row),
+                             sums + (std::int64_t{at - group.first} * group.num_rows + row) * panel_features);
+                }
+            }
+        };
+        for (int input = 0; input < padded_inputs(); input += part_inputs) {
+            const InputRange part{input, std::min(padded_inputs(), input + part_inputs)};
+            for_tiles([&](const PanelRef& at, std::int64_t row, int num_rows, float* tile) {
+                multiply_part(x, at, row, num_rows, part, tile);
+            });
+        }
+        for_tiles([&](const PanelRef& at, std::int64_t row, int num_rows, float* tile) { finish(step, at, row, num_rows, tile); });
+    }
+
+    int bytes_of_input() const { return std::holds_alternative<QuantizedRef>(x_) ? 1 : 2; }
+    int padded_inputs() const {
+        const auto* quantized = std::get_if<QuantizedRef>(&x_);
+        return static_cast<int>(round_up(quantized ? quantized->values.cols : std::get<Ref>(x_).cols, input_alignment));
     }
 
     const int rows_at_once_;
@@ -215,6 +289,7 @@ public:
             add_panels(static_cast<int>(projections_.size()), matrix.num_panels);
             projections_.emplace_back(projection);
             multiply_.push_back(multiply_of(program, x, matrix));
+            multiply_part_.push_back(multiply_part_of(program, x, matrix));
         }
     }
 
@@ -227,13 +302,31 @@ protected:
         const BoundProjection& projection = projections_[i];
         Tile tile;
         multiply_[i](x, first_row, num_rows, *projection.matrix, at.panel, tile.values);
-        finish_({tile.values, projection.panel_bias(at.panel)},
+        finish(step, at, first_row, num_rows, tile.values);
+    }
+
+    void finish(const Step& step, const PanelRef& at, std::int64_t first_row, int num_rows,
+                const float* sums) const override {
+        const auto i = static_cast<std::size_t>(at.projection);
+        const BoundProjection& projection = projections_[i];
+        finish_({sums, projection.panel_bias(at.panel)},
                 {step.at(outs_[i]), first_row, num_rows, at.panel * panel_features, projection.cols(at.panel)});
+    }
+
+    bool has_parts() const override {
+        return std::all_of(multiply_part_.begin(), multiply_part_.end(), [](MultiplyPart part) { return part != nullptr; });
+    }
+
+    void multiply_part(const Operand& x, const PanelRef& at, std::int64_t first_row, int num_rows, const InputRange& inputs,
+                       float* sums) const override {
+        const auto i = static_cast<std::size_t>(at.projection);
+        multiply_part_[i](x, first_row, num_rows, *projections_[i].matrix, at.panel, inputs, sums);
     }
 
 private:
     std::vector<BoundProjection> projections_;
     std::vector<Multiply> multiply_;
+    std::vector<MultiplyPart> multiply_part_;
     std::vector<Ref> outs_;
     void (*finish_)(const Sums&, const Destination&);
 };

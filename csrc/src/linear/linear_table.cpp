@@ -28,14 +28,23 @@ Multiply first_of(std::initializer_list<Multiply> fastest_first) {
             first_of({isa(int4_weight_only)}), rows                                                           \
     }
 
+LinearKernels with_parts(LinearKernels kernels, MultiplyPart bf16, MultiplyPart int8) {
+    kernels.bf16_part = bf16;
+    kernels.int8_part = int8;
+    return kernels;
+}
+
 }  // namespace
 
 const LinearKernels& linear_kernels(Isa isa) {
     static const LinearKernels scalar = PENSTOCK_TABLE(PENSTOCK_SCALAR, rows_scalar);
     static const LinearKernels avx2 = PENSTOCK_TABLE(PENSTOCK_AVX2, rows_avx2);
     static const LinearKernels avx512 = PENSTOCK_TABLE(PENSTOCK_AVX512, rows_avx512);
-    static const LinearKernels emulated = PENSTOCK_TABLE(PENSTOCK_AMX_EMULATED, rows_amx);
-    static const LinearKernels amx = PENSTOCK_TABLE(PENSTOCK_AMX, rows_amx);
+    static const LinearKernels emulated =
+        with_parts(PENSTOCK_TABLE(PENSTOCK_AMX_EMULATED, rows_amx), multiply_bf16_part_amx_emulated,
+                   multiply_int8_part_amx_emulated);
+    static const LinearKernels amx =
+        with_parts(PENSTOCK_TABLE(PENSTOCK_AMX, rows_amx), multiply_bf16_part_amx, multiply_int8_part_amx);
     switch (isa) {
         case Isa::scalar: return scalar;
         case Isa::avx2: return avx2;

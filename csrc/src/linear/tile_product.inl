@@ -94,7 +94,8 @@ struct Block {
     const std::byte* panel;
     int num_steps;
     bool is_first;  // sums start at 0, else at what stands in `out`
-    bool is_last;
+    bool is_end;   // of the call
+    bool is_last;  // of all K
     Ahead ahead;
 };
 
@@ -188,6 +189,12 @@ void place_last(const RowTiles& rows, const OneTile& last, float* out) {
                 count * sizeof(float));
 }
 
+// The last tile's sums so far, from where an earlier call left them.
+void take_last(const RowTiles& rows, const float* out, OneTile& last) {
+    if (!rows.has_one() || rows.num_rows < tile_rows_max) return;
+    std::memcpy(last.values, out + rows.one_first() * panel_features, sizeof last.values);
+}
+
 // `finish(first, end)` is called once for all rows, 32 at a time, when their sums are complete: of a pair of tiles while
 // the next pair's products are on their way.
 template <class Dot, bool is_stored, class Finish>
@@ -204,7 +211,7 @@ void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTil
     const int unfinished = (rows.pairs_end() - 1) / pair_rows * pair_rows;
     if (rows.has_one()) {
         multiply_one<Dot, is_stored>(block, rows.one_first(), rows.num_rows < tile_rows_max ? out : last.values);
-        if (block.is_last) place_last(rows, last, out);
+        if (block.is_end) place_last(rows, last, out);
     }
     if (!block.is_last) return;
     if (rows.pairs_end() > 0) finish(unfinished, rows.pairs_end());
@@ -218,23 +225,33 @@ struct StoredPanel {
     const std::byte* block(int step, int) const { return values + std::int64_t{step} * panel_step_bytes; }
 };
 
-// out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), which `finish` may scale.
+// Steps [first, end) of a panel of `count`.
+struct StepRange {
+    int first;
+    int end;
+    int count;
+};
+
+// out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), which `finish` may scale after the
+// last step. A range that does not begin at 0 adds to the sums that stand in `out`.
 template <class Dot, class Panel, class Finish>
-void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, int num_steps, float* out,
-                    const Finish& finish) {
+void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, const StepRange& range,
+                    float* out, const Finish& finish) {
     tile::configure(product_config_of[(num_rows < tile_rows_max ? num_rows : tile_rows_max) - 1]);
     const RowTiles rows{num_rows};
+    const int num_steps = range.end - range.first;
     const int most_steps = Panel::is_stored && num_rows <= 2 * tile_rows_max ? num_steps : block_steps;
     Ahead ahead{};
     if constexpr (Panel::is_stored) {
-        ahead = {panel.block(num_steps, 0), std::int64_t{num_steps} * panel_stride, first_row / (2 * tile_rows_max),
-                 num_rows > 4 * tile_rows_max ? 1 : panel_shares / 2};
+        ahead = {panel.block(range.count + range.first, 0), std::int64_t{num_steps} * panel_stride,
+                 first_row / (2 * tile_rows_max), num_rows > 4 * tile_rows_max ? 1 : panel_shares / 2};
     }
     OneTile last;
-    for (int step = 0; step < num_steps; step += most_steps) {
-        const int count = num_steps - step < most_steps ? num_steps - step : most_steps;
+    if (range.first > 0) take_last(rows, out, last);
+    for (int step = range.first; step < range.end; step += most_steps) {
+        const int count = range.end - step < most_steps ? range.end - step : most_steps;
         const Block block{x.row<std::byte>(first_row) + step * step_bytes, x.row_bytes, panel.block(step, count),
-                          count, step == 0, step + count == num_steps, ahead};
+                          count, step == 0, step + count == range.end, step + count == range.count, ahead};
         ahead.panel += count * panel_stride;
         multiply_block<Dot, Panel::is_stored>(block, rows, out, last, finish);
     }

@@ -131,3 +131,17 @@ def test_nan_and_infinity_stay_in_their_row(isa: str) -> None:
     assert product[39].isinf().all()
     others = [r for r in range(40) if r not in (17, 39)]
     assert same_bits(product[others], tile_product(rows[others], weight))
+
+
+@pytest.mark.parametrize("isa", TILE_ISAS)
+@pytest.mark.parametrize("kind", [WeightKind(), INT8], ids=str)
+@pytest.mark.parametrize("num_rows", [560, 530])
+def test_long_rows_by_parts_of_k_have_the_bits_of_all_at_once(
+    isa: str, kind: WeightKind, num_rows: int
+) -> None:
+    """Many rows of 16 KiB are multiplied part by part; one of them alone is not."""
+    inputs = 8200 if kind.format == "bf16" else 16400
+    weight, rows = random_bf16(11, 40, inputs), random_bf16(12, num_rows, inputs)
+    product = multiply(isa, rows, weight, kind, threads=2)
+    for row in (0, 31, 300, 511, 512, 527, num_rows - 1):
+        assert same_bits(product[row : row + 1], multiply(isa, rows[row : row + 1], weight, kind)), row
