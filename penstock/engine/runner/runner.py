@@ -198,8 +198,8 @@ class Runner:
 
         Args:
             max_num_seqs: decodes in the largest batch.
-            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold, and
-                to `MAX_WARM_UP_TOKENS`.
+            max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold,
+                and to `MAX_WARM_UP_TOKENS`.
             max_model_len: tokens in the longest context.
 
         Raises:

@@ -19,6 +19,11 @@ from penstock.kernels.cpu.single_calls import Programs, SingleCall, slots_only
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
 
+INFINITY_BITS: Final = 0x7F80
+"""All bits of a bfloat16's exponent: infinity, or NaN."""
+FEW_VALUES: Final = 1 << 16
+"""Up to so many it is faster to look here than to call the extension."""
+
 
 class Writer(Protocol):
     """Where operations are described: a recording, or one call."""
@@ -259,6 +264,9 @@ class NativeKernels:
 
     def rows_are_finite(self, x: Tensor) -> Tensor:
         """As `ops.rows_are_finite`."""
+        if x.dtype == torch.bfloat16 and x.numel() <= FEW_VALUES:
+            bits = x.view(torch.int16).numpy() & INFINITY_BITS
+            return torch.from_numpy((bits != INFINITY_BITS).all(axis=1))
         out = torch.empty(x.shape[0], dtype=torch.bool)
         if not x.shape[0]:
             return out

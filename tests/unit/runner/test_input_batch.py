@@ -104,3 +104,26 @@ def test_layers_of_a_group_use_its_table_and_their_own_slab():
     slabs = [slab.keys.data_ptr() for slab in batch.layer_slabs]
     assert slabs == [x.data_ptr() for x in (first, second, first, first, second, second)]
     assert [first[block, 0, 0, 0].item() for block in (0, 1, 2)] == [6, 6, 6]
+
+
+def test_a_step_of_decodes_is_arranged_as_beside_a_prefill():
+    """Decodes alone take a shorter way; the numbers are the same."""
+    decodes = [
+        scheduled(i, [10 + i], start, list(range(3 * i, 3 * i + 3))) for i, start in enumerate((0, 9, 4))
+    ]
+    alone = builder().build(decodes)
+    beside = builder().build([*decodes, scheduled(9, [7, 8], 0, [9])])
+    assert alone.token_ids.tolist() == beside.token_ids.tolist()[:3] == [10, 11, 12]
+    assert alone.positions.tolist() == beside.positions.tolist()[:3] == [0, 9, 4]
+    (group,), (other,) = alone.groups, beside.groups
+    for name, length in (("query_start_loc", 4), ("seq_lens", 3), ("block_tables", 3), ("slot_mapping", 3)):
+        got, expected = getattr(group, name), getattr(other, name)[:length]
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected), name
+    assert group.query_lens_host == (1, 1, 1)
+    assert group.seq_lens_host == (1, 10, 5)
+
+
+def test_a_decode_that_is_written_to_a_block_that_is_not_owned_is_our_bug():
+    with pytest.raises(AssertionError, match="does not own"):
+        builder().build([scheduled(1, [7], 5, [3, -1])])
