@@ -49,6 +49,7 @@ def _build_native(options: KernelOptions) -> KernelSet:
     from penstock.kernels.cpu.kernel_set import NativeKernels
 
     num_threads = options.num_threads or extension.default_num_threads()
+    extension.check_cpus(options.cpus)
     pool = _native.Pool(threads=num_threads, cpus=list(options.cpus), linger_us=LINGER_US)
     isa = extension.choose_isa(options.isa)
     return NativeKernels(Machine(pool=pool, isa=isa, is_deterministic=options.is_deterministic))

@@ -5,7 +5,7 @@ Safe to import where the module is not there.
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from penstock.core.errors import StartupError
@@ -54,6 +54,21 @@ def choose_isa(asked: str = "auto", *, environ: Mapping[str, str] = os.environ) 
             param="isa",
         )
     return name
+
+
+def check_cpus(cpus: Sequence[int]) -> None:
+    """Refuse to pin threads to CPUs that this process may not use.
+
+    Raises:
+        StartupError: names the first of them and those that there are.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(cpus)
+    for cpu in cpus:
+        if cpu not in usable:
+            names = ", ".join(map(str, sorted(usable)))
+            raise StartupError(
+                f"thread_affinity names CPU {cpu}, this process may use {names}", param="thread_affinity"
+            )
 
 
 def default_num_threads(environ: Mapping[str, str] = os.environ) -> int:

@@ -90,3 +90,11 @@ def test_a_home_that_cannot_run_is_refused_with_what_can(name: str, device: str,
 def test_auto_without_any_home_for_the_device_is_refused() -> None:
     with pytest.raises(StartupError, match="auto.*what can: none"):
         select_kernels("auto", device="tpu", dtype=torch.float32)
+
+
+def test_cpus_that_are_not_there_are_refused_with_those_that_are() -> None:
+    options = KernelOptions(cpus=(4095,))
+    with pytest.raises(StartupError, match="thread_affinity names CPU 4095, this process may use"):
+        select_kernels("native", device="cpu", dtype=torch.bfloat16, options=options)
+    with pytest.raises(StartupError, match="thread_affinity pins the threads of the native kernels alone"):
+        select_kernels("eager", device="cpu", dtype=torch.bfloat16, options=options)
