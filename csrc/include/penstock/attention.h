@@ -68,6 +68,7 @@ struct AttentionTile {
     const std::byte* query;     // [num_rows], as pack_query left them
     float scale;                // above 0
     float softcap;              // 0 for none
+    int fetch_end;              // keys up to this position are asked for next: worth fetching ahead
     std::byte* scratch;         // attend_scratch_bytes(head_dim), 64-byte aligned
 };
 

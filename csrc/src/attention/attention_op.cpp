@@ -226,7 +226,7 @@ private:
         const std::int64_t index = local / plan.num_pieces;
         const int piece = static_cast<int>(local % plan.num_pieces);
         const Tile tile = tile_of(plan, index);
-        const AttentionTile work = load_tile(run, plan, tile);
+        AttentionTile work = load_tile(run, plan, tile);
         if (plan.num_pieces == 1) {
             attend_whole(run, tile, work);
             store_rows(run, plan, tile, run.scratch.total);
@@ -234,6 +234,7 @@ private:
         }
         float* parts = shared_parts(run, plan, index);
         const int from = tile.num_parts * piece / plan.num_pieces, to = tile.num_parts * (piece + 1) / plan.num_pieces;
+        work.fetch_end = std::min(tile.end, (tile.first_part + to) * part_tokens);
         for (int p = from; p < to; ++p) {
             attend_part(tile, work, p, part_at(parts + p * part_floats(plan), tile.num_rows(), args_.shape.head_dim));
         }
@@ -294,6 +295,7 @@ private:
                 .query = scratch.query,
                 .scale = args_.scale,
                 .softcap = args_.softcap,
+                .fetch_end = tile.end,
                 .scratch = scratch.attend};
     }
 

@@ -31,6 +31,9 @@
 namespace penstock {
 namespace {
 
+PENSTOCK_INLINE constexpr int at_least(int a, int b) { return a > b ? a : b; }
+PENSTOCK_INLINE constexpr int at_most(int a, int b) { return a < b ? a : b; }
+
 constexpr int step_granules = 4;
 constexpr int step_tokens = step_granules * granule_tokens;
 constexpr int step_pairs = step_tokens / 2;
@@ -43,8 +46,10 @@ static_assert(part_tokens % step_tokens == 0, "a step lies in one part");
 
 #if defined(__AVX512BF16__)
 
-// 24 sums, four vectors of pairs and a weight: of 32 registers.
-constexpr int max_rows = 6, score_vectors = 4, out_vectors = 4;
+// Rows times vectors of sums, the vectors of pairs and a weight fit into 32 registers; 12 sums hide a dot's latency. Six
+// rows are fastest a row, but seven or eight (one token's heads) are faster at once than in two groups.
+constexpr int max_rows = 8, best_rows = 6;
+constexpr int vectors_of(int rows) { return rows <= 6 ? 4 : 2; }
 
 using Weight = std::uint32_t;  // a pair of bf16
 using Pairs = __m512bh;
@@ -75,9 +80,11 @@ PENSTOCK_INLINE void pack_weights(const std::uint16_t* from, int num, Weight* to
 #else
 
 #if defined(__AVX2__)
-constexpr int max_rows = 4, score_vectors = 2, out_vectors = 2;  // 8 sums, four halves of pairs, a weight: of 16
+constexpr int max_rows = 4, best_rows = 4;  // 8 sums, four halves of pairs, a weight: of 16 registers
+constexpr int vectors_of(int) { return 2; }
 #else
-constexpr int max_rows = 2, score_vectors = 4, out_vectors = 4;
+constexpr int max_rows = 2, best_rows = 2;
+constexpr int vectors_of(int) { return 4; }
 #endif
 
 struct Weight {
@@ -168,6 +175,16 @@ PENSTOCK_INLINE float largest_lane(F32 v) {
 #endif
 }
 
+// In a register: a vector that is loaded where its lanes were just stored one by one waits for all of them.
+template <int Lane>
+PENSTOCK_INLINE void set_lane(F32& v, float value) {
+#if defined(__AVX512F__)
+    v = (F32)_mm512_mask_broadcastss_ps((__m512)v, 1u << Lane, _mm_set_ss(value));
+#else
+    v[Lane] = value;
+#endif
+}
+
 // f(0), f(1), ... f(N - 1) with constants, so that arrays indexed by them live in registers.
 template <int N, class F>
 PENSTOCK_INLINE void repeat(F&& f) {
@@ -194,8 +211,8 @@ public:
     // rate: lines at each call.
     void start(const StepView& next, std::int64_t granule_bytes, int num_calls) {
         count_ = 0;
-        for (int g = next.from; g < next.to; ++g) spans_[count_++] = next.keys[g];
-        for (int g = next.from; g < next.to; ++g) spans_[count_++] = next.values[g];
+        for (int g = next.to - 1; g >= next.from; --g) spans_[count_++] = next.values[g];
+        for (int g = next.to - 1; g >= next.from; --g) spans_[count_++] = next.keys[g];
         span_bytes_ = static_cast<int>(granule_bytes);
         offset_ = 0;
         const int lines = count_ * (span_bytes_ / line_bytes);
@@ -214,7 +231,7 @@ public:
 
 private:
     static constexpr int line_bytes = 64;
-    const std::byte* spans_[2 * step_granules];
+    const std::byte* spans_[2 * step_granules];  // the last one first
     int count_ = 0;
     int span_bytes_ = 0;
     int offset_ = 0;
@@ -257,7 +274,7 @@ void multiply_keys(const std::byte* const* keys, const Weight* query, int num_pa
 
 template <class Kv, int R>
 void score_step(const StepView& step, const Weight* query, int num_pairs, float* scores, Fetcher& fetcher) {
-    constexpr int most = score_vectors / granule_vectors > 0 ? score_vectors / granule_vectors : 1;
+    constexpr int most = at_least(1, vectors_of(R) / granule_vectors);
     int g = step.from;
     while (g < step.to) {
         const std::byte* const* keys = step.keys + g;
@@ -346,13 +363,14 @@ void weigh(const AttentionTile& tile, const StepView& step, int row, float* max,
            Fetcher& fetcher) {
     static_assert(R <= lanes);
     const float factor = (tile.softcap > 0.0f ? tile.softcap : tile.scale) * log2_e;
-    alignas(64) float largest[lanes], base[lanes];
+    alignas(64) float base[lanes];
+    F32 largest{};
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
         for (int i = 0; i < fetches_per_row; ++i) fetcher.go();
-        largest[r] = finish_scores<Kv, IsPlain>(tile, step, row + r, scratch.scores[r]);
+        set_lane<r>(largest, finish_scores<Kv, IsPlain>(tile, step, row + r, scratch.scores[r]));
     });
     const F32 old = load_first(max + row, R);
-    const F32 now = larger_of(load_first(largest, R) * factor, old);
+    const F32 now = larger_of(largest * factor, old);
     const F32 bases = now == minus_infinity ? F32{} : now;
     store(base, bases);
     store(shrink, exp2_of(old - bases));
@@ -397,15 +415,16 @@ void multiply_values(const StepView& step, const Weight* weights, const float* s
 template <class Kv, int R>
 void value_step(const StepView& step, const Weight* weights, const float* shrink, int head_dim, float* out,
                 Fetcher& fetcher) {
+    constexpr int most = vectors_of(R);
     const int num = head_dim / lanes;
     int c = 0;
     while (c < num) {
         const int left = num - c;
         // The last six or five as three and the rest: two narrow groups are slower than two even ones.
-        int width = left < out_vectors ? left : out_vectors;
-        if (out_vectors == 4 && (left == 5 || left == 6)) width = 3;
+        int width = at_most(left, most);
+        if (most == 4 && (left == 5 || left == 6)) width = 3;
         const int column = c * lanes;
-        if constexpr (out_vectors == 4) {
+        if constexpr (most == 4) {
             if (width == 4) multiply_values<Kv, R, 4>(step, weights, shrink, head_dim, column, out, fetcher);
             if (width == 3) multiply_values<Kv, R, 3>(step, weights, shrink, head_dim, column, out, fetcher);
         }
@@ -499,14 +518,13 @@ AttendGroup group_kernel(int num_rows) {
 #if PENSTOCK_LANES >= 16
         attend_group<Kv, 5>,
         attend_group<Kv, 6>,
+        attend_group<Kv, 7>,
+        attend_group<Kv, 8>,
 #endif
     };
     static_assert(sizeof kernels / sizeof kernels[0] == max_rows + 1);
     return kernels[num_rows];
 }
-
-PENSTOCK_INLINE int at_least(int a, int b) { return a > b ? a : b; }
-PENSTOCK_INLINE int at_most(int a, int b) { return a < b ? a : b; }
 
 // The addresses of granules [from, to) of the step that begins at position `begin`.
 StepView view_step(const AttentionTile& tile, int begin, int end, int seen_from, int seen_to) {
@@ -524,11 +542,14 @@ StepView view_step(const AttentionTile& tile, int begin, int end, int seen_from,
     return step;
 }
 
+int num_groups_of(int num_rows) { return num_rows <= max_rows ? 1 : (num_rows + best_rows - 1) / best_rows; }
+
 // Calls of the fetcher in one step.
 int num_fetches(const AttentionTile& tile) {
-    const int num_groups = (tile.num_rows + max_rows - 1) / max_rows;
-    const int key_calls = tile.head_dim / 2 * at_least(1, step_granules * granule_vectors / score_vectors);
-    const int value_calls = step_pairs * (tile.head_dim / (lanes * out_vectors));
+    const int num_groups = num_groups_of(tile.num_rows);
+    const int vectors = vectors_of(tile.num_rows / num_groups);
+    const int key_calls = tile.head_dim / 2 * at_least(1, step_granules * granule_vectors / vectors);
+    const int value_calls = step_pairs * (tile.head_dim / (lanes * vectors));
     return num_groups * (key_calls + value_calls) + tile.num_rows * fetches_per_row;
 }
 
@@ -536,7 +557,7 @@ int num_fetches(const AttentionTile& tile) {
 template <class Kv>
 void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part, GroupScratch& scratch,
                  Fetcher& fetcher) {
-    const int num_groups = (tile.num_rows + max_rows - 1) / max_rows;
+    const int num_groups = num_groups_of(tile.num_rows);
     for (int i = 0; i < num_groups; ++i) {
         const int row = tile.num_rows * i / num_groups, end = tile.num_rows * (i + 1) / num_groups;
         StepView seen = step;
@@ -559,8 +580,9 @@ void attend(const AttentionTile& tile, int begin, int end, const AttentionPart& 
     StepView step = view_step(tile, begin, end, seen_from, seen_to);
     for (int at = begin; at < end; at += step_tokens) {
         StepView next{};
-        if (at + step_tokens < end) {
-            next = view_step(tile, at + step_tokens, end, seen_from, seen_to);
+        const bool is_last = at + step_tokens >= end;
+        if (!is_last || end < tile.fetch_end) {
+            next = view_step(tile, at + step_tokens, is_last ? tile.fetch_end : end, seen_from, seen_to);
             fetcher.start(next, tile.granule_bytes, num_calls);
         }
         if (step.from < step.to) attend_step<Kv>(tile, step, part, scratch, fetcher);
