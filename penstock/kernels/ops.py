@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -175,7 +177,7 @@ class KernelSet(Protocol):
         """See `moe`."""
         ...
 
-    def rows_are_finite(self, x: Tensor) -> Tensor:
+    def rows_are_finite(self, x: Tensor) -> npt.NDArray[np.bool_]:
         """See `rows_are_finite`."""
         ...
 
@@ -512,7 +514,7 @@ def moe(
     return kernels.moe(x, router, experts, shape)
 
 
-def rows_are_finite(kernels: KernelSet, x: Tensor) -> Tensor:
+def rows_are_finite(kernels: KernelSet, x: Tensor) -> npt.NDArray[np.bool_]:
     """Whether a row holds neither NaN nor infinity.
 
     Args:
@@ -520,7 +522,7 @@ def rows_are_finite(kernels: KernelSet, x: Tensor) -> Tensor:
         x: [T, I].
 
     Returns:
-        [T] bool.
+        [T], on the host, where the answer is needed.
     """
     return kernels.rows_are_finite(x)
 

@@ -92,7 +92,7 @@ class LogitsBuffers:
             self._kept = [each for each in self._kept if each.size >= size]
             fitting = np.empty(size, dtype=np.float32)
             self._kept.append(fitting)
-        return torch.from_numpy(fitting)[:size].view(rows, cols)
+        return torch.from_numpy(fitting[:size].reshape(rows, cols))
 
 
 class RecordedModel:

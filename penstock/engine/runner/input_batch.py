@@ -96,6 +96,7 @@ class InputBatchBuilder:
         self._layer_groups = layer_groups(layout)
         self._layer_slabs = layer_slabs(layout, slabs=pool.slabs)
         self._tables = BlockTableCache()
+        self._decodes = DecodeArrays(0, num_groups=self._num_groups)
 
     @property
     def buffer_bytes(self) -> int:
@@ -103,7 +104,9 @@ class InputBatchBuilder:
         return self._tables.num_bytes
 
     def build(self, sequences: Sequence[ScheduledSequence]) -> ForwardBatch:
-        """Arrange one step's inputs; nothing in the result refers to the plan's lists.
+        """Arrange one step's inputs.
+
+        Nothing in the result refers to the plan's lists; the next call may write over it.
 
         Args:
             sequences: at least one, each with at least one token and a table per cache group that covers
@@ -127,34 +130,56 @@ class InputBatchBuilder:
         )
 
     def _build_decodes(self, sequences: Sequence[ScheduledSequence]) -> ForwardBatch:
-        """The same for one token each: a few long calls instead of many short ones.
+        """The same for one token each, in arrays that are kept: few calls of numpy and none of torch.
 
-        After a pass over the weights no cache holds the code of numpy's many small operations, and each
-        costs some microseconds; a decode step of one sequence is where that counts.
+        After a pass over the weights no cache holds the code of a library's many small operations, and each
+        costs some tens of microseconds; a decode step of one sequence is where that counts. The pass before
+        has read its batch when the next is built.
         """
         starts = [seq.start for seq in sequences]
-        tables = self._tables.tables(sequences, num_groups=self._num_groups)
-        query_start_loc = torch.arange(len(starts) + 1, dtype=torch.int32)
+        decodes = self._decodes
+        if decodes.num_seqs != len(starts):
+            decodes = self._decodes = DecodeArrays(len(starts), num_groups=self._num_groups)
+        decodes.token_ids[:] = [seq.token_ids[0] for seq in sequences]
+        decodes.positions[:] = starts
         seq_lens = tuple(start + 1 for start in starts)
-        seq_lens_tensor = torch.tensor(seq_lens, dtype=torch.int32)
-        groups = tuple(
-            AttentionBatch(
-                query_start_loc=query_start_loc,
-                seq_lens=seq_lens_tensor,
-                block_tables=torch.from_numpy(_decode_tables(group, starts, self._block_size)),
-                slot_mapping=torch.tensor(_decode_slots(group, starts, self._block_size)),
-                query_lens_host=(1,) * len(starts),
-                seq_lens_host=seq_lens,
-            )
-            for group in tables
-        )
+        decodes.seq_lens[:] = seq_lens
+        tables = self._tables.tables(sequences, num_groups=self._num_groups)
+        for slots, group in zip(decodes.slots, tables, strict=True):
+            slots[:] = _decode_slots(group, starts, self._block_size)
+        token_ids, positions, query_start_loc, seq_lens_tensor, *slot_mappings = decodes.tensors
         return ForwardBatch(
-            token_ids=torch.tensor([seq.token_ids[0] for seq in sequences]),
-            positions=torch.tensor(starts),
-            groups=groups,
+            token_ids=token_ids,
+            positions=positions,
+            groups=tuple(
+                AttentionBatch(
+                    query_start_loc=query_start_loc,
+                    seq_lens=seq_lens_tensor,
+                    block_tables=torch.from_numpy(_decode_tables(group, starts, self._block_size)),
+                    slot_mapping=slot_mapping,
+                    query_lens_host=decodes.query_lens,
+                    seq_lens_host=seq_lens,
+                )
+                for group, slot_mapping in zip(tables, slot_mappings, strict=True)
+            ),
             layer_groups=self._layer_groups,
             layer_slabs=self._layer_slabs,
         )
+
+
+class DecodeArrays:
+    """The numbers of a step of decodes, with tensors over the same memory."""
+
+    def __init__(self, num_seqs: int, *, num_groups: int) -> None:
+        self.num_seqs = num_seqs
+        self.token_ids = np.zeros(num_seqs, np.int64)
+        self.positions = np.zeros(num_seqs, np.int64)
+        self.query_start_loc = np.arange(num_seqs + 1, dtype=np.int32)
+        self.seq_lens = np.zeros(num_seqs, np.int32)
+        self.slots = [np.zeros(num_seqs, np.int64) for _ in range(num_groups)]
+        self.query_lens = (1,) * num_seqs
+        arrays = (self.token_ids, self.positions, self.query_start_loc, self.seq_lens, *self.slots)
+        self.tensors = [torch.from_numpy(array) for array in arrays]
 
 
 def _decode_slots(tables: Tables, starts: list[int], block_size: int) -> list[int]:

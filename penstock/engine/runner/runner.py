@@ -239,12 +239,15 @@ class Runner:
         hidden = self._model.forward(batch)
         ends = list(accumulate(batch.groups[0].query_lens_host))
         rows = [end - 1 for end, seq in zip(ends, sequences, strict=True) if seq.samples]
-        logits = self._model.logits(_taken(hidden, rows)) if rows else hidden.new_empty(0, 0)
+        logits = hidden.new_empty(0, 0)
+        if rows:  # without a copy where they are all, as in a step of decodes
+            taken = hidden if len(rows) == ends[-1] else hidden.index_select(0, torch.tensor(rows))
+            logits = self._model.logits(taken)
         if self._faults:
             self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
         return ForwardPass(
             sequences=sequences,
-            is_sound=_are_sound(rows_are_finite(self._kernels, hidden).numpy(), ends),
+            is_sound=_are_sound(rows_are_finite(self._kernels, hidden), ends),
             logits=logits,
         )
 
@@ -318,11 +321,6 @@ def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
 
     assert isinstance(kernels, NativeKernels)
     return NativeSampler(kernels.machine.pool, isa=kernels.machine.isa)
-
-
-def _taken(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """The rows of [num_tokens, hidden_size], without a copy where they are all; rising."""
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, torch.tensor(rows))
 
 
 def _are_sound(are_finite: npt.NDArray[np.bool_], ends: list[int]) -> list[bool]:

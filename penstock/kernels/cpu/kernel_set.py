@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -262,12 +264,13 @@ class NativeKernels:
         writer.add(operation)
         return writer.result(out)
 
-    def rows_are_finite(self, x: Tensor) -> Tensor:
+    def rows_are_finite(self, x: Tensor) -> npt.NDArray[np.bool_]:
         """As `ops.rows_are_finite`."""
         if x.dtype == torch.bfloat16 and x.numel() <= FEW_VALUES:
             bits = x.view(torch.int16).numpy() & INFINITY_BITS
-            return torch.from_numpy((bits != INFINITY_BITS).all(axis=1))
-        out = torch.empty(x.shape[0], dtype=torch.bool)
+            are_finite: npt.NDArray[np.bool_] = (bits != INFINITY_BITS).all(axis=1)
+            return are_finite
+        out = np.empty(x.shape[0], dtype=np.bool_)
         if not x.shape[0]:
             return out
         _native.rows_are_finite(
@@ -278,7 +281,7 @@ class NativeKernels:
             num_rows=x.shape[0],
             cols=x.shape[1],
             row_bytes=x.stride(0) * x.itemsize,
-            out=out.data_ptr(),
+            out=out.ctypes.data,
         )
         return out
 

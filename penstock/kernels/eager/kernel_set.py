@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.nn import functional
 
@@ -104,10 +106,11 @@ class EagerKernels:
         """As `ops.moe`."""
         return dense.moe(x, router, experts, shape)
 
-    def rows_are_finite(self, x: Tensor) -> Tensor:
+    def rows_are_finite(self, x: Tensor) -> npt.NDArray[np.bool_]:
         """As `ops.rows_are_finite`, by a row's largest and smallest number, both NaN if any is."""
         # A sum would overflow for large numbers that are finite.
-        return x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
+        are_finite: npt.NDArray[np.bool_] = (x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()).numpy()
+        return are_finite
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""
