@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.core.errors import CheckpointError
 from penstock.models.checkpoint import open_checkpoint, read_entries
+from penstock.observe.memory import resident_bytes
 from tests.unit.models.safetensors_file import file_bytes, header_of, write
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -34,6 +35,24 @@ def test_tensors_are_read_back_without_a_copy(tmp_path: Path) -> None:
     assert torch.equal(first, TENSORS["a"])
     assert torch.equal(second, TENSORS["b"])
     assert second.data_ptr() - first.data_ptr() == entries[1].start - entries[0].start
+
+
+def test_a_released_tensor_is_no_longer_resident_and_reads_the_same_again(tmp_path: Path) -> None:
+    """What the kernels have packed need not stay in memory beside the pack."""
+    size = 32 << 20
+    write(tmp_path / "model.safetensors", {"a": torch.ones(size // 4), "b": torch.ones(4)})
+    checkpoint = open_checkpoint(tmp_path)
+    big = checkpoint.read(checkpoint.entry("a", shape=(size // 4,)))
+    small = checkpoint.read(checkpoint.entry("b", shape=(4,)))
+    assert checkpoint.is_mapped(big)
+    assert not checkpoint.is_mapped(torch.ones(4))
+    before = resident_bytes()
+    checkpoint.release(torch.ones(4))
+    assert before - resident_bytes() < size // 4
+    checkpoint.release(big)
+    assert before - resident_bytes() > size * 3 // 4
+    assert bool((big[:: 1 << 20] == 1).all())
+    assert small.tolist() == [1, 1, 1, 1]
 
 
 def test_an_unaligned_header_is_read_too(tmp_path: Path) -> None:
