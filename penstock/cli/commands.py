@@ -8,6 +8,7 @@ from rich.console import Console
 from penstock.cli.batch import Batch, BatchCounts
 from penstock.cli.chat import Chat, Conversation
 from penstock.cli.feed import num_in_flight
+from penstock.cli.local_options import LocalOptions
 from penstock.cli.talk import ModelPartner, Partner, ServerPartner
 from penstock.gateway.catalog import Catalog
 from penstock.observe.clock import SystemClock
@@ -49,9 +50,7 @@ async def _connected(url: str, *, model: str | None, api_key: str | None) -> Ser
     return partner
 
 
-def run_batch(
-    model: str | None, *, source: Path, target: Path, dtype: str, kernels: str, max_num_seqs: int
-) -> int:
+def run_batch(model: str | None, *, source: Path, target: Path, options: LocalOptions) -> int:
     """`penstock run`; the return value is the exit code: 1 if a row of this run failed.
 
     Raises:
@@ -59,17 +58,7 @@ def run_batch(
         EngineDeadError: the engine failed as a whole; run again to go on.
     """
     console = Console(stderr=True)
-    counts = asyncio.run(
-        _run_batch(
-            model,
-            console=console,
-            source=source,
-            target=target,
-            dtype=dtype,
-            kernels=kernels,
-            max_num_seqs=max_num_seqs,
-        )
-    )
+    counts = asyncio.run(_run_batch(model, console=console, source=source, target=target, options=options))
     console.print(
         f"{counts.num_answered} answered, {counts.num_failed} failed, "
         f"{counts.num_skipped} were there already: {target}",
@@ -84,9 +73,7 @@ async def _run_batch(
     console: Console,
     source: Path,
     target: Path,
-    dtype: str,
-    kernels: str,
-    max_num_seqs: int,
+    options: LocalOptions,
 ) -> BatchCounts:
     from penstock.cli.local_model import open_named
 
@@ -94,10 +81,10 @@ async def _run_batch(
     clock = SystemClock()
     services = make_services(catalog, clock=clock, events=Metrics([], clock=clock))
     batch = Batch(services, source=source, target=target)  # looks at the files before the model is loaded
-    local = await open_named(model, console=console, dtype=dtype, kernels=kernels, max_num_seqs=max_num_seqs)
+    local = await open_named(model, console=console, options=options)
     try:
         catalog.add(local.service, name=local.service.card.name)
-        await batch.run(console, num_workers=num_in_flight(max_num_seqs=max_num_seqs))
+        await batch.run(console, num_workers=num_in_flight(max_num_seqs=options.max_num_seqs))
     finally:
         await local.close()
     return batch.counts

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from penstock.cli.build import make_text_service
 from penstock.cli.feed import with_room
+from penstock.cli.local_options import DEFAULT_OPTIONS, LocalOptions
 from penstock.cli.model_source import ModelSource, find_model
 from penstock.cli.start_table import LoadingBar
 from penstock.core.ids import ModelName
@@ -138,12 +139,7 @@ async def open_local_model(
 
 
 async def open_named(
-    model: str | None,
-    *,
-    console: Console,
-    dtype: str = "auto",
-    kernels: str = "auto",
-    max_num_seqs: int = 64,
+    model: str | None, *, console: Console, options: LocalOptions = DEFAULT_OPTIONS
 ) -> LocalModel:
     """Find a model by name and load it, with a bar on a terminal.
 
@@ -152,12 +148,14 @@ async def open_named(
     """
     with LoadingBar(console, model=model or "the embedded model") as bar:
         source = find_model(model, on_progress=bar.update)
+        max_num_seqs = options.max_num_seqs
         budget = max(SchedulerConfig().max_num_batched_tokens, max_num_seqs)
         config = EngineConfig(
             model_path=str(source.path),
             model_revision=source.revision,
-            dtype=dtype,
-            kernels=kernels,
+            dtype=options.dtype,
+            kernels=options.kernels,
+            quantization=options.quantization,
             scheduler=with_room(SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)),
         )
         return await open_local_model(source, config, events=StepTotals(), on_progress=bar.update)

@@ -87,16 +87,17 @@ def run(
     model: Annotated[str | None, Parameter(help="Folder or hub id; without one, the embedded model.")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     kernels: Literal["auto", "native", "eager", "reference"] = "auto",
+    quantization: Literal["none", "int8", "int4"] = "none",
     max_num_seqs: Annotated[
         int, setting("Most sequences in one step.", allowed=Range(low=1, high=4096))
     ] = 64,
 ) -> int:
     """Answer a file of requests without a server."""
     from penstock.cli.commands import run_batch
+    from penstock.cli.local_options import LocalOptions
 
-    return run_batch(
-        model, source=source, target=target, dtype=dtype, kernels=kernels, max_num_seqs=max_num_seqs
-    )
+    options = LocalOptions(dtype=dtype, kernels=kernels, quantization=quantization, max_num_seqs=max_num_seqs)
+    return run_batch(model, source=source, target=target, options=options)
 
 
 @app.command

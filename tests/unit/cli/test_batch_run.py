@@ -13,6 +13,7 @@ from rich.console import Console
 from penstock.cli import commands
 from penstock.cli.batch import Batch, BatchCounts
 from penstock.cli.batch_rows import MAX_ROW_BYTES, done_ids, read_rows
+from penstock.cli.local_options import LocalOptions
 from penstock.cli.main import main
 from penstock.core.errors import EngineDeadError, GenerateError, NotReadyError, QueueFullError, StartupError
 from penstock.core.text import GenerateRequest, TextDelta
@@ -150,9 +151,9 @@ def test_the_exit_code_tells_whether_a_row_failed(
 
     monkeypatch.setattr(commands, "_run_batch", run)
     (tmp_path / "in.jsonl").write_text(_lines(*rows))
-    options = {"dtype": "auto", "kernels": "auto", "max_num_seqs": 4}
+    options = LocalOptions(max_num_seqs=4)
     target = tmp_path / "out.jsonl"
-    assert commands.run_batch(None, source=tmp_path / "in.jsonl", target=target, **options) == code
+    assert commands.run_batch(None, source=tmp_path / "in.jsonl", target=target, options=options) == code
 
 
 def test_rows_in_the_output_are_skipped(tmp_path: Path) -> None:
