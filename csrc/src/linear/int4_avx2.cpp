@@ -124,8 +124,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 
 void multiply_int4_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
     const Int4Panel bound = int4_panel(w, panel);
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
-        multiply_tile<rows>(x, first_row + row, bound, out + row * panel_features);
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, out + tile.first_row * panel_features);
     });
 }
 

@@ -19,7 +19,6 @@ namespace penstock {
 namespace {
 
 constexpr int most_rows = 6;
-constexpr int prefetch_bytes = 4096;
 
 struct Nibbles {
     __m512i low, high;
@@ -55,13 +54,8 @@ template <int rows>
     }
 }
 
-[[gnu::always_inline]] inline void prefetch_step(const std::uint8_t* w) {
-    _mm_prefetch(w + prefetch_bytes, _MM_HINT_T0);
-    _mm_prefetch(w + prefetch_bytes + 64, _MM_HINT_T0);
-}
-
 template <int rows>
-void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, float* out) {
+void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead, float* out) {
     const std::int8_t* x_rows[rows];
     const std::int32_t* x_sums[rows];
     __m512 totals[rows][2];
@@ -79,7 +73,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = _mm512_set1_epi32(int4_offset(x_sums[r], k, end));
         for (; k < end; k += 8, w += panel_features * 4) {
-            prefetch_step(w);
+            ahead.ask();
             multiply_step<rows>(x_rows, k, w, sums);
         }
         for (int half = 0; half < 2; ++half) {
@@ -100,9 +94,10 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 }
 
 // 32 inputs of one row: a pair of sums for the low and one for the high nibbles, so that fewer instructions wait.
-[[gnu::always_inline]] inline void multiply_32(const std::int8_t* x, const std::uint8_t* w, __m512i (&sums)[2][2]) {
+[[gnu::always_inline]] inline void multiply_32(const std::int8_t* x, const std::uint8_t* w, Ahead& ahead,
+                                               __m512i (&sums)[2][2]) {
     for (int i = 0; i < 4; ++i, x += 8, w += panel_features * 4) {
-        prefetch_step(w);
+        ahead.ask();
         const __m512i first = four_inputs(x), second = four_inputs(x + 4);
         for (int half = 0; half < 2; ++half) {
             const Nibbles nibbles = load_nibbles(w + half * 64);
@@ -113,7 +108,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 }
 
 template <>
-void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel& panel, float* out) {
+void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead, float* out) {
     const auto* x_row = x.row<std::int8_t>(first_row);
     const std::int32_t* x_sums = x.group_sums(first_row);
     __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -123,7 +118,7 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel&
         const int end = panel.group_end(k);
         const __m512i offset = _mm512_set1_epi32(int4_offset(x_sums, k, end)), zero = _mm512_setzero_si512();
         __m512i sums[2][2] = {{offset, zero}, {offset, zero}};
-        for (; k < end; k += 32, w += panel_features * 16) multiply_32(x_row + k, w, sums);
+        for (; k < end; k += 32, w += panel_features * 16) multiply_32(x_row + k, w, ahead, sums);
         for (int half = 0; half < 2; ++half) {
             const __m512 exact = to_floats(_mm512_add_epi32(sums[half][0], sums[half][1]));
             totals[half] = _mm512_fmadd_ps(exact, load_scales(scales + half * 16), totals[half]);
@@ -137,8 +132,9 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel&
 
 void multiply_int4_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
     const Int4Panel bound = int4_panel(w, panel);
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
-        multiply_tile<rows>(x, first_row + row, bound, out + row * panel_features);
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
+        const Ahead ahead(bound.values, w.panel_bytes(), tile);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
     });
 }
 

@@ -23,7 +23,6 @@ namespace penstock {
 namespace {
 
 constexpr int most_rows = 6;
-constexpr int prefetch_bytes = 4096;
 
 // bf16 of -8 to 7, twice.
 alignas(64) constexpr std::uint16_t bf16_of_nibble[32] = {
@@ -71,7 +70,7 @@ template <int rows>
 }
 
 template <int rows>
-void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, float* out) {
+void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead, float* out) {
     const std::uint16_t* x_rows[rows];
     __m512 totals[rows][2];
 #pragma GCC unroll 12
@@ -84,8 +83,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
     for (int k = 0; k < panel.inputs; scales += panel_features) {
         __m512 sums[rows][2] = {};
         for (const int end = panel.group_end(k); k < end; k += 8, w += panel_features * 4) {
-            _mm_prefetch(w + prefetch_bytes, _MM_HINT_T0);
-            _mm_prefetch(w + prefetch_bytes + 64, _MM_HINT_T0);
+            ahead.ask();
             multiply_step<rows>(x_rows, k, w, sums);
         }
         for (int half = 0; half < 2; ++half) {
@@ -105,8 +103,9 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 void multiply_int4_weight_only_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
                                       float* out) {
     const Int4Panel bound = int4_panel(w, panel);
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
-        multiply_tile<rows>(x, first_row + row, bound, out + row * panel_features);
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
+        const Ahead ahead(bound.values, w.panel_bytes(), tile);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
     });
 }
 

@@ -90,8 +90,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
 void multiply_int8_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
                       reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
-        multiply_tile<rows>(x, first_row + row, bound, out + row * panel_features);
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, out + tile.first_row * panel_features);
     });
 }
 

@@ -19,8 +19,6 @@ namespace penstock {
 namespace {
 
 constexpr int most_rows = 12;
-// Weights come from memory in their order: this many bytes ahead hides its latency (4 KiB and 8 KiB measure alike).
-constexpr int prefetch_bytes = 4096;
 
 struct Panel {
     const std::int8_t* values;
@@ -63,7 +61,7 @@ template <int rows>
 }
 
 template <int rows>
-void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel, float* out) {
+void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel, Ahead ahead, float* out) {
     const std::int8_t* x_rows[rows];
     __m512i sums[rows][2];
 #pragma GCC unroll 12
@@ -74,8 +72,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
     }
     const std::int8_t* w = panel.values;
     for (int k = 0; k < panel.inputs; k += 4, w += panel_features * 4) {
-        _mm_prefetch(w + prefetch_bytes, _MM_HINT_T0);
-        _mm_prefetch(w + prefetch_bytes + 64, _MM_HINT_T0);
+        ahead.ask();
         multiply_step<rows>(x_rows, k, w, sums);
     }
 #pragma GCC unroll 12
@@ -88,14 +85,17 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
 
 // One row: memory sets the pace; two more pairs of sums so that no instruction waits for the one before it.
 template <>
-void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Panel& panel, float* out) {
+void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Panel& panel, Ahead ahead, float* out) {
     const std::int8_t* const x_rows[1] = {x.row<std::int8_t>(first_row)};
     const std::int32_t sum = sum_of(x.group_sums(first_row), panel.inputs / sum_group);
     __m512i sums[4][1][2] = {};
     const std::int8_t* w = panel.values;
     for (int k = 0; k < panel.inputs; k += 16, w += panel_features * 16) {
-        for (int line = 0; line < panel_features * 16; line += 64) _mm_prefetch(w + prefetch_bytes + line, _MM_HINT_T0);
-        for (int i = 0; i < 4; ++i) multiply_step<1>(x_rows, k + i * 4, w + panel_features * 4 * i, sums[i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            ahead.ask();
+            multiply_step<1>(x_rows, k + i * 4, w + panel_features * 4 * i, sums[i]);
+        }
     }
     for (int half = 0; half < 2; ++half) {
         const __m512i all = _mm512_add_epi32(_mm512_add_epi32(sums[0][0][half], sums[1][0][half]),
@@ -110,8 +110,9 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Panel& pan
 void multiply_int8_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
                       reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
-        multiply_tile<rows>(x, first_row + row, bound, out + row * panel_features);
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
+        const Ahead ahead(bound.values, w.panel_bytes(), tile);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
     });
 }
 

@@ -16,7 +16,6 @@ namespace penstock {
 namespace {
 
 constexpr int most_rows = 12;
-constexpr int prefetch_bytes = 4096;
 
 struct Panel {
     const std::int8_t* values;
@@ -58,7 +57,7 @@ template <int rows>
 }
 
 template <int rows>
-void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel, float* out) {
+void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel, Ahead ahead, float* out) {
     const std::uint16_t* x_rows[rows];
     __m512 sums[rows][2];
 #pragma GCC unroll 12
@@ -68,8 +67,7 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
     }
     const std::int8_t* w = panel.values;
     for (int k = 0; k < panel.inputs; k += 4, w += panel_features * 4) {
-        _mm_prefetch(w + prefetch_bytes, _MM_HINT_T0);
-        _mm_prefetch(w + prefetch_bytes + 64, _MM_HINT_T0);
+        ahead.ask();
         const U32x16 w0 = (U32x16)_mm512_load_si512(w), w1 = (U32x16)_mm512_load_si512(w + 64);
         multiply_pair<rows>(x_rows, k, pair_of<0>(w0), pair_of<0>(w1), sums);
         multiply_pair<rows>(x_rows, k + 2, pair_of<2>(w0), pair_of<2>(w1), sums);
@@ -89,8 +87,9 @@ void multiply_int8_weight_only_avx512(const Operand& x, std::int64_t first_row, 
                                       float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
                       reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
-        multiply_tile<rows>(x, first_row + row, bound, out + row * panel_features);
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
+        const Ahead ahead(bound.values, w.panel_bytes(), tile);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
     });
 }
 

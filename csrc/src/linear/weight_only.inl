@@ -123,10 +123,10 @@ void multiply_int4_features(const Operand& x, std::int64_t first_row, const Int4
                                                 int panel, float* out) {
     const auto* values = reinterpret_cast<const std::uint8_t*>(w.values.data()) + panel * w.panel_bytes();
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         for (int first = 0; first < panel_features; first += vectors * lanes) {
-            multiply_int8_features<rows>(x, first_row + row, values + first * 4, scales + first, w.padded_inputs,
-                                         out + row * panel_features + first);
+            multiply_int8_features<rows>(x, first_row + tile.first_row, values + first * 4, scales + first, w.padded_inputs,
+                                         out + tile.first_row * panel_features + first);
         }
     });
 }
@@ -134,9 +134,9 @@ void multiply_int4_features(const Operand& x, std::int64_t first_row, const Int4
 [[maybe_unused]] void multiply_int4_weight_only(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
                                                 int panel, float* out) {
     const Int4Panel bound = int4_panel(w, panel);
-    for_row_tiles<most_rows>(num_rows, [&]<int rows>(int row) {
+    for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         for (int first = 0; first < panel_features; first += vectors * lanes) {
-            multiply_int4_features<rows>(x, first_row + row, bound, first, out + row * panel_features + first);
+            multiply_int4_features<rows>(x, first_row + tile.first_row, bound, first, out + tile.first_row * panel_features + first);
         }
     });
 }
