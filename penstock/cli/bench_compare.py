@@ -1,6 +1,5 @@
 """`penstock bench compare`: reads the options, makes who takes part, runs the comparison."""
 
-import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from penstock.cli.bench_options import (
     Seed,
     Threads,
     command_line,
+    flags,
     results,
     tell,
     threads_or_all,
@@ -122,7 +122,7 @@ def _setup(chosen: CompareSettings, *, course: Course, model: Path, work_dir: Pa
         longest=max(scenario.longest for scenario in scenarios),
         num_streams=max(scenario.num_streams for scenario in scenarios),
         has_late_prompt=any(scenario.late is not None for scenario in scenarios),
-        penstock_flags=tuple(shlex.split(chosen.penstock_flags)),
+        penstock_flags=flags(chosen.penstock_flags, param="penstock_flags"),
     )
 
 
@@ -148,6 +148,11 @@ def _asked(chosen: CompareSettings, *, peers_dir: Path) -> list[tuple[str, str |
     else:
         named = words(chosen.peers, param="peers", known=PEERS)
     names = dict.fromkeys([*([OURS] if chosen.penstock else []), *named, *running])
+    if not names:
+        raise InvalidParameterError(
+            "nobody to compare: penstock is off and no peer is installed; `make bench-peers` installs them",
+            param="peers",
+        )
     return [(name, running.get(name)) for name in names]
 
 

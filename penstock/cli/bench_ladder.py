@@ -1,6 +1,5 @@
 """`penstock bench ladder`: reads the options, climbs, shows table and picture."""
 
-import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from penstock.cli.bench_options import (
     Seed,
     Threads,
     command_line,
+    flags,
     results,
     span,
     tell,
@@ -130,7 +130,7 @@ def _site(chosen: LadderSettings, *, model: Path, work_dir: Path) -> Site:
         static_timeout_ms=chosen.static_timeout_ms,
         num_threads=threads_or_all(chosen.num_threads),
         dtype=chosen.dtype,
-        penstock_flags=tuple(shlex.split(chosen.penstock_flags)),
+        penstock_flags=flags(chosen.penstock_flags, param="penstock_flags"),
         work_dir=work_dir,
     )
 

@@ -85,6 +85,20 @@ def numbers(text: str, *, param: str) -> tuple[int, ...]:
     return numbers
 
 
+def flags(text: str, *, param: str) -> tuple[str, ...]:
+    """The flags in one text, split as a shell does.
+
+    Raises:
+        InvalidParameterError: a quotation does not end.
+    """
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InvalidParameterError(
+            f"{param} is {text!r:.80}, it must be flags as in a shell: {error}", param=param
+        ) from error
+
+
 def span(text: str, *, param: str) -> tuple[int, int]:
     """LOW:HIGH, or one number for both.
 

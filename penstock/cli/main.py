@@ -12,7 +12,7 @@ from penstock.cli.layers import SettingLayers
 from penstock.cli.refused import refuse_flags
 from penstock.cli.setting import Range, setting
 from penstock.cli.settings import ServeSettings
-from penstock.core.errors import PenstockError, StartupError
+from penstock.core.errors import InvalidParameterError, PenstockError, StartupError
 from penstock.core.params import SamplingParams
 
 LOADING_COMMANDS: Final = (["serve"], ["chat"], ["run"])
@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_one_line(error), EXIT_USAGE)
     except StartupError as error:
         return _fail(error.message, error.exit_code)
+    except InvalidParameterError as error:
+        return _fail(error.message, EXIT_USAGE)
     except PenstockError as error:
         return _fail(error.message, 1)
     except KeyboardInterrupt:

@@ -43,14 +43,14 @@ def choose_isa(asked: str = "auto", *, environ: Mapping[str, str] = os.environ) 
     Raises:
         StartupError: it is not known, or this CPU does not run it; the message lists what it runs.
     """
-    name = environ.get(ISA_VARIABLE, "auto") if asked == "auto" else asked
+    origin, name = ("isa", asked) if asked != "auto" else (ISA_VARIABLE, environ.get(ISA_VARIABLE, "auto"))
     usable = usable_isas()
     if name == "auto":
         return [isa for isa in usable if isa not in BY_NAME_ONLY][-1]
     if name not in usable:
         what = "this CPU does not run" if name in ISAS else "there is no such instruction set as"
         raise StartupError(
-            f"{ISA_VARIABLE} is {name!r}: {what} {name[:40]}; what can be used: {', '.join(usable)}",
+            f"{origin} is {name!r:.80}: {what} {name[:40]}; what can be used: {', '.join(usable)}",
             param="isa",
         )
     return name
