@@ -1,4 +1,5 @@
-// The attention kernels with tiles, which are emulated in plain C++. See tiles.inl; the rest is kernels.inl with AVX-512.
+// The attention kernels with tiles, which are emulated in plain C++. See tiles.inl; the rest is kernels.inl
+// with AVX-512.
 #define PENSTOCK_EMULATED_TILES
 #include "../tiles/tile.h"
 #include "kernels.h"

@@ -1,7 +1,8 @@
-// Attention over one part of the keys with tiles; included by kernels_amx.cpp and kernels_amx_emulated.cpp after
-// tiles/tile.h and kernels.inl, whose rotation, writes, folding and finish it shares.
+// Attention over one part of the keys with tiles; included by kernels_amx.cpp and kernels_amx_emulated.cpp
+// after tiles/tile.h and kernels.inl, whose rotation, writes, folding and finish it shares.
 //
-// A part (256 keys) is small enough to be one softmax: nothing is rescaled inside it. For 32 rows at a time (two tiles):
+// A part (256 keys) is small enough to be one softmax: nothing is rescaled inside it. For 32 rows at a time
+// (two tiles):
 //
 // ```
 // scores  [32][256] float32   query [32][D] x keys      B tile: 32 dims of 16 tokens, a granule's own order
@@ -9,26 +10,26 @@
 // out     [32][D]   float32   weights x values          B tile: 32 tokens of 16 dims, two granules one after the other
 // ```
 //
-// Values are copied to make two granules neighbours (blocks may hold one); there the slots that no row sees become 0,
-// since 0 times their NaN would not be 0. Keys are read where they lie, or copied too where they are int8 or where
-// head_dim is no multiple of 32.
+// Values are copied to make two granules neighbours (blocks may hold one); there the slots that no row sees
+// become 0, since 0 times their NaN would not be 0. Keys are read where they lie, or copied too where they
+// are int8 or where head_dim is no multiple of 32.
 //
-// **Every number of rows** is done with tiles, one row too: the tiles round as no vector instruction does, and a token's
-// bits must not depend on the tokens computed with it. A decode of 7 query heads a KV head costs 128 products (2,048
-// cycles) a part, which takes 64 KiB of memory: 10,000 cycles.
+// **Every number of rows** is done with tiles, one row too: the tiles round as no vector instruction does,
+// and a token's bits must not depend on the tokens computed with it. A decode of 7 query heads a KV head
+// costs 128 products (2,048 cycles) a part, which takes 64 KiB of memory: 10,000 cycles.
 //
-// A row's numbers: scores sum over 32 dims at a time, out over 32 tokens at a time counted from the part's start; keys that
-// only its neighbours see have weight 0, which changes no sum. Rows that are no multiple of 16: see tile_product.inl.
+// A row's numbers: scores sum over 32 dims at a time, out over 32 tokens at a time counted from the part's
+// start; keys that only its neighbours see have weight 0, which changes no sum. Rows that are no multiple of
+// 16: see tile_product.inl.
 //
 // Source: Dao et al., FlashAttention, 2022, algorithm 1.
-#include <array>
-
 namespace penstock {
 namespace {
 
 constexpr int part_granules = part_tokens / granule_tokens;
 constexpr int group_rows = 2 * tile_rows_max;
-// A row of scores and of weights, longer than a part: rows at a stride of 1024 bytes would share 4 sets of the L1 cache.
+// A row of scores and of weights, longer than a part: rows at a stride of 1024 bytes would share 4 sets of
+// the L1 cache.
 constexpr int score_stride = part_tokens + 16, weight_stride = part_tokens + 32;
 constexpr int dims_of_step = 32, tokens_of_step = 32;
 
@@ -55,20 +56,6 @@ struct TileMemory {
         out = reinterpret_cast<float*>(cleaned + bytes);
     }
 };
-
-constexpr TileConfig attention_config(int rows) {
-    TileConfig config;
-    for (int t = 0; t < 6; ++t) tile::set_shape(config, t, rows, tile_row_bytes_max);
-    for (int t = 6; t < 8; ++t) tile::set_shape(config, t, tile_rows_max, tile_row_bytes_max);
-    return config;
-}
-
-template <int... rows>
-constexpr auto attention_configs(std::integer_sequence<int, rows...>) {
-    return std::array{attention_config(rows + 1)...};
-}
-// By rows - 1. C tiles 0 to 3, A tiles 4 and 5, B tiles 6 and 7.
-constexpr auto attention_config_of = attention_configs(std::make_integer_sequence<int, tile_rows_max>{});
 
 // One or two tiles of rows, times two tiles of columns.
 struct Product {
@@ -118,7 +105,8 @@ struct PartView {
     std::byte* values;
 };
 
-// Rows [row[0], row[0] + num) and, where there are two tiles, [row[1], row[1] + num); granules [from, to) are theirs.
+// Rows [row[0], row[0] + num) and, where there are two tiles, [row[1], row[1] + num); granules [from, to) are
+// theirs.
 struct RowGroup {
     int tiles;
     int row[2];
@@ -239,7 +227,8 @@ PENSTOCK_INLINE F32 where_seen(const AttentionTile& tile, int row, int position,
     return at > tile.last[row] ? otherwise : v;
 }
 
-// The row's scores of the granule, -inf where it sees no key: products, with the key's scale and soft-capped where asked for.
+// The row's scores of the granule, -inf where it sees no key: products, with the key's scale and soft-capped
+// where asked for.
 template <class Kv>
 PENSTOCK_INLINE F32 score_of(const AttentionTile& tile, const PartView& part, int row, int g, float* scores) {
     F32 s = load(scores);
@@ -305,7 +294,8 @@ void multiply_values(const AttentionTile& tile, const RowGroup& group, const std
     }
 }
 
-// Whether a value that some row of the group does not see, and another may, is inf or NaN: 0 times it would be NaN.
+// Whether a value that some row of the group does not see, and another may, is inf or NaN: 0 times it would
+// be NaN.
 bool has_unseen_nan(const AttentionTile& tile, const PartView& part, const RowGroup& group) {
     const int last_row = group.row[group.tiles - 1] + group.num - 1;
     for (int g = group.from; g < group.to; ++g) {
@@ -316,7 +306,8 @@ bool has_unseen_nan(const AttentionTile& tile, const PartView& part, const RowGr
     return false;
 }
 
-// Row by row, with zeros for what the row does not see: the same bits, many times slower, as rare as inf and NaN are.
+// Row by row, with zeros for what the row does not see: the same bits, many times slower, as rare as inf and
+// NaN are.
 void multiply_values_by_row(const AttentionTile& tile, const PartView& part, const RowGroup& group,
                             const TileMemory& memory, const AttentionPart& to) {
     const int dims = tile.head_dim;
@@ -388,7 +379,7 @@ void see_nothing(const RowGroup& group, int head_dim, const AttentionPart& to) {
 template <class Kv>
 void attend_with_tiles(const AttentionTile& tile, int begin, int end, const AttentionPart& to) {
     const TileMemory memory(tile.scratch, tile.head_dim);
-    tile::configure(attention_config_of[at_most(tile.num_rows, tile_rows_max) - 1]);
+    tile::configure_product(tile.num_rows);
     const PartView part = view_part<Kv>(tile, begin, end, memory);
     for (int row = 0; row < tile.num_rows; row += group_rows) {
         const RowGroup group = group_at(tile, part, row);

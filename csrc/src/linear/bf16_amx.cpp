@@ -1,7 +1,7 @@
 // bf16 rows by bf16 weights with TDPBF16PS: 32 inputs a product. See tile_product.inl.
 //
-// The rounding is the instruction's: in each product the even and the odd inputs' sums apart, then together, then to the
-// sum so far. It is not VDPBF16PS's, so one and the same kernel serves every number of rows.
+// The rounding is the instruction's: in each product the even and the odd inputs' sums apart, then together,
+// then to the sum so far. It is not VDPBF16PS's, so one and the same kernel serves every number of rows.
 #include "../tiles/tile.h"
 #include "bf16_tiles.inl"
 

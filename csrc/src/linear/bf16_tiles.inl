@@ -1,4 +1,5 @@
-// bf16 rows by bf16 weights with tiles; included by bf16_amx.cpp and bf16_amx_emulated.cpp after tiles/tile.h.
+// bf16 rows by bf16 weights with tiles; included by bf16_amx.cpp and bf16_amx_emulated.cpp after
+// tiles/tile.h.
 #include "kernels.h"
 #include "tile_product.inl"
 

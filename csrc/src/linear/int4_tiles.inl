@@ -5,8 +5,9 @@
 namespace penstock {
 namespace {
 
-// Fewer rows go to the AVX-512 kernel, which gives the same bits. A step of a panel (64 inputs of 32 features, 1 KiB) takes
-// about 170 cycles from memory; AVX-512 spends 24 on its nibbles and 32 on each row, the tiles about 100 for 1 to 16 rows.
+// Fewer rows go to the AVX-512 kernel, which gives the same bits. A step of a panel (64 inputs of 32
+// features, 1 KiB) takes about 170 cycles from memory; AVX-512 spends 24 on its nibbles and 32 on each row,
+// the tiles about 100 for 1 to 16 rows.
 constexpr int int4_tile_rows = 4;
 
 void multiply_int4(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {

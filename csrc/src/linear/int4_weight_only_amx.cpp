@@ -1,4 +1,5 @@
-// bf16 rows by int4 weights with TDPBF16PS: products with the integers -8 to 7, exact in bf16; scales per group.
+// bf16 rows by int4 weights with TDPBF16PS: products with the integers -8 to 7, exact in bf16; scales per
+// group.
 #include "../tiles/tile.h"
 #include "tile_groups.inl"
 

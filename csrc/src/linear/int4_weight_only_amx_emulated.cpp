@@ -1,4 +1,5 @@
-// bf16 rows by int4 weights with TDPBF16PS, in plain C++: products with the integers -8 to 7, exact in bf16; scales per group.
+// bf16 rows by int4 weights with TDPBF16PS, in plain C++: products with the integers -8 to 7, exact in bf16;
+// scales per group.
 #define PENSTOCK_EMULATED_TILES
 #include "../tiles/tile.h"
 #include "tile_groups.inl"

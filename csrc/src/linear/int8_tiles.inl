@@ -7,13 +7,15 @@
 namespace penstock {
 namespace {
 
-// Fewer rows go to the AVX-512 kernel, which gives the same bits. A step of a panel (2 KiB) takes about 340 cycles from
-// memory (6 bytes a cycle and core); AVX-512 spends 32 cycles on it for each row (32 dot products, one a cycle), the tiles
-// 52 for 1 to 16 rows (one product waits for the one before). Both wait for memory below 10 rows; 4 keeps the tiles' turn
-// where weights come from L3 or L2 at two to three times that pace.
+// Fewer rows go to the AVX-512 kernel, which gives the same bits. A step of a panel (2 KiB) takes about 340
+// cycles from memory (6 bytes a cycle and core); AVX-512 spends 32 cycles on it for each row (32 dot
+// products, one a cycle), the tiles 52 for 1 to 16 rows (one product waits for the one before). Both wait for
+// memory below 10 rows; 4 keeps the tiles' turn where weights come from L3 or L2 at two to three times that
+// pace.
 constexpr int int8_tile_rows = 4;
 
-// Rows [first, end) in place: the exact sums, times the feature's scale, times the row's (in the order of int8_scalar.cpp).
+// Rows [first, end) in place: the exact sums, times the feature's scale, times the row's (in the order of
+// int8_scalar.cpp).
 struct ScaleSums {
     const Operand& x;
     std::int64_t first_row;

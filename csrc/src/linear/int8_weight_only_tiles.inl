@@ -1,15 +1,16 @@
-// bf16 rows by int8 weights with bf16 tiles; included by int8_weight_only_amx.cpp and int8_weight_only_amx_emulated.cpp
-// after tiles/tile.h.
+// bf16 rows by int8 weights with bf16 tiles; included by int8_weight_only_amx.cpp and
+// int8_weight_only_amx_emulated.cpp after tiles/tile.h.
 //
-// A block of K of the panel is widened to bf16 on the stack (integers to 128 are exact), then multiplied like a bf16 panel;
-// the feature's scale comes last:
+// A block of K of the panel is widened to bf16 on the stack (integers to 128 are exact), then multiplied like
+// a bf16 panel; the feature's scale comes last:
 //
 // ```
 // four bytes of a feature   w0 w1 w2 w3   ->   row 2i: w0 w1   row 2i + 1: w2 w3
 // ```
 //
-// A byte at the top of an int32 is its value times 2^24, which float32 and bf16 hold exactly: no sign extension, and the
-// scale takes the 2^24 back. The price: rows with values above 10^28 overflow, and scales below 2^-102 lose bits.
+// A byte at the top of an int32 is its value times 2^24, which float32 and bf16 hold exactly: no sign
+// extension, and the scale takes the 2^24 back. The price: rows with values above 10^28 overflow, and scales
+// below 2^-102 lose bits.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -25,7 +26,8 @@ constexpr std::int32_t top = static_cast<std::int32_t>(0xff000000u);
 
 PENSTOCK_TILE Ints float_bits(Ints value) { return (Ints)__builtin_convertvector(value, Floats); }
 
-// Two values at the top of int32 lanes, to a pair of bf16: the upper halves of their floats, whose lower halves are 0.
+// Two values at the top of int32 lanes, to a pair of bf16: the upper halves of their floats, whose lower
+// halves are 0.
 PENSTOCK_TILE Ints bf16_pair(Ints even, Ints odd) {
     using Unsigned = std::uint32_t __attribute__((vector_size(64)));
     return (Ints)((Unsigned)float_bits(even) >> 16) | float_bits(odd);

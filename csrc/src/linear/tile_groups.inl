@@ -1,5 +1,5 @@
-// Rows times one int4 panel with tiles; included after tiles/tile.h. Sums of one scale group come from the tiles, the sum
-// over groups is float32 in vector registers.
+// Rows times one int4 panel with tiles; included after tiles/tile.h. Sums of one scale group come from the
+// tiles, the sum over groups is float32 in vector registers.
 //
 // ```
 // a block of K   values unpacked to int8 or bf16, in the order of a B tile, on the stack (16 KiB)
@@ -7,10 +7,10 @@
 //                totals[row] += float(buffer[row]) * scale of the group        16 registers, one for each row
 // ```
 //
-// One C tile at a time, because the totals of 16 rows are 16 of the 32 vector registers: with totals in memory, a group
-// would cost another load and a store for each row. Per group and C tile: multiplier 16 cycles a step; load ports
-// 16 a step + 8; store port 16; vector ports 16. Groups alternate between two sets of tiles and two buffers, so that one's
-// products run while the other's sums are added.
+// One C tile at a time, because the totals of 16 rows are 16 of the 32 vector registers: with totals in
+// memory, a group would cost another load and a store for each row. Per group and C tile: multiplier 16
+// cycles a step; load ports 16 a step + 8; store port 16; vector ports 16. Groups alternate between two sets
+// of tiles and two buffers, so that one's products run while the other's sums are added.
 //
 // Groups of 32 int8 inputs fill half a step: tiles of A with 32 bytes a row and of B with 8 rows.
 
@@ -22,20 +22,6 @@
 
 namespace penstock {
 namespace {
-
-constexpr TileConfig half_config(int rows) {
-    TileConfig config;
-    for (int t = 0; t < 4; ++t) tile::set_shape(config, t, rows, tile_row_bytes_max);
-    for (int t = 4; t < 6; ++t) tile::set_shape(config, t, rows, tile_row_bytes_max / 2);
-    for (int t = 6; t < 8; ++t) tile::set_shape(config, t, tile_rows_max / 2, tile_row_bytes_max);
-    return config;
-}
-
-template <int... rows>
-constexpr auto half_configs(std::integer_sequence<int, rows...>) {
-    return std::array{half_config(rows + 1)...};
-}
-constexpr auto half_config_of = half_configs(std::make_integer_sequence<int, tile_rows_max>{});
 
 using Floats = float __attribute__((vector_size(64)));
 using Ints = std::int32_t __attribute__((vector_size(64)));
@@ -59,7 +45,8 @@ struct alignas(64) TileSums {
     float values[tile_rows_max * 16];
 };
 
-// One block of K of one call; groups begin and end with it, the very last one may be half as long as the others.
+// One block of K of one call; groups begin and end with it, the very last one may be half as long as the
+// others.
 struct GroupBlock {
     const std::byte* rows;
     std::int64_t row_bytes;
@@ -71,7 +58,8 @@ struct GroupBlock {
     TileSums* buffers;  // two; rows that the tiles do not have are 0
 };
 
-// The sums of one group: `bytes` of 16 rows at `a`, times the 16 features at `w`. `set`: which of the two sets of tiles.
+// The sums of one group: `bytes` of 16 rows at `a`, times the 16 features at `w`. `set`: which of the two
+// sets of tiles.
 template <class Dot, int set>
 PENSTOCK_TILE void multiply_group(const std::byte* a, std::int64_t row_bytes, const std::byte* w, int bytes, TileSums& sums) {
     tile::zero<set>();
@@ -150,7 +138,8 @@ struct NibblesToInt8 {
     }
 };
 
-// To bf16: they are four rows. A table of 16 values, twice, since the instruction looks at 5 bits and one is not ours.
+// To bf16: they are four rows. A table of 16 values, twice, since the instruction looks at 5 bits and one is
+// not ours.
 struct NibblesToBf16 {
     using Dot = Bf16Groups;
     static __m512i table() {
@@ -196,8 +185,7 @@ void multiply_int4_panel(const Operand& x, std::int64_t first_row, int num_rows,
     using Dot = typename Unpack::Dot;
     constexpr int inputs_of_block = block_steps * step_bytes / Dot::item_bytes;
     const int group_bytes = panel.group_size * Dot::item_bytes;
-    const int rows = num_rows < tile_rows_max ? num_rows : tile_rows_max;
-    tile::configure(group_bytes < step_bytes ? half_config_of[rows - 1] : product_config_of[rows - 1]);
+    group_bytes < step_bytes ? tile::configure_product<step_bytes / 2>(num_rows) : tile::configure_product(num_rows);
     alignas(64) std::byte unpacked[block_steps * panel_step_bytes];
     OneTile last;
     TileSums buffers[2] = {};

@@ -1,4 +1,5 @@
-// Rows times one panel with tiles; included by <format>_amx.cpp and <format>_amx_emulated.cpp after tiles/tile.h.
+// Rows times one panel with tiles; included by <format>_amx.cpp and <format>_amx_emulated.cpp after
+// tiles/tile.h.
 //
 // ```
 //              B0: 16 features   B1: 16 features        a step: 64 bytes of each row (32 bf16 or 64 int8 inputs),
@@ -6,22 +7,20 @@
 // A1: 16 rows     C2                C3                  64 bytes each at a stride of 128 (matrix.h)
 // ```
 //
-// A step is 4 products on 4 loaded tiles: 64 cycles of the multiplier against 32 of the load ports. Each C waits for its
-// last product only every fourth one (64 cycles; the product's latency is 52).
+// A step is 4 products on 4 loaded tiles: 64 cycles of the multiplier against 32 of the load ports. Each C
+// waits for its last product only every fourth one (64 cycles; the product's latency is 52).
 //
-// **Blocks of K.** Over all of K, both operands would come from L2 at 64 bytes a cycle, all that it can give. So K is cut
-// into blocks of `block_steps`: the block's part of the panel (16 KiB) stays in L1 for all rows of the call, C goes through
-// `out` (12 KiB for the driver's 96 rows, in L1 too), and only the rows stream from L2, at 32 bytes a cycle and fetched
-// ahead. Up to 32 rows there is nothing to reuse: one block.
+// **Blocks of K.** Over all of K, both operands would come from L2 at 64 bytes a cycle, all that it can give.
+// So K is cut into blocks of `block_steps`: the block's part of the panel (16 KiB) stays in L1 for all rows
+// of the call, C goes through `out` (12 KiB for the driver's 96 rows, in L1 too), and only the rows stream
+// from L2, at 32 bytes a cycle and fetched ahead. Up to 32 rows there is nothing to reuse: one block.
 //
-// **Rows that are no multiple of 16.** From 16 rows on, every tile has 16: the last one is moved up so that it ends with
-// the last row. The rows that it shares with its neighbour are computed twice, to the same bits (a row of C depends on its
-// row of A alone). Below 16, the tiles have as many rows as there are. So nothing outside the rows is read or written.
+// **Rows that are no multiple of 16.** From 16 rows on, every tile has 16: the last one is moved up so that
+// it ends with the last row. The rows that it shares with its neighbour are computed twice, to the same bits
+// (a row of C depends on its row of A alone). Below 16, the tiles have as many rows as there are. So nothing
+// outside the rows is read or written.
 //
 // **Order over K**: one product per 64 bytes, rising, into one sum: the same for every number of rows.
-
-#include <array>
-#include <utility>
 
 namespace penstock {
 namespace {
@@ -33,10 +32,11 @@ constexpr int sums_stride = panel_features * 4;
 
 // A third of the L1 cache (48 KiB) for the panel's part.
 constexpr int block_steps = 8;
-// Rows are fetched into L1 this many steps before they are loaded: 128 cycles, where L2 answers in 16 and is shared with
-// the panel's stream.
+// Rows are fetched into L1 this many steps before they are loaded: 128 cycles, where L2 answers in 16 and is
+// shared with the panel's stream.
 constexpr int row_steps_ahead = 2;
-// Few rows: the panel comes from memory at about 6 bytes a cycle; 4 KiB ahead (two steps) is 680 cycles, twice its latency.
+// Few rows: the panel comes from memory at about 6 bytes a cycle; 4 KiB ahead (two steps) is 680 cycles,
+// twice its latency.
 constexpr int panel_bytes_ahead = 4096;
 
 struct Bf16Dot {
@@ -56,25 +56,10 @@ struct Int8Dot {
 PENSTOCK_TILE void fetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 PENSTOCK_TILE void fetch_to_l2(const void* address) { __builtin_prefetch(address, 0, 2); }
 
-// C tiles 0 to 3, A tiles 4 and 5, B tiles 6 and 7.
-constexpr TileConfig product_config(int rows) {
-    TileConfig config;
-    for (int t = 0; t < 6; ++t) tile::set_shape(config, t, rows, tile_row_bytes_max);
-    for (int t = 6; t < 8; ++t) tile::set_shape(config, t, tile_rows_max, tile_row_bytes_max);
-    return config;
-}
-
-template <int... rows>
-constexpr auto product_configs(std::integer_sequence<int, rows...>) {
-    return std::array{product_config(rows + 1)...};
-}
-// By rows - 1.
-constexpr auto product_config_of = product_configs(std::make_integer_sequence<int, tile_rows_max>{});
-
-// What comes after this panel in memory, fetched into L2 while this one is multiplied: a sixteenth of a panel is
-// `share_bytes`, one line in two for each step (the line beside it comes along). Each pair of row tiles fetches its own
-// `shares`: one, so that 512 rows fetch it all at a third of the memory's pace beside the rows' stream; eight where
-// there are two pairs only, which wait for memory anyway.
+// What comes after this panel in memory, fetched into L2 while this one is multiplied: a sixteenth of a panel
+// is `share_bytes`, one line in two for each step (the line beside it comes along). Each pair of row tiles
+// fetches its own `shares`: one, so that 512 rows fetch it all at a third of the memory's pace beside the
+// rows' stream; eight where there are two pairs only, which wait for memory anyway.
 struct Ahead {
     const std::byte* panel;  // the next one's line of the block's first step
     std::int64_t share_bytes;
@@ -110,7 +95,8 @@ PENSTOCK_TILE void fetch_panel(const std::byte* ahead) {
     for (int line = 0; line < panel_step_bytes; line += 64) fetch(ahead + line);
 }
 
-// Rows [first, first + 16) and [second, second + 16), which may overlap. `next`: the rows that come after them.
+// Rows [first, first + 16) and [second, second + 16), which may overlap. `next`: the rows that come after
+// them.
 template <class Dot>
 [[gnu::noinline]] void multiply_two(const Block& block, int first, int second, const std::byte* next, float* out) {
     float* low = out + first * panel_features;
@@ -195,8 +181,8 @@ void take_last(const RowTiles& rows, const float* out, OneTile& last) {
     std::memcpy(last.values, out + rows.one_first() * panel_features, sizeof last.values);
 }
 
-// `finish(first, end)` is called once for all rows, 32 at a time, when their sums are complete: of a pair of tiles while
-// the next pair's products are on their way.
+// `finish(first, end)` is called once for all rows, 32 at a time, when their sums are complete: of a pair of
+// tiles while the next pair's products are on their way.
 template <class Dot, bool is_stored, class Finish>
 void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTile& last, const Finish& finish) {
     constexpr int pair_rows = 2 * tile_rows_max;
@@ -232,12 +218,12 @@ struct StepRange {
     int count;
 };
 
-// out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), which `finish` may scale after the
-// last step. A range that does not begin at 0 adds to the sums that stand in `out`.
+// out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), which `finish` may
+// scale after the last step. A range that does not begin at 0 adds to the sums that stand in `out`.
 template <class Dot, class Panel, class Finish>
 void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, const StepRange& range,
                     float* out, const Finish& finish) {
-    tile::configure(product_config_of[(num_rows < tile_rows_max ? num_rows : tile_rows_max) - 1]);
+    tile::configure_product(num_rows);
     const RowTiles rows{num_rows};
     const int num_steps = range.end - range.first;
     const int most_steps = Panel::is_stored && num_rows <= 2 * tile_rows_max ? num_steps : block_steps;

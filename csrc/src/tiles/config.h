@@ -4,7 +4,8 @@
 // byte 0 palette (1) | 1 start row (0) | 2-15 zero | 16-31 bytes a row, tiles 0 to 7 | 32-47 zero | 48-55 rows | 56-63 zero
 // ```
 //
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 "Programming with Intel AMX".
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 "Programming
+// with Intel AMX".
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// See machine.h. Compiled with AVX-512 so that a row of a tile is one vector for the compiler; no instruction named.
+// See machine.h. Compiled with AVX-512 so that a row of a tile is one vector for the compiler; no instruction
+// named.
 #include "machine.h"
 
 #include <pmmintrin.h>
