@@ -20,7 +20,7 @@ constexpr std::uint32_t close_enough = 1u << 18;
 constexpr std::uint32_t above_all_weights = 0x3f800001;  // weights are at most 1.0
 // A guess comes from this share of the row, in runs of this many tokens: a pass over it costs an eighth.
 constexpr std::int64_t sample_stride = 8;
-constexpr std::int64_t sample_run = 1024;
+constexpr std::int64_t sample_run = 4096;
 constexpr std::int64_t sampled_vocab = 1 << 16;  // smaller rows are not sampled
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
@@ -171,6 +171,12 @@ struct MassPass {
     std::int64_t run;     // tokens looked at together
     std::int64_t stride;  // one run of this many is looked at
 
+    std::int64_t num_tokens() const {
+        std::int64_t num = 0;
+        for (std::int64_t start = 0; start < row.vocab; start += run * stride) num += std::min(run, row.vocab - start);
+        return num;
+    }
+
     void operator()(const float* thresholds, int count, double* sums) const {
         std::fill_n(sums, count, 0.0);
         for (std::int64_t start = 0; start < row.vocab; start += run * stride) {
@@ -208,25 +214,40 @@ void narrow(Border& border, const MassPass& pass, double share) {
     }
 }
 
-// Around the border of a sample of the row: 1 % to a doubling to each side.
-void tighten_by_sample(Border& border, const SamplingKernels& kernels, const SampledRow& row, double top_p,
-                       const MassPass& whole, double share) {
-    constexpr std::uint32_t distances[] = {1u << 16, 1u << 18, 1u << 20, 1u << 21, 1u << 23};
-    constexpr int num_distances = 5;
+// The border of a sample of the row, as bits; 0 where the sample says nothing.
+//
+// It is where the sample's tail holds its part of the row's tail: tail tokens are many and alike, so this part is known
+// to about a percent, while the mass of the few likeliest tokens depends on whether they are in the sample.
+std::uint32_t sampled_border(const Border& border, const SamplingKernels& kernels, const SampledRow& row,
+                             double tail_mass) {
     const MassPass sample{kernels, row, sample_run, sample_stride};
-    const float least = float_of(border.low);
+    const float least = 0.0f;
     double total = 0.0;
     sample(&least, 1, &total);
-    if (total == 0.0) return;
+    const double share = total - tail_mass * static_cast<double>(sample.num_tokens()) / static_cast<double>(row.vocab);
+    if (share <= 0.0) return 0;
     Border guess = border;
-    narrow(guess, sample, top_p * total);
-    const std::uint32_t middle = guess.low + (guess.high - guess.low) / 2;
-    std::uint32_t bits[2 * num_distances];
+    narrow(guess, sample, share);
+    return guess.low + (guess.high - guess.low) / 2;
+}
+
+// One pass with thresholds at these distances to each side of a guess.
+void tighten_around(Border& border, std::uint32_t guess, const MassPass& whole, double share, const std::uint32_t* distances,
+                    int num_distances) {
+    std::uint32_t bits[max_thresholds];
     for (int i = 0; i < num_distances; ++i) {
-        bits[num_distances - 1 - i] = std::max(middle - distances[i], border.low);
-        bits[num_distances + i] = std::min(middle + distances[i], border.high);
+        bits[num_distances - 1 - i] = std::clamp(guess - distances[i], border.low, border.high);
+        bits[num_distances + i] = std::clamp(guess + distances[i], border.low, border.high);
     }
     tighten(border, whole, share, bits, 2 * num_distances);
+}
+
+// The usual error of a sample is 1 or 2 %; if it is more, a second pass catches it within a doubling.
+void tighten_by_sample(Border& border, std::uint32_t guess, const MassPass& whole, double share) {
+    constexpr std::uint32_t near[] = {1u << 16, 1u << 18};
+    constexpr std::uint32_t far[] = {1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23};
+    tighten_around(border, guess, whole, share, near, 2);
+    if (border.high - border.low > close_enough) tighten_around(border, guess, whole, share, far, 5);
 }
 
 Border find_border(const SamplingKernels& kernels, const SampledRow& row, double top_p, double total) {
@@ -235,7 +256,8 @@ Border find_border(const SamplingKernels& kernels, const SampledRow& row, double
     const double least = std::max(0.999 * (1.0 - top_p) * total / static_cast<double>(row.vocab), 1e-37);
     Border border{bits_of(static_cast<float>(least)), above_all_weights, 0.0};
     const MassPass whole{kernels, row, row.vocab, 1};
-    if (row.vocab >= sampled_vocab) tighten_by_sample(border, kernels, row, top_p, whole, share);
+    const std::uint32_t guess = row.vocab >= sampled_vocab ? sampled_border(border, kernels, row, total - share) : 0;
+    if (guess) tighten_by_sample(border, guess, whole, share);
     narrow(border, whole, share);
     return border;
 }
@@ -281,7 +303,9 @@ void keep_nucleus(const SamplingKernels& kernels, const SampledRow& row, const D
 std::int64_t draw_with_top_p(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params,
                              const SampleScratch& scratch) {
     const double total = total_of(row);
-    if (row.vocab > small_vocab) {
+    // Weights are at most 1: so many candidates cannot hold the share of a flat row.
+    const bool is_flat = params.min_p == 0.0 && params.top_p * total > 1.001 * few_candidates;
+    if (row.vocab > small_vocab && !is_flat) {
         const Candidates few = top_candidates(kernels, row, few_candidates, false, scratch);
         const Kept kept = keep(few, total, params, masses_in(scratch));
         if (kept.length <= few.num) return kept.token;
