@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -177,8 +175,8 @@ class KernelSet(Protocol):
         """See `moe`."""
         ...
 
-    def rows_are_finite(self, x: Tensor) -> npt.NDArray[np.bool_]:
-        """See `rows_are_finite`."""
+    def rows_not_finite(self, x: Tensor) -> list[int]:
+        """See `rows_not_finite`."""
         ...
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
@@ -514,17 +512,17 @@ def moe(
     return kernels.moe(x, router, experts, shape)
 
 
-def rows_are_finite(kernels: KernelSet, x: Tensor) -> npt.NDArray[np.bool_]:
-    """Whether a row holds neither NaN nor infinity.
+def rows_not_finite(kernels: KernelSet, x: Tensor) -> list[int]:
+    """Rows that hold NaN or infinity.
 
     Args:
         kernels: the home that looks.
         x: [T, I].
 
     Returns:
-        [T], on the host, where the answer is needed.
+        Their indices, rising; mostly none.
     """
-    return kernels.rows_are_finite(x)
+    return kernels.rows_not_finite(x)
 
 
 def copy_blocks(kernels: KernelSet, pool: Tensor, src: Tensor, dst: Tensor) -> None:

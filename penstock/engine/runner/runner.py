@@ -11,6 +11,7 @@ the pass; blocks are zeroed and copied once, before the first pass; sampling cha
 
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -39,7 +40,7 @@ from penstock.engine.scheduler.plan import (
     StepPlan,
     StepResult,
 )
-from penstock.kernels.ops import KernelSet, kv_block, rows_are_finite
+from penstock.kernels.ops import KernelSet, kv_block, rows_not_finite
 from penstock.models.interface import CausalLM, LoadedModel
 
 CANARY: Final = SequenceId(-1)
@@ -47,6 +48,9 @@ CANARY: Final = SequenceId(-1)
 
 MAX_WARM_UP_TOKENS: Final = 256
 """A larger chunk would find nothing new, and would delay the start by seconds on a large model."""
+
+NO_LOGITS: Final = torch.empty(0, 0)
+"""Of a pass that samples nothing."""
 
 Mask = npt.NDArray[np.int32]
 """[ceil(vocab / 32)]"""
@@ -239,7 +243,7 @@ class Runner:
         hidden = self._model.forward(batch)
         ends = list(accumulate(batch.groups[0].query_lens_host))
         rows = [end - 1 for end, seq in zip(ends, sequences, strict=True) if seq.samples]
-        logits = hidden.new_empty(0, 0)
+        logits = NO_LOGITS
         if rows:  # without a copy where they are all, as in a step of decodes
             taken = hidden if len(rows) == ends[-1] else hidden.index_select(0, torch.tensor(rows))
             logits = self._model.logits(taken)
@@ -247,7 +251,7 @@ class Runner:
             self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
         return ForwardPass(
             sequences=sequences,
-            is_sound=_are_sound(rows_are_finite(self._kernels, hidden), ends),
+            is_sound=_are_sound(rows_not_finite(self._kernels, hidden), ends),
             logits=logits,
         )
 
@@ -323,18 +327,19 @@ def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
     return NativeSampler(kernels.machine.pool, isa=kernels.machine.isa)
 
 
-def _are_sound(are_finite: npt.NDArray[np.bool_], ends: list[int]) -> list[bool]:
+def _are_sound(bad_rows: Sequence[int], ends: Sequence[int]) -> list[bool]:
     """For each sequence: True where no number of its rows is NaN or infinite.
 
     Every row counts, not only the sampled ones: a prefill chunk's blocks must not reach the prefix tree.
 
     Args:
-        are_finite: [num_tokens].
-        ends: for each sequence one past its last row.
+        bad_rows: those that hold such a number, rising.
+        ends: for each sequence one past its last row, rising.
     """
-    if are_finite.all():
-        return [True] * len(ends)
-    return [bool(are_finite[start:end].all()) for start, end in zip([0, *ends], ends, strict=False)]
+    are_sound = [True] * len(ends)
+    for row in bad_rows:
+        are_sound[bisect_right(ends, row)] = False
+    return are_sound
 
 
 def _owners(seq: ScheduledSequence) -> Sequence[SequenceId]:

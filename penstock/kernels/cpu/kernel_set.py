@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -264,26 +263,26 @@ class NativeKernels:
         writer.add(operation)
         return writer.result(out)
 
-    def rows_are_finite(self, x: Tensor) -> npt.NDArray[np.bool_]:
-        """As `ops.rows_are_finite`."""
-        if x.dtype == torch.bfloat16 and x.numel() <= FEW_VALUES:
-            bits = x.view(torch.int16).numpy() & INFINITY_BITS
-            are_finite: npt.NDArray[np.bool_] = (bits != INFINITY_BITS).all(axis=1)
-            return are_finite
-        out = np.empty(x.shape[0], dtype=np.bool_)
-        if not x.shape[0]:
-            return out
-        _native.rows_are_finite(
-            self.machine.pool,
-            isa=self.machine.isa,
-            data=x.data_ptr(),
-            dtype=weights.NATIVE_DTYPES[x.dtype],
-            num_rows=x.shape[0],
-            cols=x.shape[1],
-            row_bytes=x.stride(0) * x.itemsize,
-            out=out.ctypes.data,
-        )
-        return out
+    def rows_not_finite(self, x: Tensor) -> list[int]:
+        """As `ops.rows_not_finite`."""
+        if x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_VALUES:
+            exponents = x.view(torch.int16).numpy() & INFINITY_BITS
+            if exponents.max() < INFINITY_BITS:
+                return []
+        are_finite = np.ones(x.shape[0], dtype=np.bool_)
+        if x.shape[0]:
+            _native.rows_are_finite(
+                self.machine.pool,
+                isa=self.machine.isa,
+                data=x.data_ptr(),
+                dtype=weights.NATIVE_DTYPES[x.dtype],
+                num_rows=x.shape[0],
+                cols=x.shape[1],
+                row_bytes=x.stride(0) * x.itemsize,
+                out=are_finite.ctypes.data,
+            )
+        found: list[int] = np.flatnonzero(~are_finite).tolist()
+        return found
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""

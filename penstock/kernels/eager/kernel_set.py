@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 from torch.nn import functional
 
@@ -106,11 +104,12 @@ class EagerKernels:
         """As `ops.moe`."""
         return dense.moe(x, router, experts, shape)
 
-    def rows_are_finite(self, x: Tensor) -> npt.NDArray[np.bool_]:
-        """As `ops.rows_are_finite`, by a row's largest and smallest number, both NaN if any is."""
+    def rows_not_finite(self, x: Tensor) -> list[int]:
+        """As `ops.rows_not_finite`, by a row's largest and smallest number, both NaN if any is."""
         # A sum would overflow for large numbers that are finite.
-        are_finite: npt.NDArray[np.bool_] = (x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()).numpy()
-        return are_finite
+        are_finite = x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
+        found: list[int] = (~are_finite).nonzero().flatten().tolist()
+        return found
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""

@@ -367,3 +367,15 @@ def test_reference_rows_do_not_depend_on_the_other_rows() -> None:
         assert torch.equal(ops.linear(kernels, part, prepared), whole[start:end])
         assert torch.equal(ops.rms_norm(kernels, part, weight[0], eps=1e-5), normed[start:end])
         assert torch.equal(ops.silu_and_mul(kernels, part, part), activated[start:end])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_rows_with_nan_or_infinity_are_found(kernels: ops.KernelSet, dtype: torch.dtype, rows: int) -> None:
+    x = rand(rows, 400, dtype=dtype)
+    x[0, 0] = torch.finfo(dtype).max
+    assert ops.rows_not_finite(kernels, x) == []
+    bad = sorted({0, rows // 2, rows - 1})
+    for row, value in zip(bad, (torch.nan, torch.inf, -torch.inf), strict=False):
+        x[row, 399] = value
+    assert ops.rows_not_finite(kernels, x) == bad
+    assert ops.rows_not_finite(kernels, x[:0]) == []
