@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import torch
+
 from benchmarks.report import arguments, finish, median, percentiles
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
@@ -107,7 +109,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a checkpoint of the shape; otherwise one is made")
     options = parser.parse_args()
     num_steps = 5 if options.tiny else 100
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():  # as around the engine's loop
         core = make_core(options.model or make_checkpoint(Path(folder), SHAPES[SHAPE]))
         results = {
             f"batch {size}, {kind}": measure(core, batch_size=size, params=params, num_steps=num_steps)

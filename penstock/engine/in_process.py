@@ -86,8 +86,11 @@ class InProcessEngine:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
+        import torch  # whoever has an engine in this process has it already
+
         try:
-            EngineLoop(self._core, self._channel).run()
+            with torch.inference_mode():
+                EngineLoop(self._core, self._channel).run()
         except Exception as error:  # noqa: BLE001 - the thread's edge: every request must hear of it
             self._deliver(Fatal(error_to_info(EngineDeadError(f"the engine failed: {error}"))))
 

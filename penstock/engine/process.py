@@ -93,6 +93,8 @@ def _serve(channel: ZmqChannel) -> int:
     start = channel.receive_start()
     logging.getLogger("penstock").setLevel(start.config.log_level.upper())
     # torch is imported only now, so that a wrong command line fails fast
+    import torch
+
     from penstock.engine.build import build_core
     from penstock.engine.loop import EngineLoop
 
@@ -105,7 +107,8 @@ def _serve(channel: ZmqChannel) -> int:
         channel.send(Fatal(error_to_info(error)))
         return EXIT_STARTUP
     channel.send(Started(core.info))
-    EngineLoop(core, channel).run()
+    with torch.inference_mode():
+        EngineLoop(core, channel).run()
     return 0
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Final
@@ -49,6 +50,7 @@ CANARY: Final = SequenceId(-1)
 MAX_WARM_UP_TOKENS: Final = 256
 """A larger chunk would find nothing new, and would delay the start by seconds on a large model."""
 
+STEADY: Final = nullcontext()
 NO_LOGITS: Final = torch.empty(0, 0)
 """Of a pass that samples nothing."""
 
@@ -140,7 +142,6 @@ class Runner:
         own = self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
         return own + self._model_bytes()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
         """Prepare blocks and run the model; needs no result of an earlier step.
 
@@ -153,6 +154,10 @@ class Runner:
         Raises:
             EngineDeadError: the model fails for every sequence, and so does the canary.
         """
+        with _inference():
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> StepHandle:
         began_s = time.perf_counter()
         self._sampler.add(plan.new_sequences)
         self._pool.zero_blocks(plan.blocks_to_zero)
@@ -167,7 +172,6 @@ class Runner:
             launch_time_s=time.perf_counter() - began_s,
         )
 
-    @torch.inference_mode()
     def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
         """Sample and answer; called once per handle, in the order of the launches.
 
@@ -180,6 +184,10 @@ class Runner:
             A token or a failure for every `SampleSpec` of the plan, and a failure for every sequence without
             samples that could not be computed. Tokens are in plan order.
         """
+        with _inference():
+            return self._collect(handle, masks=masks)
+
+    def _collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None) -> StepResult:
         began_s = time.perf_counter()
         self._sampler.forget(handle.finished_seq_ids)
         mask_of = {} if masks is None else dict(zip(handle.sample_order, masks, strict=True))
@@ -218,7 +226,7 @@ class Runner:
         )
         for plan in largest_steps(limits):
             self._sampler.add(plan.new_sequences)
-            with torch.inference_mode():
+            with _inference():
                 self._sample(self._forward(plan.sequences), mask_of={})
             self._sampler.forget(plan.finished_seq_ids)
             self._pool.zero_blocks(touched_blocks(plan))
@@ -314,6 +322,14 @@ class Runner:
         part = logits if rows == list(range(len(logits))) else logits[rows]
         masks = np.stack([mask_of[spec.seq_id] for spec in specs]) if mask_of else None
         return self._sampler.sample(part, specs=specs, masks=masks)
+
+
+def _inference() -> AbstractContextManager[object]:
+    """Torch without gradients; nothing where the engine's loop has entered that already.
+
+    To enter it at each step would cost a tenth of a millisecond.
+    """
+    return STEADY if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
 def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
