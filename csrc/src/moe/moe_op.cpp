@@ -41,8 +41,8 @@ struct Layout {
     std::int64_t hidden_features;              // padded to whole panels
     std::int64_t router_features;
 
-    std::int64_t logits, experts, weights, first_slots, active, slots, sources, rows, row_scales, row_sums, inner_rows, inner_values,
-        inner_scales, inner_sums, results, num_bytes;
+    std::int64_t logits, experts, weights, first_slots, active, slots, sources, rows, row_scales, row_sums, inner_rows,
+        inner_values, inner_scales, inner_sums, results, num_bytes;
 
     explicit Layout(const MoeArgs& args)
         : hidden(args.x.cols),
@@ -218,11 +218,16 @@ private:
         tokens.shared<float>(scales_at)[slot] = dense_.quantize(from, static_cast<int>(n), values, sums);
     }
 
+    // Float32 scratch of this thread.
+    static float* scratch_row(Worker& worker, std::int64_t num_values) {
+        return reinterpret_cast<float*>(worker.scratch(sizeof(float) * static_cast<std::size_t>(num_values)));
+    }
+
     void gather(const Tokens& tokens, std::int64_t slot, Worker& worker) const {
         const std::int64_t token = tokens.shared<std::int32_t>(at_.sources)[slot] / at_.top_k;
         const auto* x = tokens.step.at(args_.x).row<const std::uint16_t>(tokens.first + token);
         if (args_.is_quantized) {
-            auto* row = reinterpret_cast<float*>(worker.scratch(sizeof(float) * static_cast<std::size_t>(at_.hidden_inputs)));
+            float* row = scratch_row(worker, at_.hidden_inputs);
             dense_.load_bf16(x, static_cast<int>(at_.hidden), row);
             quantize(tokens, row, at_.hidden, at_.hidden_inputs, slot, at_.rows, at_.row_scales, at_.row_sums);
             return;
@@ -233,7 +238,7 @@ private:
     }
 
     void quantize_inner(const Tokens& tokens, std::int64_t slot, Worker& worker) const {
-        auto* row = reinterpret_cast<float*>(worker.scratch(sizeof(float) * static_cast<std::size_t>(at_.inner_inputs)));
+        float* row = scratch_row(worker, at_.inner_inputs);
         dense_.load_bf16(tokens.shared<std::uint16_t>(at_.inner_rows) + slot * at_.inner_inputs,
                          static_cast<int>(at_.inner), row);
         quantize(tokens, row, at_.inner, at_.inner_inputs, slot, at_.inner_values, at_.inner_scales, at_.inner_sums);
@@ -287,7 +292,7 @@ private:
 
     void sum(const Tokens& tokens, std::int64_t token, Worker& worker) const {
         const int n = static_cast<int>(at_.hidden);
-        auto* row = reinterpret_cast<float*>(worker.scratch(sizeof(float) * static_cast<std::size_t>(at_.hidden_inputs)));
+        float* row = scratch_row(worker, at_.hidden_inputs);
         std::fill_n(row, at_.hidden_inputs, 0.0f);
         for (std::int64_t i = token * at_.top_k; i < (token + 1) * at_.top_k; ++i) {
             const std::int64_t slot = tokens.shared<std::int32_t>(at_.slots)[i];
@@ -330,7 +335,8 @@ void add_moe(Program& program, const MoeArgs& args) {
     require(program.is_padded(args.x), "rows whose length is no multiple of 64 need a padded buffer");
     require(args.out.dtype == DType::bf16 || args.out.dtype == DType::f32, "out must be bf16 or f32");
     require(args.out.cols == args.x.cols, "out must be as wide as x");
-    require(args.top_k >= 1 && args.top_k <= static_cast<int>(args.experts.size()), "top_k must be 1 to the experts' number");
+    require(args.top_k >= 1 && args.top_k <= static_cast<int>(args.experts.size()),
+            "top_k must be 1 to the experts' number");
     const int inner = args.experts[0].gate->out_features;
     for (const Expert& expert : args.experts) {
         require_matrix(*expert.gate, inner, args.x.cols, program.isa(), args.is_quantized);
