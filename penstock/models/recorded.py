@@ -6,7 +6,8 @@ recorded runs operation by operation on the same kernels.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,6 +47,13 @@ def _trace_batch(recorder: Recorder, slabs: tuple[KvSlab, ...]) -> ForwardBatch:
     )
 
 
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Without gradients, and not in inference mode, where views do not pass the recorder as such."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
 def record_forward(model: CausalLM, kernels: NativeKernels, *, kv: KvShape) -> Tape:
     """Run `model.forward` without data and write down what it does.
 
@@ -57,7 +65,7 @@ def record_forward(model: CausalLM, kernels: NativeKernels, *, kv: KvShape) -> T
     slabs = tuple(KvSlab(keys=nothing, values=nothing, shape=kv) for _ in model.layer_windows)
     recorder = Recorder(slabs=slabs)
     batch = _trace_batch(recorder, slabs)
-    with torch.no_grad(), kernels.recording(recorder), TorchCalls(recorder):
+    with _traceable(), kernels.recording(recorder), TorchCalls(recorder):
         hidden = model.forward(batch)
     return recorder.tape(hidden)
 
@@ -66,7 +74,7 @@ def record_logits(model: CausalLM, kernels: NativeKernels, *, dtype: torch.dtype
     """The same for `model.logits` over hidden states of `dtype`."""
     recorder = Recorder()
     hidden = recorder.add_input(_meta(TRACE_ROWS, model.config.shape.hidden_size, dtype=dtype))
-    with torch.no_grad(), kernels.recording(recorder), TorchCalls(recorder):
+    with _traceable(), kernels.recording(recorder), TorchCalls(recorder):
         logits = model.logits(hidden)
     return recorder.tape(logits)
 

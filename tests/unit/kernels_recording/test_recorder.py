@@ -140,3 +140,10 @@ def test_every_pass_keeps_a_tape_that_names_only_its_own_buffers(tmp_path: Path)
         assert set(tape.outputs) <= written
     assert kinds(tape).count("Linear") == 3 * 2, "query-key-value, output and down of each layer"
     assert len(tape.operations) == 2 + 2 * 8 + 1
+
+
+def test_a_model_is_recorded_in_inference_mode_too(tmp_path: Path) -> None:
+    """Whoever loads a model may have switched gradients off that way."""
+    with torch.inference_mode():
+        loaded = load_model(make_tiny_model(tmp_path, head_dim=32), dtype="bfloat16", kernels="native")
+    assert loaded.execution == "recorded"
