@@ -7,7 +7,7 @@
 // ```
 //
 // Threads spin only while a job runs and for `linger_us` after it (a step is a few jobs in a row); else they sleep on
-// a futex. A thread that waits long inside a job (its neighbour was preempted) yields the core.
+// a futex. A thread that waits long inside a job (its neighbour was preempted) sleeps too and leaves its core.
 #pragma once
 
 #include <atomic>
