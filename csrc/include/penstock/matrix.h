@@ -9,8 +9,9 @@
 // int4  [ceil(N/32)] [Kp/8] [32 features] [8 inputs]      byte j of a feature: low nibble input j, high nibble input j + 4
 // ```
 //
-// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero (int4: nibbles of 8). 16 rows of 64 bytes at a stride of
-// 128 are one operand tile of AMX; two such vectors a row are what AVX-512 multiplies by a broadcast group of the input.
+// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero (int4: nibbles of 8).
+// 16 rows of 64 bytes at a stride of 128 are one operand tile of AMX; two such vectors a row are what AVX-512 multiplies
+// by a broadcast group of the input.
 //
 // Quantization (both symmetric, round to nearest even):
 //   int8  one scale a feature: scale = max|w| / 127, q = round(w / scale) in [-127, 127] (all 0 where scale is 0)

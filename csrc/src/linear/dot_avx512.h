@@ -1,7 +1,7 @@
 // The AVX-512 dot instructions, for files compiled with them.
 //
-// Spelled out: GCC 12 turns the intrinsics, in a loop over many sums, into a copy of every sum before and after each
-// instruction (the loop takes 1.7 times as long); with the operands tied here it keeps them in place.
+// Spelled out: GCC 12 turns the intrinsics, in a loop over many sums, into a copy of every sum before and after
+// each instruction (the loop takes 1.7 times as long); with the operands tied here it keeps them in place.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,5 @@
-// float32 <-> float16 without instructions for it: the scales of int4 weights. To nearest, ties to even; subnormals kept.
+// float32 <-> float16 without instructions for it: the scales of int4 weights. To nearest, ties to even;
+// subnormals kept.
 #pragma once
 
 #include <bit>

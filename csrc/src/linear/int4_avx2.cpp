@@ -1,8 +1,9 @@
 // int8 rows x int4 weights with AVX2. The formula is int4_scalar.cpp's.
 //
-// The stored nibbles, q + 8, are the unsigned side of `vpmaddubsw`, which adds pairs of products in 16 bits. A pair is at
-// most 2 * 15 * 127 = 3,810, so that the eight pairs which 32 inputs give a lane still fit (30,480); then `vpmaddwd` by
-// ones takes them to 32 bits. A tile is 3 rows x 16 features or fewer rows x 32; with a fourth row GCC keeps sums on the stack.
+// The stored nibbles, q + 8, are the unsigned side of `vpmaddubsw`, which adds pairs of products in 16 bits. A
+// pair is at most 2 * 15 * 127 = 3,810, so that the eight pairs which 32 inputs give a lane still fit (30,480);
+// then `vpmaddwd` by ones takes them to 32 bits. A tile is 3 rows x 16 features or fewer rows x 32; with a fourth
+// row GCC keeps sums on the stack.
 #include <immintrin.h>
 
 #include "int4_panel.h"
@@ -45,8 +46,9 @@ template <int rows, int vectors>
         const __m256i first = four_inputs(x[r] + k), second = four_inputs(x[r] + k + 4);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            const __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(low[v], first), _mm256_maddubs_epi16(high[v], second));
-            pairs[r][v] = _mm256_add_epi16(pairs[r][v], products);
+            const __m256i lower = _mm256_maddubs_epi16(low[v], first);
+            const __m256i upper = _mm256_maddubs_epi16(high[v], second);
+            pairs[r][v] = _mm256_add_epi16(pairs[r][v], _mm256_add_epi16(lower, upper));
         }
     }
 }
@@ -122,7 +124,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 
 }  // namespace
 
-void multiply_int4_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int4_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                        float* out) {
     const Int4Panel bound = int4_panel(w, panel);
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         multiply_tile<rows>(x, first_row + tile.first_row, bound, out + tile.first_row * panel_features);

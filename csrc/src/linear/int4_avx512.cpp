@@ -1,13 +1,14 @@
 // int8 rows x int4 weights with AVX-512 VNNI. The formula is int4_scalar.cpp's.
 //
-// The stored nibbles, q + 8, are the unsigned side of `vpdpbusd` as they are. 64 bytes hold 16 features x 8 inputs:
+// The stored nibbles, q + 8, are the unsigned side of `vpdpbusd` as they are. 64 bytes hold 16 features x 8
+// inputs:
 //
 // ```
 // byte j of a feature   & 15 -> inputs 0..3      >> 4 & 15 -> inputs 4..7
 // ```
 //
-// A tile is up to 6 rows x 32 features: 12 registers of integers for the group, 12 of floats for the whole row. Eight
-// inputs cost six instructions of unpacking, for 4 products a row.
+// A tile is up to 6 rows x 32 features: 12 registers of integers for the group, 12 of floats for the whole row.
+// Eight inputs cost six instructions of unpacking, for 4 products a row.
 #include "dot_avx512.h"
 
 #include "int4_panel.h"
@@ -130,7 +131,8 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel&
 
 }  // namespace
 
-void multiply_int4_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int4_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                          float* out) {
     const Int4Panel bound = int4_panel(w, panel);
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         const Ahead ahead(bound.values, w.panel_bytes(), tile);

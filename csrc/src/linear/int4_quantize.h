@@ -7,8 +7,8 @@
 
 namespace penstock {
 
-// Takes a whole group (zeros behind the last input), all finite and at most 458,528 in magnitude. Returns the scale and
-// writes a word for eight inputs: byte j is input j below and input j + 4 above.
+// Takes a whole group (zeros behind the last input), all finite and at most 458,528 in magnitude. Returns the
+// scale and writes a word for eight inputs: byte j is input j below and input j + 4 above.
 using QuantizeGroup = Float16(const float* values, std::uint32_t* words);
 
 struct Int4Quantize {

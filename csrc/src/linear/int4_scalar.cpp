@@ -1,4 +1,5 @@
-// int8 rows x int4 weights in plain C++: exact integers inside a group, float32 from group to group, then the row's scale.
+// int8 rows x int4 weights in plain C++: exact integers inside a group, float32 from group to group, then the
+// row's scale.
 //
 // ```
 // out[f] = (sum_g float(sum_{k in g} x[k] * (nibble[f][k] - 8)) * w_scale[g][f]) * x_scale
@@ -19,7 +20,8 @@ void multiply_step(const std::int8_t* x, const std::uint8_t* w, std::int32_t* su
     }
 }
 
-void multiply_row(const std::int8_t* x, const std::int32_t* x_sums, float x_scale, const Int4Panel& panel, float* out) {
+void multiply_row(const std::int8_t* x, const std::int32_t* x_sums, float x_scale, const Int4Panel& panel,
+                  float* out) {
     float totals[panel_features] = {};
     const std::uint8_t* w = panel.values;
     const Float16* scales = panel.scales;
@@ -35,7 +37,8 @@ void multiply_row(const std::int8_t* x, const std::int32_t* x_sums, float x_scal
 
 }  // namespace
 
-void multiply_int4_scalar(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int4_scalar(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                          float* out) {
     const Int4Panel bound = int4_panel(w, panel);
     for (std::int64_t r = first_row; r < first_row + num_rows; ++r, out += panel_features) {
         multiply_row(x.row<std::int8_t>(r), x.group_sums(r), x.scale(r), bound, out);

@@ -4,8 +4,8 @@
 // out[f] = sum_g (sum_{k in g} x[k] * q[f][k]) * scale[g][f]              q in [-8, 7] is exact in bf16
 // ```
 //
-// `vpermw` looks 32 words up by the low five bits of each index. The table has 16 entries, twice, so that a fifth bit does
-// not matter, and an index word may carry anything above:
+// `vpermw` looks 32 words up by the low five bits of each index. The table has 16 entries, twice, so that a fifth
+// bit does not matter, and an index word may carry anything above:
 //
 // ```
 // bytes b0 b1 b2 b3 of a lane   words (b0, b1)        -> inputs 0, 1        words >> 4 -> inputs 4, 5
@@ -26,8 +26,10 @@ constexpr int most_rows = 6;
 
 // bf16 of -8 to 7, twice.
 alignas(64) constexpr std::uint16_t bf16_of_nibble[32] = {
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  //
+    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  //
+    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
 
 // The four pairs of inputs of 16 features: (0, 1), (2, 3), (4, 5), (6, 7).
 struct Pairs {

@@ -6,8 +6,9 @@
 // x w = sign(x, w) |w|         two products of 127 * 127 are 32,258: a pair never saturates
 // ```
 //
-// and `vpmaddwd` by ones adds the pairs up in 32 bits: four instructions for 32 products. A tile is 4 rows x 16 features
-// or fewer rows x 32: eight sums, the rows' inputs, and a vector of weights with its magnitude fill the 16 registers.
+// and `vpmaddwd` by ones adds the pairs up in 32 bits: four instructions for 32 products. A tile is 4 rows x 16
+// features or fewer rows x 32: eight sums, the rows' inputs, and a vector of weights with its magnitude fill the
+// 16 registers.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -87,7 +88,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
 
 }  // namespace
 
-void multiply_int8_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int8_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                        float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
                       reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {

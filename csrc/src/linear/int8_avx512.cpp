@@ -7,8 +7,8 @@
 // sum_k x[k] w[f][k] = sum_k x[k] (w[f][k] + 128) - 128 sum_k x[k]
 // ```
 //
-// A tile is up to 12 rows x 32 features, 24 registers of sums: per four inputs two loads of weights and a broadcast a row
-// feed 24 instructions. Sums may wrap on the way; the result does not (K <= 131072).
+// A tile is up to 12 rows x 32 features, 24 registers of sums: per four inputs two loads of weights and a
+// broadcast a row feed 24 instructions. Sums may wrap on the way; the result does not (K <= 131072).
 #include "dot_avx512.h"
 
 #include "kernels.h"
@@ -107,7 +107,8 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Panel& pan
 
 }  // namespace
 
-void multiply_int8_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int8_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                          float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
                       reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {

@@ -24,7 +24,8 @@ void multiply_row(const std::int8_t* x, float x_scale, const std::int8_t* w, con
 
 }  // namespace
 
-void multiply_int8_scalar(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int8_scalar(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                          float* out) {
     const auto* values = reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes();
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
     for (int r = 0; r < num_rows; ++r) {

@@ -4,9 +4,10 @@
 // out[f] = (sum_k x[k] * q[f][k]) * scale[f]              q in [-127, 127] is exact in bf16
 // ```
 //
-// A 32-bit lane holds four inputs of a feature, b0 to b3. Each is isolated with its sign and converted to float32, whose
-// lower half is then zero: float(b0) >> 16 | float(b1) is the pair of bf16 that the dot takes. 15 instructions a vector
-// of weights, shared by up to 12 rows (24 registers of sums). Sums run over K in one order at every height.
+// A 32-bit lane holds four inputs of a feature, b0 to b3. Each is isolated with its sign and converted to float32,
+// whose lower half is then zero: float(b0) >> 16 | float(b1) is the pair of bf16 that the dot takes. 15
+// instructions a vector of weights, shared by up to 12 rows (24 registers of sums). Sums run over K in one order
+// at every height.
 #include "dot_avx512.h"
 #include "kernels.h"
 #include "row_tiles.h"

@@ -1,7 +1,8 @@
-// int4 panels: [32-feature panel][eight inputs][32 features][8 inputs in 4 bytes], float16 scales of groups. See matrix.h.
+// int4 panels: [32-feature panel][eight inputs][32 features][8 inputs in 4 bytes], float16 scales of groups. See
+// matrix.h.
 //
-// A panel's groups are read, checked and quantized one by one (int4_quantize.inl, by the fastest instruction set that the
-// CPU has: all give the same bits) and laid into the panel, 4 bytes each 128.
+// A panel's groups are read, checked and quantized one by one (int4_quantize.inl, by the fastest instruction set
+// that the CPU has: all give the same bits) and laid into the panel, 4 bytes each 128.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -44,7 +45,8 @@ bool pack_panel(const Plain& plain, int panel, QuantizeGroup* quantize, Matrix& 
     const int first = panel * panel_features, size = matrix.group_size;
     const int features = std::min(panel_features, matrix.out_features - first);
     auto* out = reinterpret_cast<std::uint8_t*>(matrix.values.data()) + panel * matrix.panel_bytes();
-    auto* scales = reinterpret_cast<Float16*>(matrix.scales.data()) + std::int64_t{panel} * matrix.num_groups() * panel_features;
+    auto* scales = reinterpret_cast<Float16*>(matrix.scales.data()) +
+                   std::int64_t{panel} * matrix.num_groups() * panel_features;
     if (features < panel_features) std::fill_n(out, matrix.panel_bytes(), std::uint8_t{0x88});
     alignas(64) float group[most_group];
     std::uint32_t words[most_group / 8];

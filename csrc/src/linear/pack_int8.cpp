@@ -1,11 +1,13 @@
-// int8 panels: [32-feature panel][four inputs][32 features][4 inputs], signed, one float32 scale a feature. See matrix.h.
+// int8 panels: [32-feature panel][four inputs][32 features][4 inputs], signed, one float32 scale a feature. See
+// matrix.h.
 //
 // ```
 // scale = max|w| / 127        q = nearest_even(w / scale)        w ~ q * scale        (float32 arithmetic)
 // ```
 //
-// A panel is read twice: for its greatest magnitudes, then (from the cache) to be divided, rounded and transposed in
-// squares of 32 features x 64 inputs. Plain loops that the compiler turns into vectors. No row is copied as float32.
+// A panel is read twice: for its greatest magnitudes, then (from the cache) to be divided, rounded and transposed
+// in squares of 32 features x 64 inputs. Plain loops that the compiler turns into vectors. No row is copied as
+// float32.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>

@@ -23,7 +23,8 @@ namespace penstock {
     for (int i = count; i < size; ++i) out[i] = 0.0f;
 }
 
-// The greatest |value| as the bits of a float32, which order like the magnitudes; infinity and NaN are the greatest.
+// The greatest |value| as the bits of a float32, which order like the magnitudes; infinity and NaN are the
+// greatest.
 [[gnu::always_inline]] inline std::int32_t largest_magnitude_bits(const float* values, int count) {
     std::int32_t largest = 0;
     for (int i = 0; i < count; ++i) {

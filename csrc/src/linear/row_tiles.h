@@ -1,5 +1,5 @@
-// Cuts rows into tiles whose height the compiler knows, and says what each asks memory for. Included by files of every
-// instruction set, hence anonymous.
+// Cuts rows into tiles whose height the compiler knows, and says what each asks memory for. Included by files of
+// every instruction set, hence anonymous.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,9 @@ template <int most, class Function, int... heights>
     ((height == heights + 1 ? function.template operator()<heights + 1>(tile) : void()), ...);
 }
 
-// Call function.operator()<height>(tile) for tiles of at most `most` rows that cover [0, num_rows): as few as possible,
-// and as equal as possible (13 rows are 7 and 6, not 12 and 1: a low tile reads the weights for few rows).
+// Call function.operator()<height>(tile) for tiles of at most `most` rows that cover [0, num_rows): as few as
+// possible, and as equal as possible (13 rows are 7 and 6, not 12 and 1: a low tile reads the weights for few
+// rows).
 template <int most, class Function>
 [[gnu::always_inline]] inline void for_row_tiles(int num_rows, Function&& function) {
     RowTile tile{0, 0, (num_rows + most - 1) / most};
@@ -40,8 +41,9 @@ template <int most, class Function>
 
 // Lines of weights to ask for, two for each 128 bytes that are multiplied.
 //
-// A single tile asks for what it needs itself, a page ahead (4 KiB and 8 KiB measure alike). Of several, only the first
-// would have to wait for memory; so each asks for its share of the next panel, which the same thread takes next:
+// A single tile asks for what it needs itself, a page ahead (4 KiB and 8 KiB measure alike). Of several, only the
+// first would have to wait for memory; so each asks for its share of the next panel, which the same thread takes
+// next:
 //
 // ```
 // next panel   | tile 0: from here .. and here .. | tile 1: from here .. and here .. | ...
