@@ -39,9 +39,8 @@ def group_products(rows: Tensor, weight: Tensor, group_size: int) -> Tensor:
     """Exact products of each group, float64 [G, M, N]."""
     values, scales = quantize_int4(weight, group_size=group_size)
     padded = torch.nn.functional.pad(rows.long(), (0, values.shape[1] - rows.shape[1]))
-    sums = [
-        x @ q.T for x, q in zip(padded.split(group_size, 1), values.long().split(group_size, 1), strict=True)
-    ]
+    groups = (slice(start, start + group_size) for start in range(0, values.shape[1], group_size))
+    sums = [padded[:, group] @ values.long()[:, group].T for group in groups]
     return torch.stack(sums).double() * scales.double().T[:, None, :]
 
 
