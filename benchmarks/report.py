@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from penstock.bench.machine import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -28,14 +30,6 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -48,7 +42,7 @@ def environment() -> dict[str, Any]:
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
