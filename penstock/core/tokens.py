@@ -11,6 +11,15 @@ from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, Priority, TokenLogprobs
 
 
+class Pooling(msgspec.Struct, frozen=True, array_like=True):
+    """What a sequence that generates nothing gives instead of tokens, once its last token is computed."""
+
+    kind: str
+    """`mean` or `last` (a vector of hidden size), `classify` (the checkpoint's own head) or `logits` (those of
+    `token_ids` at the last token)."""
+    token_ids: tuple[int, ...] = ()
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Ask the engine for tokens; everything that concerns text has been resolved.
 
@@ -27,6 +36,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cache_salt: str = ""
     adapter_revision: str = ""
     """Content hash of the adapter, part of the prefix key; empty for the base model."""
+    adapter: str = ""
+    """Name of the LoRA adapter in the engine's registry; empty for the base model."""
+    pooling: Pooling | None = None
+    """Asks for a vector or scores instead of tokens; `max_tokens` is then 0."""
 
     @property
     def max_tokens(self) -> int:
@@ -87,6 +100,10 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     error: ErrorInfo | None = None
     stats_so_far: RequestStats | None = None
     """With the request's first token: what is known should the client end it early."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """With the first delta of answer 0, if they were asked for; one entry a prompt token, None for the first."""
+    pooled: tuple[float, ...] | None = None
+    """With the only delta of a request that asked for `pooling`."""
 
     @property
     def is_last(self) -> bool:

@@ -9,6 +9,7 @@ import msgspec
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
 from penstock.core.text import TokenLogprobs
+from penstock.core.tokens import Pooling
 
 
 class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,14 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     Blocks behind a window that were freed are -1."""
     samples: tuple[SampleSpec, ...] = ()
     """Empty for a prefill chunk that is not the last."""
+    num_drafts: int = 0
+    """The last so many of `token_ids` are guesses: a token is drawn after each of them, and after the token
+    before them, up to the first guess that the draw does not confirm. At most one sample then."""
+    adapter_slot: int = -1
+    """Where the sequence's LoRA adapter lies in the runner, -1 for the base model."""
+    num_prompt_logprobs: int = -1
+    """At least 0: the logprobs of these tokens given those before them are wanted, with so many alternatives."""
+    pooling: Pooling | None = None
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
@@ -90,6 +99,28 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
 
 
+class Pooled(msgspec.Struct, frozen=True, array_like=True):
+    """The outcome of a `Pooling`."""
+
+    seq_id: SequenceId
+    values: tuple[float, ...]
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of the tokens of one chunk; entry i is for position `start + i`, position 0 has none."""
+
+    seq_id: SequenceId
+    start: int
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+class Proposal(msgspec.Struct, frozen=True, array_like=True):
+    """Guesses of a draft model for what follows the tokens that the step gave to `seq_id`."""
+
+    seq_id: SequenceId
+    token_ids: tuple[int, ...]
+
+
 class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
     """A sequence that the runner could not carry on, others unharmed."""
 
@@ -101,9 +132,15 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step produced; every `SampleSpec` of the plan is answered by a token or a failure."""
+    """What a step produced; every `SampleSpec` of the plan is answered by a token or a failure.
+
+    A sequence with drafts is answered by one token for each draft that was confirmed and one more, in order.
+    """
 
     step_id: int
     tokens: list[SampledToken]
     failures: list[SequenceFailure] = []
+    pooled: list[Pooled] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    proposals: list[Proposal] = []
     step_time_s: float = 0.0
