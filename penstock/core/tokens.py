@@ -15,7 +15,7 @@ class Pooling(msgspec.Struct, frozen=True, array_like=True):
     """What a sequence that generates nothing gives instead of tokens, once its last token is computed."""
 
     kind: str
-    """`mean` or `last` (a vector of hidden size), `classify` (the checkpoint's own head) or `logits` (those of
+    """`mean` or `last` (a vector of hidden size), `classify` (the checkpoint's own head) or `logits` (of
     `token_ids` at the last token)."""
     token_ids: tuple[int, ...] = ()
 
@@ -101,7 +101,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     stats_so_far: RequestStats | None = None
     """With the request's first token: what is known should the client end it early."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """With the first delta of answer 0, if they were asked for; one entry a prompt token, None for the first."""
+    """With the first delta of answer 0, if asked for; one entry a prompt token, None for the first."""
     pooled: tuple[float, ...] | None = None
     """With the only delta of a request that asked for `pooling`."""
 

@@ -57,7 +57,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     adapter_slot: int = -1
     """Where the sequence's LoRA adapter lies in the runner, -1 for the base model."""
     num_prompt_logprobs: int = -1
-    """At least 0: the logprobs of these tokens given those before them are wanted, with so many alternatives."""
+    """At least 0: the logprobs of these tokens given those before are wanted, with so many others."""
     pooling: Pooling | None = None
 
 
