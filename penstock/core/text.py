@@ -8,6 +8,7 @@ import enum
 
 import msgspec
 
+from penstock.core.grammar import GrammarSpec
 from penstock.core.ids import DEFAULT_TENANT, ModelName, RequestId, TenantId
 from penstock.core.params import SamplingParams
 
@@ -61,6 +62,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     params: SamplingParams = SamplingParams()
+    grammar: GrammarSpec | None = None
+    """What the answer's text must look like; None: anything."""
     priority: Priority = Priority.INTERACTIVE
     tenant_id: TenantId = DEFAULT_TENANT
     cache_salt: str = ""

@@ -6,6 +6,7 @@ between the API process and the engine process (msgpack, array-like where they a
 
 import msgspec
 
+from penstock.core.grammar import GrammarSpec
 from penstock.core.ids import DEFAULT_TENANT, RequestId, TenantId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, Priority, TokenLogprobs
@@ -34,6 +35,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     priority: Priority = Priority.INTERACTIVE
     tenant_id: TenantId = DEFAULT_TENANT
     cache_salt: str = ""
+    grammar: GrammarSpec | None = None
+    """Constrains the tokens; the engine compiles it before it accepts the request."""
     adapter_revision: str = ""
     """Content hash of the adapter, part of the prefix key; empty for the base model."""
     adapter: str = ""

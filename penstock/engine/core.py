@@ -6,6 +6,7 @@ is driven by `loop`; it knows no processes, no asyncio and no text.
 
 from dataclasses import dataclass
 
+from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport
 from penstock.engine.kv.kv_manager import KvManager
@@ -35,6 +36,11 @@ class EngineCore:
             QueueFullError: the queue is at its limit.
             InvalidParameterError: the request can never fit.
         """
+        if request.grammar is not None:
+            raise InvalidParameterError(
+                f"structured_outputs is a {request.grammar.kind}, this engine has no grammar compiler",
+                param="structured_outputs",
+            )
         self.scheduler.add(request)
 
     def abort(self, request_id: RequestId) -> None:

@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from penstock.core.errors import GenerateError, InvalidParameterError, PenstockError
+from penstock.core.grammar import validate_grammar
 from penstock.core.ids import ModelName
 from penstock.core.params import SamplingParams, validate_sampling
 from penstock.core.ports import Clock, EngineClient, EngineEvents
@@ -250,6 +251,7 @@ class TextService:
             priority=request.priority,
             tenant_id=request.tenant_id,
             cache_salt=request.cache_salt,
+            grammar=request.grammar,
         )
 
     def _make_answers(self, request: GenerateRequest, *, token_ids: list[int]) -> list[Answer]:
@@ -285,6 +287,8 @@ class TextService:
 def _check_request(request: GenerateRequest, *, vocab_size: int) -> None:
     """What can be refused before any text is touched."""
     validate_sampling(request.params, vocab_size=vocab_size, allow_zero_max_tokens=request.echo)
+    if request.grammar is not None:
+        validate_grammar(request.grammar)
     if not request.echo:
         return
     if request.messages is not None:
