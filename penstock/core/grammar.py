@@ -14,7 +14,7 @@ from penstock.core.errors import InvalidParameterError
 MAX_GRAMMAR_BYTES: Final = 1 << 18
 """Bytes of `source` in UTF-8."""
 MAX_JSON_DEPTH: Final = 64
-"""Objects and arrays inside each other, in the kinds whose source is JSON; the compiler's parser ends at 128."""
+"""Objects and arrays inside each other, in the kinds whose source is JSON; the compiler ends at 128."""
 MAX_CHOICES: Final = 4096
 
 
@@ -110,7 +110,7 @@ def _check_choices(value: object, *, param: str) -> None:
 
 
 def json_depth(text: str) -> int:
-    """How deep objects and arrays of a JSON text lie inside each other; without recursion, valid JSON or not."""
+    """How deep objects and arrays of a JSON text, valid or not, lie inside each other; without recursion."""
     depth = deepest = 0
     is_string = is_escaped = False
     for char in text:
