@@ -1,7 +1,7 @@
-"""What an answer's text must look like, as it crosses from a dialect to the engine; and the first check of it.
+"""What an answer's text must look like, as it crosses from a dialect to the engine; and its first check.
 
-A `GrammarSpec` is a kind and a canonical text. Dialects make it, `validate_grammar` bounds it in the API process,
-`engine/grammar` compiles it. Not the grammar's meaning: whether a schema can be enforced, only the compiler knows.
+A `GrammarSpec` is a kind and a canonical text. Dialects make it, `validate_grammar` bounds it in the API
+process, `engine/grammar` compiles it. Whether a schema can be enforced, only the compiler knows.
 """
 
 import enum

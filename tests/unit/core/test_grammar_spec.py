@@ -36,9 +36,7 @@ def deep(levels: int) -> str:
         ("structural_tag", "3", "it must be an object"),
     ],
 )
-def test_a_grammar_beyond_a_limit_is_refused_with_value_and_limit(
-    kind: str, source: str, words: str
-) -> None:
+def test_a_grammar_beyond_a_limit_is_refused_with_value_and_limit(kind: str, source: str, words: str) -> None:
     spec = GrammarSpec(kind=GrammarKind(kind), source=source)
     with pytest.raises(InvalidParameterError, match="guided_x") as caught:
         validate_grammar(spec, param="guided_x")
