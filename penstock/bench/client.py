@@ -30,6 +30,7 @@ MAX_MESSAGE_CHARS: Final = 300
 MAX_ERROR_BODY_BYTES: Final = 64 << 10
 KEEPALIVE_S: Final = 3.0
 """Below the 5 s after which common servers close an idle connection, so that none is used while it closes."""
+MAX_RETRY_AFTER_S: Final = 60.0
 TRANSPORT_KINDS: Final = frozenset({"connect", "disconnected"})
 """Failures that may mean that the server is gone."""
 
@@ -73,6 +74,8 @@ class RequestRecord:
     counted_by: CountedBy = "pieces"
     finish_reason: str | None = None
     failure: Failure | None = None
+    retry_after_s: float = 0.0
+    """A refusal's `Retry-After`, 0 to `MAX_RETRY_AFTER_S`; 0 without one."""
 
     @property
     def is_ok(self) -> bool:
@@ -204,6 +207,7 @@ class RequestSender:
         record.sent_s = self._clock()
         async with self._session.post(self._url, data=body, headers=self._headers) as response:
             if response.status != 200:
+                record.retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
                 raise _FailedError(f"http_{response.status}", await error_text(response))
             if response.content_type != "text/event-stream":
                 raise _FailedError("malformed", f"the answer is {response.content_type}, not an event stream")
@@ -234,6 +238,11 @@ class RequestSender:
         if choice.finish_reason is not None:
             record.finish_reason = choice.finish_reason
         record.last_s = now_s
+
+
+def _retry_after_s(text: str) -> float:
+    """Seconds that a server asks to wait; a date, which servers of models do not send, counts as none."""
+    return min(MAX_RETRY_AFTER_S, float(text)) if text.isascii() and text.isdigit() else 0.0
 
 
 def _count(usage: _Usage, record: RequestRecord) -> None:

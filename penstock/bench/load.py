@@ -5,7 +5,9 @@ Two ways to load a server:
 - *open loop*: each request is sent when it is due, whatever the server does, and its latency counts from the
   time when it was due. A client that falls behind makes the figures worse, not better (no coordinated
   omission); by how much it fell behind is in the result.
-- *closed loop*: `max_concurrency` users, each sends its next request when its last one has ended.
+- *closed loop*: `max_concurrency` users, each sends its next request when its last one has ended. A user
+  who is refused with a `Retry-After` waits so long first: a server that restarts is not asked thousands of
+  times.
 
 One asyncio loop in one thread. A failed request is recorded, never sent again. The run ends early when the
 server is gone (`server_died`) or at Ctrl-C or SIGTERM (`interrupted`); what was measured until then is kept.
@@ -254,6 +256,8 @@ class Load:
             self.counters.num_failed += not record.is_ok
         # A user whose connection broke does not send again before it is known why, nor if the server is gone.
         if record.failure is None or record.failure.kind not in TRANSPORT_KINDS or await self._lives():
+            if not self._workload.is_open_loop and self.counters.num_sent < self.counters.num_requests:
+                await asyncio.sleep(record.retry_after_s)
             self._places.release()
         else:
             self._stop.set("server_died", f"nobody listens there any more ({record.failure.message})")

@@ -5,7 +5,7 @@ The environment is read here alone. A name or key that no setting bears is an er
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +37,23 @@ def read_environment(environ: Mapping[str, str]) -> Layer:
         for name, value in sorted(environ.items())
         if name.startswith(ENV_PREFIX) and not _is_service_link(name, value)
     }
+
+
+def with_variable(error: StartupError, *, argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The message of an error about a setting, with the variable named where the value came from one.
+
+    Args:
+        error: its `param` is the setting, if it is about one.
+        argv: the flags, which come before the environment.
+        environ: read for `PENSTOCK_*`.
+    """
+    name = error.param or ""
+    variable = ENV_PREFIX + name.upper()
+    flag = "--" + name.replace("_", "-")
+    is_flag_given = any(word.partition("=")[0] == flag for word in argv)
+    if not name or variable not in environ or is_flag_given or variable in error.message:
+        return error.message
+    return f"{error.message} (set by {variable})"
 
 
 def read_file(path: Path) -> Layer:
@@ -78,7 +95,9 @@ class SettingLayers:
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Add values for the arguments that have none yet."""
-        _apply(read_environment(self.environ), "the environment", app, commands, arguments)
+        for name, value in read_environment(self.environ).items():  # one by one: errors name the variable
+            source = f"the environment's {ENV_PREFIX}{name.upper()}"
+            _apply({name: value}, source, app, commands, arguments)
         path = _config_path(arguments)
         if path is not None:
             _apply(read_file(path), str(path), app, commands, arguments)

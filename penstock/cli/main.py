@@ -1,5 +1,6 @@
 """The `penstock` command: parses, calls, and turns every expected error into one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +9,7 @@ from typing import Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from penstock.cli.layers import SettingLayers
+from penstock.cli.layers import SettingLayers, with_variable
 from penstock.cli.refused import refuse_flags
 from penstock.cli.setting import Range, setting
 from penstock.cli.settings import ServeSettings
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         return _fail(_one_line(error), EXIT_USAGE)
     except StartupError as error:
-        return _fail(error.message, error.exit_code)
+        return _fail(with_variable(error, argv=tokens, environ=os.environ), error.exit_code)
     except InvalidParameterError as error:
         return _fail(error.message, EXIT_USAGE)
     except PenstockError as error:

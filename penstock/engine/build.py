@@ -28,8 +28,9 @@ from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.kv_budget import resolve_num_blocks
 from penstock.engine.runner.kv_pool import bytes_per_block
 from penstock.engine.runner.memory import available_memory_bytes
-from penstock.engine.runner.rank_group import LocalRank
+from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.runner import Runner
+from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.kernels.cpu.extension import default_num_threads
 from penstock.kernels.ops import kv_block
@@ -113,22 +114,19 @@ def _join(
     )
     ranks = LocalRank(runner)
     began_s = time.monotonic()
-    if config.warmup:
-        ranks.warm_up(
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_model_len=limits.max_model_len,
-        )
+    warm_steps = _warm_up(ranks, limits) if config.warmup else []
     warmup_time_s = time.monotonic() - began_s
     kv = _kv_manager(config, loaded, layout, num_blocks)
+    scheduler = Scheduler(
+        limits,
+        kv=kv,
+        clock=SystemClock(),
+        rng=random.SystemRandom(),
+        vocab_size=loaded.model.vocab_size,
+    )
+    scheduler.cost.prime(warm_steps)
     return EngineCore(
-        scheduler=Scheduler(
-            limits,
-            kv=kv,
-            clock=SystemClock(),
-            rng=random.SystemRandom(),
-            vocab_size=loaded.model.vocab_size,
-        ),
+        scheduler=scheduler,
         kv=kv,
         ranks=ranks,
         info=_info(
@@ -141,6 +139,14 @@ def _join(
             load_time_s=load_time_s,
             warmup_time_s=warmup_time_s,
         ),
+    )
+
+
+def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> list[TimedStep]:
+    return ranks.warm_up(
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.engine.runner.runner import Runner, StepHandle
+from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 
 
@@ -21,8 +22,10 @@ class RankGroup(Protocol):
         """Bytes that stay allocated between steps, weights and the scheduler's KV blocks not counted."""
         ...
 
-    def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Run the largest steps once; called once, before the first plan."""
+    def warm_up(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> list[TimedStep]:
+        """Run the largest steps once; called once, before the first plan. Says how long each took."""
         ...
 
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -45,9 +48,11 @@ class LocalRank:
         """See `RankGroup`."""
         return self.runner.buffer_bytes
 
-    def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def warm_up(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> list[TimedStep]:
         """See `RankGroup`."""
-        self.runner.warm_up(
+        return self.runner.warm_up(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,

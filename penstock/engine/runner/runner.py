@@ -29,10 +29,11 @@ from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
-from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, touched_blocks
+from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
 from penstock.engine.sampling.native import NativeSampler
 from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
+from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
     SampledToken,
     SampleSpec,
@@ -203,8 +204,10 @@ class Runner:
             step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
         )
 
-    def warm_up(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """Run a large chunk and the largest decode batch, so that no request meets a first time.
+    def warm_up(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> list[TimedStep]:
+        """Run a large chunk and decode batches, so that no request meets a first time.
 
         Uses the pool's blocks while no sequence has any, clears them and forgets the sequences.
 
@@ -213,6 +216,9 @@ class Runner:
             max_num_batched_tokens: tokens in the largest chunk; cut to what the pool and the context hold,
                 and to `MAX_WARM_UP_TOKENS`.
             max_model_len: tokens in the longest context.
+
+        Returns:
+            What was run and how long it took.
 
         Raises:
             Exception: whatever the model raises; such a model cannot serve.
@@ -224,12 +230,16 @@ class Runner:
             num_blocks=self._pool.num_blocks,
             block_size=self._pool.block_size,
         )
+        timed = []
         for plan in largest_steps(limits):
             self._sampler.add(plan.new_sequences)
+            began_s = time.perf_counter()
             with _inference():
                 self._sample(self._forward(plan.sequences), mask_of={})
+            timed.append(TimedStep(load_of(plan), time.perf_counter() - began_s))
             self._sampler.forget(plan.finished_seq_ids)
             self._pool.zero_blocks(touched_blocks(plan))
+        return timed
 
     def _compute(
         self, sequences: Sequence[ScheduledSequence]

@@ -1,7 +1,7 @@
 """The largest steps within given limits, as plans, to be run once before the engine is ready.
 
-What happens only once (allocations, kernels chosen per shape) then happens to nobody's request. The runner
-calls it.
+What happens only once (allocations, kernels chosen per shape) then happens to nobody's request, and the cost
+model has its first observations. The runner calls it.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Final
 
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
+from penstock.engine.scheduler.cost import StepLoad
 from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence, StepPlan
 
 FIRST_SEQ_ID: Final = -2
@@ -39,7 +40,10 @@ class WarmUpLimits:
 
 
 def largest_steps(limits: WarmUpLimits) -> list[StepPlan]:
-    """The longest chunk, then the largest decode batch; both fit the pool."""
+    """The longest chunk, the largest decode batch, and a decode alone; all fit the pool.
+
+    Together they tell what a token, a sequence and a step cost, before the first request needs to know.
+    """
     num_tokens = min(limits.max_num_tokens, limits.num_tables * limits.block_size)
     num_blocks = -(-num_tokens // limits.block_size)
     chunk = _sequence(0, num_tokens=num_tokens, start=0, limits=limits, first_block=0, num_blocks=num_blocks)
@@ -49,7 +53,15 @@ def largest_steps(limits: WarmUpLimits) -> list[StepPlan]:
         )
         for idx in range(min(limits.max_num_seqs, limits.num_tables))
     ]
-    return [_plan([chunk]), _plan(decodes)]
+    return [_plan([chunk]), _plan(decodes), _plan(decodes[:1])]
+
+
+def load_of(plan: StepPlan) -> StepLoad:
+    """What a plan of `largest_steps` asks of the machine, for the cost model."""
+    lens = [len(seq.token_ids) for seq in plan.sequences]
+    contexts = [seq.start + len(seq.token_ids) for seq in plan.sequences]
+    pairs = sum(length * context for length, context in zip(lens, contexts, strict=True) if length > 1)
+    return StepLoad(sum(lens), len(lens), sum(contexts), pairs)
 
 
 def touched_blocks(plan: StepPlan) -> list[int]:

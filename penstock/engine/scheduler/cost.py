@@ -9,6 +9,8 @@ It knows no requests. `scheduler` asks it for the token budget of a step under a
 wait in the queue. Pure Python, about 20 microseconds an update.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 FORGETTING: Final = 0.98
@@ -17,6 +19,16 @@ SCALES: Final = (1.0, 256.0, 16.0, 16384.0, 262144.0)
 """Typical sizes of the five features, so that the ridge treats them alike."""
 RIDGE: Final = 1e-6
 SWEEPS: Final = 6
+FIRST_SWEEPS: Final = 40
+"""While there are few observations each moves the solution far."""
+NUM_FIRST_STEPS: Final = 8
+SOLVE_ORDER: Final = (1, 0, 2, 3, 4)
+"""The tokens first: what several features explain alike is laid on them. A first chunk that is too small is
+mended by the next step, one that is too large is a gap in every running answer."""
+CAUTION_MEMORY: Final = 0.96
+"""Per step with a chunk: half of an overrun is forgotten after 17 of them."""
+MAX_CAUTION: Final = 1.25
+"""Most that a chunk's step is expected to overrun its prediction; a single hiccup says no more."""
 OUTLIER_FACTOR: Final = 4.0
 """A step that takes longer than this times the prediction is taken as so much: a page fault or a busy
 machine must not shrink the batch for the next hundred steps."""
@@ -37,6 +49,13 @@ class StepLoad(NamedTuple):
     """Sum over prompt chunks of their tokens times the context after them; decodes have none."""
 
 
+class TimedStep(NamedTuple):
+    """A step that has been run."""
+
+    load: StepLoad
+    step_time_s: float
+
+
 class CostModel:
     """Non-negative least squares with exponential forgetting.
 
@@ -53,6 +72,12 @@ class CostModel:
         self._moment = [0.0] * size
         self._weights = [0.0] * size
         self._num_steps = 0
+        self._caution = 1.0
+
+    @property
+    def caution(self) -> float:
+        """By what factor steps with chunks overran their prediction lately, 1 to `MAX_CAUTION`."""
+        return self._caution
 
     @property
     def coefficients(self) -> tuple[float, float, float, float, float]:
@@ -70,11 +95,23 @@ class CostModel:
         """Learn from one step; ignores times that are not positive."""
         if step_time_s <= 0.0:
             return
+        predicted_s = self.predict(load)
+        if load.num_chunk_pairs and self._num_steps >= NUM_FIRST_STEPS:
+            self._note_overrun(step_time_s / max(predicted_s, 1e-4))
         if self._num_steps >= MIN_STEPS_FOR_OUTLIERS:
-            step_time_s = min(step_time_s, OUTLIER_FACTOR * max(self.predict(load), 1e-4))
+            step_time_s = min(step_time_s, OUTLIER_FACTOR * max(predicted_s, 1e-4))
         self._num_steps += 1
         self._update_equations((1.0, *load), step_time_s=step_time_s)
         self._solve()
+
+    def prime(self, steps: Iterable[TimedStep]) -> None:
+        """Learn from steps run before the first request."""
+        for load, step_time_s in steps:
+            self.observe(load, step_time_s=step_time_s)
+
+    def _note_overrun(self, ratio: float) -> None:
+        forgotten = 1.0 + CAUTION_MEMORY * (self._caution - 1.0)
+        self._caution = min(MAX_CAUTION, max(forgotten, ratio))
 
     def _update_equations(self, features: tuple[float, ...], *, step_time_s: float) -> None:
         scaled = [value / scale for value, scale in zip(features, SCALES, strict=True)]
@@ -86,8 +123,9 @@ class CostModel:
 
     def _solve(self) -> None:
         weights = self._weights
-        for _ in range(SWEEPS):
-            for i, row in enumerate(self._gram):
+        for _ in range(SWEEPS if self._num_steps > NUM_FIRST_STEPS else FIRST_SWEEPS):
+            for i in SOLVE_ORDER:
+                row = self._gram[i]
                 gradient = self._moment[i] - sum(map(float.__mul__, row, weights))
                 weights[i] = max(0.0, weights[i] + gradient / row[i])
 
@@ -100,14 +138,18 @@ class CostModel:
             target_s: seconds.
             num_seqs: sequences in the step, the chunk's included.
             num_kv_tokens: context that is read for all of them.
-            chunk_start: tokens before the chunk; each of the chunk's tokens is multiplied with those.
+            chunk_start: tokens before the chunk; each of the chunk's tokens is multiplied with those, and
+                with the chunk itself.
         """
         a, b, c, d, e = self.coefficients
         spare_s = target_s - a - c * num_seqs - d * num_kv_tokens
         per_token_s = b + e * chunk_start
-        if per_token_s <= 0.0:
-            return float("inf") if spare_s > 0 else 0.0
-        return max(0.0, spare_s / per_token_s)
+        if spare_s <= 0.0:
+            return 0.0
+        if per_token_s <= 0.0 and e <= 0.0:
+            return float("inf")
+        # The root of e n^2 + per_token n = spare, in the form that survives e = 0.
+        return 2 * spare_s / (per_token_s + math.sqrt(per_token_s * per_token_s + 4 * e * spare_s))
 
 
 def step_target_s(configured_s: float, *, decodes_s: float, stretch: float) -> float:

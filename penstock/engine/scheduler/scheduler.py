@@ -272,12 +272,13 @@ class Scheduler:
         if not num_decodes or not self._config.enable_chunked_prefill:
             return
         decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens)
+        target_s = step_target_s(
+            self._config.step_time_target_ms / 1000,
+            decodes_s=self.cost.predict(decodes),
+            stretch=self._config.decode_stretch,
+        )
         budget = self.cost.token_budget(
-            target_s=step_target_s(
-                self._config.step_time_target_ms / 1000,
-                decodes_s=self.cost.predict(decodes),
-                stretch=self._config.decode_stretch,
-            ),
+            target_s=target_s / self.cost.caution,
             num_seqs=num_decodes + 1,
             num_kv_tokens=draft.num_kv_tokens + chunk_start,
             chunk_start=chunk_start,

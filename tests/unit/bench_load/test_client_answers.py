@@ -307,3 +307,14 @@ def test_the_key_is_not_in_the_words_of_a_target() -> None:
     server = ScriptedServer(url="http://127.0.0.1:1")
     assert "secret" not in repr(server.target(api_key="secret"))
     assert "secret" not in json.dumps({"target": str(server.target(api_key="secret"))})
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("2", 2.0), ("86400", 60.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), ("-1", 0.0)]
+)
+async def test_a_refusal_keeps_how_long_the_server_asks_to_wait(header: str, seconds: float) -> None:
+    async def handler(_request: web.Request, _body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response({}, status=503, headers={"Retry-After": header})
+
+    record, _ = await _ask(handler)
+    assert record.retry_after_s == seconds

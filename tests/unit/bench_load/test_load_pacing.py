@@ -243,3 +243,33 @@ def test_more_users_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(load_module, "resource", _FakeLimits(1024, 2048))
     with pytest.raises(InvalidParameterError, match="max_concurrency is 3000, the system's .* allows 1984"):
         load_module.allow_connections(_workload(9000, max_concurrency=3000))
+
+
+def _refusing(*, num_refused: int, retry_after_s: float) -> Callable[[Load], Send]:
+    """A server that restarts: refuses the first requests, then answers each in a second."""
+
+    def make(load: Load) -> Send:
+        answer = _service(1.0)(load)
+
+        async def send(request: LoadRequest, record: RequestRecord) -> None:
+            if record.index >= num_refused:
+                return await answer(request, record)
+            record.sent_s = record.end_s = load.now()
+            record.failure = Failure(kind="http_503", message="restarting")
+            record.retry_after_s = retry_after_s
+            return None
+
+        return send
+
+    return make
+
+
+def test_a_user_who_is_refused_waits_as_long_as_the_server_says() -> None:
+    result = _run(_workload(6, max_concurrency=2), _refusing(num_refused=4, retry_after_s=3.0))
+    assert [record.sent_s for record in result.records] == pytest.approx([0, 0, 3, 3, 6, 6])
+    assert [record.is_ok for record in result.records] == [False] * 4 + [True] * 2
+
+
+def test_an_open_loop_sends_when_it_is_due_however_it_was_refused() -> None:
+    result = _run(_workload(4, every_s=1.0), _refusing(num_refused=2, retry_after_s=30.0))
+    assert [record.sent_s for record in result.records] == pytest.approx([0, 1, 2, 3])

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from cyclopts import App, CycloptsError, Parameter
 
-from penstock.cli.layers import SettingLayers, read_environment, read_file
+from penstock.cli.layers import SettingLayers, read_environment, read_file, with_variable
 from penstock.cli.refused import REFUSED_OPTIONS, refuse_flags
 from penstock.cli.setting import Range
 from penstock.cli.settings import ServeSettings, engine_config
@@ -110,7 +110,25 @@ def test_a_bad_value_is_refused_with_field_value_and_limit(argv: list[str], word
 
 
 def test_a_bad_value_in_the_environment_is_refused_too() -> None:
-    assert "between 1 and 4096" in _error_text([], {"PENSTOCK_MAX_NUM_SEQS": "5000"})
+    text = _error_text([], {"PENSTOCK_MAX_NUM_SEQS": "5000"})
+    assert "between 1 and 4096" in text
+    assert "PENSTOCK_MAX_NUM_SEQS" in text
+
+
+@pytest.mark.parametrize("name", ["PENSTOCK_ISA", "PENSTOCK_MAX_SEQUENCES", "PENSTOCK_QUANTIZATION"])
+def test_an_error_names_the_variable_at_fault_and_no_other(name: str) -> None:
+    text = _error_text([], {"PENSTOCK_PORT": "1002", name: "wrong"})
+    assert name in text
+    assert "PENSTOCK_PORT" not in text
+
+
+def test_an_error_found_after_parsing_names_the_variable_unless_a_flag_decided() -> None:
+    error = StartupError("max_num_batched_tokens is 2, it must be more", param="max_num_batched_tokens")
+    environ = {"PENSTOCK_MAX_NUM_BATCHED_TOKENS": "2"}
+    told = "max_num_batched_tokens is 2, it must be more (set by PENSTOCK_MAX_NUM_BATCHED_TOKENS)"
+    assert with_variable(error, argv=["serve"], environ=environ) == told
+    for argv, known in ((["serve", "--max-num-batched-tokens=2"], environ), (["serve"], {})):
+        assert with_variable(error, argv=argv, environ=known) == error.message
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: b: c", "\x00"])

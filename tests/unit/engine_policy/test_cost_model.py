@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from penstock.engine.scheduler.cost import CostModel, StepLoad
+from penstock.engine.scheduler.cost import MAX_CAUTION, CostModel, StepLoad, TimedStep
 
 
 def law(load: StepLoad) -> float:
@@ -39,8 +39,9 @@ def test_it_learns_that_the_end_of_a_long_prompt_is_dearer():
         model.token_budget(target_s=0.1, num_seqs=1, num_kv_tokens=start, chunk_start=start)
         for start in (0, 4000)
     )
-    assert early == pytest.approx((0.1 - 0.0042) / 0.0001, rel=0.1)
-    assert late == pytest.approx((0.1 - 0.0042 - 0.004) / (0.0001 + 0.0008), rel=0.1)
+    # n tokens after s others cost n * 0.1 ms and n * (s + n) * 0.2 us.
+    assert early * 0.0001 + early * early * 2e-7 == pytest.approx(0.1 - 0.0042, rel=0.1)
+    assert late * 0.0009 + late * late * 2e-7 == pytest.approx(0.1 - 0.0042 - 0.004, rel=0.1)
 
 
 def test_no_coefficient_is_negative_whatever_it_sees():
@@ -97,3 +98,44 @@ def test_a_step_without_time_teaches_nothing():
     model = CostModel()
     model.observe(StepLoad(10, 1, 10), step_time_s=0.0)
     assert model.coefficients == (0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def primed(model: CostModel) -> CostModel:
+    """What the warm-up of a model tells that costs 25 ms a step and 1 ms a token."""
+    loads = (StepLoad(256, 1, 256, 256 * 256), StepLoad(64, 64, 1024), StepLoad(1, 1, 16))
+    model.prime(TimedStep(load, 0.025 + 0.001 * load.num_tokens) for load in loads)
+    return model
+
+
+def test_the_warm_up_is_enough_to_cut_the_first_chunk():
+    budget = primed(CostModel()).token_budget(target_s=0.06, num_seqs=9, num_kv_tokens=1000)
+    assert budget == pytest.approx(35, rel=0.25)
+
+
+def test_of_one_chunk_it_learns_what_tokens_cost_and_bounds_the_next():
+    model = CostModel()
+    model.observe(StepLoad(512, 8, 512, 64 * 512), step_time_s=0.5)
+    assert model.token_budget(target_s=0.06, num_seqs=9, num_kv_tokens=1000) <= 62
+
+
+def test_an_overrun_makes_cautious_for_a_while():
+    model = primed(CostModel())
+    chunk = StepLoad(40, 9, 1000, 32 * 500)
+    for _ in range(20):
+        model.observe(chunk, step_time_s=0.065)
+    assert model.caution == pytest.approx(1.0, abs=0.02)
+    model.observe(chunk, step_time_s=0.078)
+    assert model.caution == pytest.approx(1.2, abs=0.02)
+    for _ in range(60):
+        model.observe(chunk, step_time_s=0.065)
+    assert model.caution < 1.03
+
+
+def test_caution_has_a_limit_and_decodes_do_not_raise_it():
+    model = primed(CostModel())
+    for _ in range(20):
+        model.observe(StepLoad(8, 8, 800), step_time_s=0.033)
+    model.observe(StepLoad(8, 8, 800), step_time_s=0.3)
+    assert model.caution == 1.0
+    model.observe(StepLoad(40, 9, 1000, 32 * 500), step_time_s=3.0)
+    assert model.caution == MAX_CAUTION

@@ -4,6 +4,7 @@ import pytest
 from fake_model import make_runner
 
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps
+from penstock.engine.scheduler.cost import StepLoad
 
 
 def warmed(
@@ -21,17 +22,28 @@ def shapes(model):
     return [(len(batch.groups[0].seq_lens), len(batch.token_ids)) for batch in model.batches]
 
 
-def test_the_largest_chunk_and_the_largest_decode_batch_run_once_each():
+def test_the_largest_chunk_the_largest_decode_batch_and_a_decode_run_once_each():
     _, model, _ = warmed()
-    assert shapes(model) == [(1, 40), (8, 8)]
+    assert shapes(model) == [(1, 40), (8, 8), (1, 1)]
+
+
+def test_it_says_what_each_step_was_and_how_long_it_took():
+    runner, _ = make_runner(layer_windows=(None,), num_blocks=64)
+    steps = runner.warm_up(max_num_seqs=8, max_num_batched_tokens=40, max_model_len=1000)
+    assert [step.load for step in steps] == [
+        StepLoad(40, 1, 40, 1600),
+        StepLoad(8, 8, 8 * runner._pool.block_size),
+        StepLoad(1, 1, runner._pool.block_size),
+    ]
+    assert min(step.step_time_s for step in steps) > 0
 
 
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        ({"max_model_len": 10}, [(1, 10), (8, 8)]),
-        ({"num_blocks": 4, "max_num_batched_tokens": 999}, [(1, 16), (4, 4)]),
-        ({"num_blocks": 9, "layer_windows": (None, 4, 4, 4)}, [(1, 8), (2, 2)]),
+        ({"max_model_len": 10}, [(1, 10), (8, 8), (1, 1)]),
+        ({"num_blocks": 4, "max_num_batched_tokens": 999}, [(1, 16), (4, 4), (1, 1)]),
+        ({"num_blocks": 9, "layer_windows": (None, 4, 4, 4)}, [(1, 8), (2, 2), (1, 1)]),
     ],
     ids=str,
 )
