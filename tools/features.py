@@ -53,6 +53,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _request("continue", "continue_final_message"),
     _request("n", "n > 1"),
     _request("logprobs", "logprobs"),
+    _request("prompt_logprobs", "prompt_logprobs"),
     _request("filters", "temperature, top_k, top_p, min_p"),
     _request("penalties", "presence, frequency and repetition penalties"),
     _request("logit_bias", "logit_bias"),
@@ -96,12 +97,6 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         reason="a conversation has no prompt text to repeat",
     ),
     RefusedPair(
-        first="logprobs",
-        second="echo",
-        words=("echo", "logprobs"),
-        reason="the prompt's logprobs are not computed",
-    ),
-    RefusedPair(
         first="chunked_prefill",
         second="whole_prompts",
         words=("max_num_batched_tokens", "enable_chunked_prefill"),
@@ -133,7 +128,6 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="guided_json", label="guided decoding", kind="request"),
     RefusedFeature(name="tools", label="tool calls", kind="request"),
     RefusedFeature(name="reasoning_effort", label="reasoning", kind="request"),
-    RefusedFeature(name="prompt_logprobs", label="prompt logprobs", kind="request"),
     RefusedFeature(name="use_beam_search", label="beam search", kind="request"),
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),

@@ -375,7 +375,7 @@ def _unanswered(request: GenerateRequest, error: PenstockError) -> RequestOutput
 async def _fill(output: RequestOutput, service: TextService, request: GenerateRequest) -> None:
     async with aclosing(await service.generate(request)) as stream:
         async for delta in stream:
-            output.outputs[delta.index].add(delta)
+            output.add(delta)
             if delta.usage is not None:
                 output.num_cached_tokens = delta.usage.cached_tokens
 

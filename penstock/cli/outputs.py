@@ -41,14 +41,20 @@ class CompletionOutput:
             self.stop_reason = delta.stop_reason
 
     def _add_logprob(self, sampled: TextLogprob) -> None:
-        entries = {one.token_id: _logprob(one) for one in (sampled, *sampled.top)}
+        entries = _logprobs(sampled)
         if self.logprobs is None:
             self.logprobs = []
         self.logprobs.append(entries)
+        assert sampled.logprob is not None, "only an echoed prompt has a token without logprob"
         self.cumulative_logprob = (self.cumulative_logprob or 0.0) + sampled.logprob
 
 
+def _logprobs(entry: TextLogprob) -> dict[int, Logprob]:
+    return {one.token_id: _logprob(one) for one in (entry, *entry.top)}
+
+
 def _logprob(entry: TextLogprob) -> Logprob:
+    assert entry.logprob is not None, "only an echoed prompt has a token without logprob"
     return Logprob(logprob=entry.logprob, rank=entry.rank, decoded_token=entry.token)
 
 
@@ -61,9 +67,19 @@ class RequestOutput:
     """The text, rendered for conversations; None if token ids were given."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each prompt token its own entry and the likeliest ones, None for the first; as asked for."""
     num_cached_tokens: int = 0
     error: str | None = None
     """Why this request failed while others went on; None if it did not."""
+
+    def add(self, delta: TextDelta) -> None:
+        """Take in a delta of one of the answers."""
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = [
+                None if each is None else _logprobs(each) for each in delta.prompt_logprobs
+            ]
+        self.outputs[delta.index].add(delta)
 
     @property
     def finished(self) -> bool:

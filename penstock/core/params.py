@@ -66,6 +66,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Go on past the model's end-of-sequence token."""
     logprobs: int | None = None
     """None, or 0 to 20."""
+    prompt_logprobs: int | None = None
+    """None, or 0 to 20: the log-probability of each prompt token after the first, and so many others. Such a
+    prompt is computed whole: it does not use cached blocks."""
 
     @property
     def is_greedy(self) -> bool:
@@ -167,8 +170,9 @@ def validate_sampling(
     """
     _check_numbers(params)
     _check_lists(params, vocab_size=vocab_size)
-    if params.logprobs is not None:
-        _in_range(params, "logprobs", 0, MAX_TOP_LOGPROBS)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            _in_range(params, name, 0, MAX_TOP_LOGPROBS)
     least = 0 if allow_zero_max_tokens else 1
     if params.max_tokens is not None:
         _require(

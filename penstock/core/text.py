@@ -95,7 +95,8 @@ class TextLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
     token: str
     token_bytes: bytes
-    logprob: float
+    logprob: float | None
+    """None for the first token of an echoed prompt only."""
     top: tuple["TextLogprob", ...] = ()
     token_id: int = -1
     rank: int = 0
@@ -131,6 +132,8 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TextLogprob, ...] | None = None
+    prompt_logprobs: tuple[TextLogprob | None, ...] | None = None
+    """With the first delta of each answer, if they were asked for; None for the prompt's first token."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended the answer; None for end-of-sequence and length."""

@@ -21,6 +21,7 @@ class Answer:
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TextLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TextLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -163,6 +164,8 @@ def _add(answer: Answer, delta: TextDelta) -> None:
         answer.pieces.append(delta.text)
     if delta.logprobs:
         answer.logprobs.extend(delta.logprobs)
+    if delta.prompt_logprobs is not None:
+        answer.prompt_logprobs = delta.prompt_logprobs
     if delta.finish_reason is not None:
         answer.finish_reason = delta.finish_reason
         answer.stop_reason = delta.stop_reason

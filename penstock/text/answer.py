@@ -8,9 +8,10 @@ from msgspec.structs import replace
 
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
-from penstock.core.text import FinishReason, TextDelta, TextLogprob, TokenLogprob, TokenLogprobs
+from penstock.core.text import FinishReason, TextDelta, TextLogprob, TokenLogprobs
 from penstock.core.tokens import TokenDelta
 from penstock.text.detokenizer import Detokenizer
+from penstock.text.prompt_logprobs import text_logprob
 from penstock.text.stop_strings import StopAutomaton, StopSearch
 from penstock.text.tokenizer import Tokenizer
 
@@ -47,8 +48,12 @@ class Answer:
         params: SamplingParams,
         automaton: StopAutomaton | None,
         at_start: bool,
+        num_chars_before: int = 0,
     ) -> None:
-        """Begin answer `index`; `automaton` is None if the request has no stop strings."""
+        """Begin answer `index`; `automaton` is None if the request has no stop strings.
+
+        `num_chars_before` is the length of the echoed prompt, after which the answer's offsets go on.
+        """
         self._tokenizer = tokenizer
         self._request_id = request_id
         self._index = index
@@ -63,9 +68,9 @@ class Answer:
         self._waiting_logprobs: list[TextLogprob] = []
         self._offsets: list[int] | None = None if params.logprobs is None else []
         """Where the tokens being read begin in the text."""
-        self._num_chars = 0
+        self._num_chars = num_chars_before
         """Length of the text so far, with what is held back."""
-        self._num_shown = 0
+        self._num_shown = num_chars_before
         self.num_tokens = 0
         """Tokens taken so far: what is billed."""
         self.finish_reason: FinishReason | None = None
@@ -165,19 +170,5 @@ class Answer:
         return replace(logprob, text_offset=self._num_shown)
 
     def _logprob(self, logprobs: TokenLogprobs, offset: int) -> TextLogprob:
-        top = tuple(map(self._text_logprob, logprobs.top))
-        return self._text_logprob(logprobs.sampled, top=top, offset=offset)
-
-    def _text_logprob(
-        self, logprob: TokenLogprob, *, top: tuple[TextLogprob, ...] = (), offset: int = 0
-    ) -> TextLogprob:
-        spelled = self._tokenizer.token_bytes(logprob.token_id)
-        return TextLogprob(
-            token=spelled.decode("utf-8", "replace"),
-            token_bytes=spelled,
-            logprob=logprob.logprob,
-            top=top,
-            token_id=logprob.token_id,
-            rank=logprob.rank,
-            text_offset=offset,
-        )
+        top = tuple(text_logprob(self._tokenizer, each) for each in logprobs.top)
+        return text_logprob(self._tokenizer, logprobs.sampled, top=top, offset=offset)

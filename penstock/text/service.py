@@ -21,6 +21,7 @@ from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDel
 from penstock.core.tokens import EngineRequest, TokenDelta
 from penstock.text.answer import Answer
 from penstock.text.chat_template import ChatTemplate
+from penstock.text.prompt_logprobs import PromptReader
 from penstock.text.stop_strings import StopAutomaton
 from penstock.text.stream import RequestMeter, TextStream
 from penstock.text.tokenizer import Tokenizer
@@ -152,14 +153,22 @@ class TextService:
         token_ids = await self._token_ids(request, add_special_tokens=request.messages is None)
         params = self._resolve_params(request, num_prompt_tokens=len(token_ids))
         # Made first: after the engine has accepted nothing may fail before the stream owns its tokens.
-        answers = self._make_answers(request, token_ids=token_ids)
-        echo = self._echo(request, token_ids=token_ids)
+        echo = self._echo_text(request, token_ids=token_ids) if request.echo else None
+        answers = self._make_answers(request, token_ids=token_ids, num_chars_before=len(echo or ""))
+        asks_of_prompt = params.prompt_logprobs is not None
         tokens = (
             _no_tokens(request)
-            if params.max_tokens == 0
+            if params.max_tokens == 0 and not asks_of_prompt
             else await self._engine.generate(self._engine_request(request, token_ids, params=params))
         )
-        return TextStream(tokens, answers=answers, num_prompt_tokens=len(token_ids), meter=meter, first=echo)
+        return TextStream(
+            tokens,
+            answers=answers,
+            num_prompt_tokens=len(token_ids),
+            meter=meter,
+            first=() if asks_of_prompt or echo is None else _echo(request, text=echo),
+            prompt=PromptReader(self._tokenizer, request, token_ids=token_ids, echo=echo),
+        )
 
     async def _token_ids(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         prompt = request.prompt
@@ -235,8 +244,10 @@ class TextService:
                 code="context_length_exceeded",
                 param=param,
             )
-        return (
-            request.params if wanted is not None else msgspec.structs.replace(request.params, max_tokens=room)
+        return msgspec.structs.replace(
+            request.params,
+            max_tokens=room if wanted is None else wanted,
+            prompt_logprobs=_num_prompt_logprobs(request),
         )
 
     def _engine_request(
@@ -254,7 +265,9 @@ class TextService:
             grammar=request.grammar,
         )
 
-    def _make_answers(self, request: GenerateRequest, *, token_ids: list[int]) -> list[Answer]:
+    def _make_answers(
+        self, request: GenerateRequest, *, token_ids: list[int], num_chars_before: int
+    ) -> list[Answer]:
         params = request.params
         automaton = StopAutomaton(params.stop) if params.stop else None
         has_no_text = all(map(self._tokenizer.is_special, reversed(token_ids)))
@@ -266,22 +279,16 @@ class TextService:
                 params=params,
                 automaton=automaton,
                 at_start=params.skip_special_tokens and has_no_text,
+                num_chars_before=num_chars_before,
             )
             for index in range(params.n)
         ]
 
-    def _echo(self, request: GenerateRequest, *, token_ids: list[int]) -> tuple[TextDelta, ...]:
-        if not request.echo:
-            return ()
+    def _echo_text(self, request: GenerateRequest, *, token_ids: list[int]) -> str:
         prompt = request.prompt
-        skip = request.params.skip_special_tokens
-        text = (
-            prompt if isinstance(prompt, str) else self._tokenizer.decode(token_ids, skip_special_tokens=skip)
-        )
-        return tuple(
-            TextDelta(request_id=request.request_id, index=index, text=text)
-            for index in range(request.params.n)
-        )
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizer.decode(token_ids, skip_special_tokens=request.params.skip_special_tokens)
 
 
 def _check_request(request: GenerateRequest, *, vocab_size: int) -> None:
@@ -293,11 +300,18 @@ def _check_request(request: GenerateRequest, *, vocab_size: int) -> None:
         return
     if request.messages is not None:
         raise InvalidParameterError("echo is True, it must be False with messages", param="echo")
-    if request.params.logprobs is not None:
-        raise InvalidParameterError(
-            "logprobs is set, it cannot be used with echo: the prompt's logprobs are not computed",
-            param="logprobs",
-        )
+
+
+def _num_prompt_logprobs(request: GenerateRequest) -> int | None:
+    """What the engine is asked for: `logprobs` of an echoed prompt are logprobs of the prompt too."""
+    wanted = [request.params.prompt_logprobs, request.params.logprobs if request.echo else None]
+    return max((each for each in wanted if each is not None), default=None)
+
+
+def _echo(request: GenerateRequest, *, text: str) -> tuple[TextDelta, ...]:
+    return tuple(
+        TextDelta(request_id=request.request_id, index=index, text=text) for index in range(request.params.n)
+    )
 
 
 async def _behind_barrier(stage: Awaitable[Result]) -> Result:

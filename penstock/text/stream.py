@@ -18,6 +18,7 @@ from penstock.core.ports import Clock, EngineEvents, RequestRecord
 from penstock.core.text import FinishReason, GenerateRequest, TextDelta, Usage
 from penstock.core.tokens import RequestStats, TokenDelta
 from penstock.text.answer import Answer
+from penstock.text.prompt_logprobs import PromptReader
 
 logger: Final = logging.getLogger(__name__)
 
@@ -139,8 +140,12 @@ class TextStream(AsyncGenerator[TextDelta, None]):
         num_prompt_tokens: int,
         meter: RequestMeter,
         first: tuple[TextDelta, ...] = (),
+        prompt: PromptReader | None = None,
     ) -> None:
-        """Take over `tokens`; `first` goes out before anything else (the echo of the prompt)."""
+        """Take over `tokens`; `first` goes out before anything else (the echo of the prompt).
+
+        `prompt` makes the first deltas of what the engine tells about the prompt, if that is asked for.
+        """
         self._tokens = tokens
         self._answers = answers
         self._num_open = len(answers)
@@ -149,6 +154,7 @@ class TextStream(AsyncGenerator[TextDelta, None]):
         self._meter = meter
         meter.is_accepted = True
         self._ready = deque(first)
+        self._prompt = prompt
         self._ended = False
 
     async def __anext__(self) -> TextDelta:
@@ -208,6 +214,8 @@ class TextStream(AsyncGenerator[TextDelta, None]):
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
             return
+        if delta.prompt_logprobs is not None and self._prompt is not None:
+            self._ready.extend(self._prompt.deltas(delta.prompt_logprobs))
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.stats_so_far is not None:
             self._meter.stats_so_far = delta.stats_so_far

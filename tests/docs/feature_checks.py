@@ -85,9 +85,27 @@ def _n(run: Run, _: Run, case: Case) -> None:
 def _logprobs(run: Run, _: Run, case: Case) -> None:
     for delta in run.deltas:
         entries = delta.logprobs or ()
+        if entries and entries[0].logprob is None:  # the echoed prompt
+            assert "".join(entry.token for entry in entries) == PROMPT == delta.text
+            assert all(entry.logprob <= 0 and len(entry.top) == 2 for entry in entries[1:])
+            continue
         assert len(entries) == len(delta.token_ids)
         assert [entry.token_id for entry in entries] == list(delta.token_ids)
         assert all(entry.logprob <= 0 and len(entry.top) == 2 for entry in entries)
+
+
+def _prompt_logprobs(run: Run, _: Run, case: Case) -> None:
+    """Told once for each answer, for every prompt token but the first, and the answer is none the worse."""
+    told = {delta.index: delta.prompt_logprobs for delta in run.deltas if delta.prompt_logprobs}
+    if case.is_cut and not told:
+        return
+    assert set(told) == set(range(case.request.params.n))
+    for first, *rest in told.values():
+        assert first is None
+        assert len(rest) == case.engine.num_prompt_tokens(case.request) - 1
+        assert all(entry.logprob <= 0 and len(entry.top) == 3 for entry in rest)
+    again = case.again()
+    assert [d.prompt_logprobs for d in again.deltas if d.prompt_logprobs][0] is not None
 
 
 def _filters(run: Run, alone: Run, case: Case) -> None:
@@ -247,6 +265,9 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "continue": Behaviour(apply=_continue_request, check=_continue),
     "n": Behaviour(apply=lambda request, _: _with(request, n=2), check=_n),
     "logprobs": Behaviour(apply=lambda request, _: _with(request, logprobs=2), check=_logprobs),
+    "prompt_logprobs": Behaviour(
+        apply=lambda request, _: _with(request, prompt_logprobs=3), check=_prompt_logprobs
+    ),
     "filters": Behaviour(
         apply=lambda request, _: _with(request, temperature=1.7, top_k=1, top_p=0.9, min_p=0.01),
         check=_filters,
@@ -315,7 +336,8 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         # With few blocks the neighbours evict what was cached; a native block may hold more than the prompt.
         if not case.is_cut and "preemption" not in case.names and not case.names & NATIVE:
             assert again.usage is not None
-            assert again.usage.cached_tokens > 0
+            # a prompt whose own logprobs are asked for is computed whole
+            assert (again.usage.cached_tokens > 0) == ("prompt_logprobs" not in case.names)
     if name == "fcfs" and not case.is_cut:
         assert case.engine.order(case.request) == [Priority.BATCH, Priority.REALTIME]
     if name == "chunked_prefill":

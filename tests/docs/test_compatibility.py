@@ -117,7 +117,6 @@ ON = {
     "guided_json": {"type": "object"},
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "reasoning_effort": "low",
-    "prompt_logprobs": 1,
     "use_beam_search": True,
     "prompt_embeds": "AAAA",
 }
@@ -127,6 +126,7 @@ WIRE: dict[str, dict[str, object]] = {
     "continue": {"continue_final_message": True, "add_generation_prompt": False},
     "n": {"n": 2},
     "logprobs": {"logprobs": True},
+    "prompt_logprobs": {"prompt_logprobs": 1},
     "filters": {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
     "logit_bias": {"logit_bias": {"5": 1.0}},
@@ -189,6 +189,6 @@ def test_every_sampling_field_is_in_the_table() -> None:
     covered = {
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "max_tokens",
-        "ignore_eos", "logprobs", "include_stop_str_in_output", "skip_special_tokens",
+        "ignore_eos", "logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens",
     }  # fmt: skip
     assert set(msgspec.structs.asdict(BASE.params)) == covered

@@ -29,12 +29,14 @@ from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
+from penstock.engine.runner.prompt_scores import prompt_logprobs
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
 from penstock.engine.sampling.native import NativeSampler
 from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
+    PromptLogprobs,
     SampledToken,
     SampleSpec,
     ScheduledSequence,
@@ -70,6 +72,8 @@ class ForwardPass:
     """[len(sequences)]: False if a hidden state of the sequence is NaN or infinite."""
     logits: torch.Tensor
     """[sequences with samples, vocab] float32"""
+    prompt_logprobs: Sequence[PromptLogprobs] = ()
+    """Of sound sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +205,7 @@ class Runner:
             step_id=handle.step_id,
             tokens=tokens,
             failures=[outcome for outcome in outcomes if isinstance(outcome, SequenceFailure)],
+            prompt_logprobs=[part for done in handle.passes for part in done.prompt_logprobs],
             step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
         )
 
@@ -267,10 +272,31 @@ class Runner:
             logits = self._model.logits(taken)
         if self._faults:
             self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
+        is_sound = _are_sound(rows_not_finite(self._kernels, hidden), ends)
         return ForwardPass(
             sequences=sequences,
-            is_sound=_are_sound(rows_not_finite(self._kernels, hidden), ends),
+            is_sound=is_sound,
             logits=logits,
+            prompt_logprobs=self._prompt_logprobs(sequences, hidden=hidden, ends=ends, is_sound=is_sound),
+        )
+
+    def _prompt_logprobs(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        *,
+        hidden: torch.Tensor,
+        ends: Sequence[int],
+        is_sound: Sequence[bool],
+    ) -> Sequence[PromptLogprobs]:
+        asking = [i for i, seq in enumerate(sequences) if seq.prompt_targets and is_sound[i]]
+        if not asking:
+            return ()
+        return prompt_logprobs(
+            [sequences[i] for i in asking],
+            hidden=hidden,
+            ends=[ends[i] for i in asking],
+            logits=self._model.logits,
+            vocab=self._model.vocab_size,
         )
 
     def _refuse_engine_fault(

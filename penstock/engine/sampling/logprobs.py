@@ -3,10 +3,18 @@
 Ranks follow the one order of tokens (logit falling, then id rising), 1 being the first. `sampler` calls it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from penstock.core.text import TokenLogprob, TokenLogprobs
-from penstock.engine.sampling.vocabulary import Floats, column_sums, softmax_weights, top_candidates
+from penstock.engine.sampling.vocabulary import (
+    Candidates,
+    Floats,
+    column_sums,
+    softmax_weights,
+    top_candidates,
+)
 
 
 def _log_total(row: Floats) -> float:
@@ -39,5 +47,33 @@ def token_logprobs(row: Floats, *, token_id: int, num_top: int) -> TokenLogprobs
     if not num_top:
         return TokenLogprobs(sampled)
     top = top_candidates(row[None], k=num_top)
-    pairs = zip(top.ids[0].tolist(), (top.values[0].astype(np.float64) - log_total).tolist(), strict=True)
-    return TokenLogprobs(sampled, tuple(TokenLogprob(i, lp, rank) for rank, (i, lp) in enumerate(pairs, 1)))
+    return TokenLogprobs(sampled, _top(top, row=0, log_total=log_total))
+
+
+def logprobs_of_tokens(rows: Floats, *, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """For each row the same as `token_logprobs`, of a token that was given and not chosen.
+
+    Args:
+        rows: [n, vocab] raw logits, finite or -inf, at least one finite.
+        token_ids: [n].
+        num_top: 0 or more.
+
+    Returns:
+        A given token may be impossible: its logprob is then `-inf`.
+    """
+    highest = rows.max(axis=1)
+    weights = softmax_weights(rows, highest=highest, temperatures=np.ones(len(rows)))
+    log_totals = highest.astype(np.float64) + np.log(column_sums(weights).sum(axis=1))
+    top = top_candidates(rows, k=num_top) if num_top else None
+    told = []
+    for row, (token_id, log_total) in enumerate(zip(token_ids, log_totals.tolist(), strict=True)):
+        logprob = float(rows[row, token_id]) - log_total
+        given = TokenLogprob(token_id, logprob, _rank(rows[row], token_id=token_id))
+        told.append(TokenLogprobs(given, () if top is None else _top(top, row=row, log_total=log_total)))
+    return told
+
+
+def _top(candidates: Candidates, *, row: int, log_total: float) -> tuple[TokenLogprob, ...]:
+    logprobs = candidates.values[row].astype(np.float64) - log_total
+    pairs = zip(candidates.ids[row].tolist(), logprobs.tolist(), strict=True)
+    return tuple(TokenLogprob(i, lp, rank) for rank, (i, lp) in enumerate(pairs, 1))

@@ -6,7 +6,7 @@ Pure functions over a sequence and the token it was given. Called by `scheduler.
 from typing import NamedTuple
 
 from penstock.core.errors import GenerateError
-from penstock.core.text import FinishReason
+from penstock.core.text import FinishReason, TokenLogprobs
 from penstock.core.tokens import ErrorInfo, RequestStats, TokenDelta
 from penstock.engine.scheduler.plan import SampledToken, SequenceFailure
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
@@ -45,6 +45,7 @@ def token_delta(
     *,
     stats: RequestStats | None,
     stats_so_far: RequestStats | None = None,
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
 ) -> TokenDelta:
     """The delta for one sampled token."""
     has_logprobs = ending.keeps_token and sampled.logprobs is not None
@@ -58,10 +59,18 @@ def token_delta(
         seq.group.num_cached_tokens,
         stats,
         stats_so_far=stats_so_far,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
-def closing_delta(seq: Sequence, reason: FinishReason, *, stats: RequestStats | None) -> TokenDelta:
+def closing_delta(
+    seq: Sequence,
+    reason: FinishReason,
+    *,
+    stats: RequestStats | None,
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
+    pooled: tuple[float, ...] | None = None,
+) -> TokenDelta:
     """The last delta of an answer that gains no token: cancelled, or asked for none."""
     return TokenDelta(
         seq.group.request.request_id,
@@ -69,6 +78,8 @@ def closing_delta(seq: Sequence, reason: FinishReason, *, stats: RequestStats | 
         finish_reason=reason,
         num_cached_tokens=seq.group.num_cached_tokens,
         stats=stats,
+        prompt_logprobs=prompt_logprobs,
+        pooled=pooled,
     )
 
 

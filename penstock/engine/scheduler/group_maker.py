@@ -35,6 +35,7 @@ class GroupMaker:
             tier=tier,
             num_prompt_tokens=len(request.prompt_token_ids),
             num_blocks_max=num_blocks_max,
+            prompt_logprobs=None if request.params.prompt_logprobs is None else [],
         )
         self._num_arrivals += 1
         seed = self._rng.getrandbits(64) if request.params.seed is None else request.params.seed

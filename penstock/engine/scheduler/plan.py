@@ -56,8 +56,10 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     before them, up to the first guess that the draw does not confirm. At most one sample then."""
     adapter_slot: int = -1
     """Where the sequence's LoRA adapter lies in the runner, -1 for the base model."""
-    num_prompt_logprobs: int = -1
-    """At least 0: the logprobs of these tokens given those before are wanted, with so many others."""
+    prompt_targets: tuple[int, ...] = ()
+    """The logprob of entry i after the i-th of `token_ids` is wanted; not longer than those."""
+    num_prompt_logprobs: int = 0
+    """So many alternatives beside each of them."""
     pooling: Pooling | None = None
 
 
@@ -107,11 +109,12 @@ class Pooled(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Logprobs of the tokens of one chunk; entry i is for position `start + i`, position 0 has none."""
+    """Logprobs of a chunk's `prompt_targets`, in their order."""
 
     seq_id: SequenceId
     start: int
-    logprobs: tuple[TokenLogprobs | None, ...]
+    """Position of the first of them."""
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):

@@ -32,6 +32,8 @@ def is_held_back(draft: StepDraft, group: SequenceGroup, match: PrefixMatch, *, 
         match: what the tree holds of it already.
         block_size: tokens in a block.
     """
+    if group.needs_whole_prompt:
+        return False
     leader = group.live[0]
     blocks = leader.blocks
     if match.num_blocks >= (group.target(leader) - 1) // block_size or not blocks.can_cache:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from penstock.core.ids import SequenceId
-from penstock.core.text import FinishReason
+from penstock.core.text import FinishReason, TokenLogprobs
 from penstock.core.tokens import EngineRequest, RequestStats
 from penstock.engine.kv.block_table import SequenceBlocks
 
@@ -144,6 +144,8 @@ class SequenceGroup:
     """Length of its prefix hit, in blocks, when it was last held back."""
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt from its second token on, as far as computed; None if not asked for, or told."""
     first_scheduled_s: float | None = None
     batch_size: int = 0
     kv_usage: float = 0.0
@@ -170,6 +172,28 @@ class SequenceGroup:
     def target(self, seq: Sequence) -> int:
         """Number of tokens to compute before something else must happen to `seq`."""
         return self.num_prompt_tokens if self.needs_fork else len(seq.token_ids)
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """True if some of the prompt's logprobs are yet to be computed."""
+        told = self.prompt_logprobs
+        return told is not None and len(told) < self.num_prompt_tokens - 1
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """True if what is asked needs every row of the prompt, so that cached blocks do not help."""
+        pooling = self.request.pooling
+        return self.lacks_prompt_logprobs or (pooling is not None and pooling.kind == "mean")
+
+    @property
+    def ends_with_prompt(self) -> bool:
+        """True if no token is asked for: it ends once its prompt is computed."""
+        return self.request.max_tokens == 0
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """What is told once: one entry a prompt token, None for the first; None if it was not asked for."""
+        told, self.prompt_logprobs = self.prompt_logprobs, None
+        return None if told is None else (None, *told)
 
     def move_to(self, state: GroupState) -> None:
         """Change state; anything but a drawn arrow is our bug."""

@@ -22,7 +22,7 @@ from penstock.core.ports import Clock, KvConnector, Rng
 from penstock.core.text import FinishReason
 from penstock.core.tokens import EngineRequest, RequestReport, StepStats, TokenDelta
 from penstock.engine.config import SchedulerConfig
-from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.kv.kv_manager import EMPTY_MATCH, KvManager
 from penstock.engine.kv.prefix_tree import PrefixMatch
 from penstock.engine.scheduler.admission import (
     AdmissionLimits,
@@ -162,7 +162,7 @@ class Scheduler:
         self._sequences.update((seq.seq_id, seq) for seq in group.sequences)
         self._num_waiting_tokens += num_prompt_tokens
         self.policy.add(group)
-        if request.max_tokens == 0:
+        if group.ends_with_prompt and request.pooling is None and group.prompt_logprobs is None:
             self._close_answers(group, FinishReason.LENGTH)
             self._end(group)
 
@@ -329,7 +329,7 @@ class Scheduler:
 
     def _samples(self, seq: Sequence, *, end: int) -> tuple[SampleSpec, ...]:
         group = seq.group
-        if end < group.target(seq):
+        if end < group.target(seq) or group.ends_with_prompt:
             return ()
         if not group.needs_fork:
             return (SampleSpec(seq.seq_id, seq.num_outputs),)
@@ -396,7 +396,7 @@ class Scheduler:
             if group is None:
                 break
             leader = group.live[0]
-            match = self._kv.match(leader.blocks, leader.token_ids, num_tokens=group.target(leader))
+            match = self._match(group)
             if is_held_back(draft, group, match, block_size=self._kv.block_size):
                 held_back.append(group)
             elif self._fits_step(
@@ -410,6 +410,13 @@ class Scheduler:
                 break
         for group in held_back:
             self.policy.push(group)
+
+    def _match(self, group: SequenceGroup) -> PrefixMatch:
+        """The cached blocks that `group` can begin with."""
+        leader = group.live[0]
+        if group.needs_whole_prompt:
+            return EMPTY_MATCH
+        return self._kv.match(leader.blocks, leader.token_ids, num_tokens=group.target(leader))
 
     def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
         """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""
@@ -431,7 +438,7 @@ class Scheduler:
         self._num_waiting_tokens -= group.num_prompt_tokens
         if group.first_scheduled_s is None:
             self._count_start(draft, group, num_hit=leader.num_computed_tokens)
-        num_loadable = self._transfers.num_loadable_tokens(leader)
+        num_loadable = 0 if group.needs_whole_prompt else self._transfers.num_loadable_tokens(leader)
         if num_loadable:
             group.move_to(GroupState.WAITING_KV)
             self._transfers.begin_load(leader, num_tokens=num_loadable)
@@ -493,6 +500,7 @@ class Scheduler:
         self._end_failed(failures.values())
         for entry in plan.sequences:
             self._settle_blocks(self._sequences.get(entry.seq_id))
+        self._take_prompt_outputs(plan, result)
         for sampled in result.tokens:
             counts.num_generated_tokens += self._take_token(sampled)
         self._free_closed()
@@ -548,6 +556,40 @@ class Scheduler:
             seq.num_computed_tokens = group.num_prompt_tokens
         group.is_forked = True
 
+    def _take_prompt_outputs(self, plan: StepPlan, result: StepResult) -> None:
+        """Collect what was asked of prompts, and end the requests that asked for nothing else."""
+        for part in result.prompt_logprobs:
+            seq = self._sequences.get(part.seq_id)
+            told = None if seq is None else seq.group.prompt_logprobs
+            if told is not None:
+                del told[part.start - 1 :]  # of a computation before a preemption
+                told.extend(part.logprobs)
+        pooled = {each.seq_id: each.values for each in result.pooled}
+        for entry in plan.sequences:
+            seq = None if entry.samples else self._sequences.get(entry.seq_id)
+            if seq is None or seq.finish_reason is not None or not seq.group.ends_with_prompt:
+                continue
+            if seq.num_computed_tokens == seq.num_prompt_tokens:
+                self._end_with_prompt(seq.group, pooled=pooled.get(seq.seq_id))
+
+    def _end_with_prompt(self, group: SequenceGroup, *, pooled: tuple[float, ...] | None) -> None:
+        assert (pooled is None) == (group.request.pooling is None), "the runner pools what it is asked to"
+        live = list(group.live)
+        reason = FinishReason.LENGTH if pooled is None else FinishReason.STOP
+        for seq in live:
+            first, last = seq is live[0], seq is live[-1]
+            self._deltas.append(
+                closing_delta(
+                    seq,
+                    reason,
+                    stats=group.stats(now_s=self._clock.monotonic()) if last else None,
+                    prompt_logprobs=group.take_prompt_logprobs() if first else None,
+                    pooled=pooled,
+                )
+            )
+            seq.finish_reason = reason
+        self._end(group)
+
     def _take_token(self, sampled: SampledToken) -> int:
         """Append a token to its answer, or end the answer; returns how many tokens the answer gained."""
         seq = self._sequences.get(sampled.seq_id)
@@ -569,6 +611,7 @@ class Scheduler:
                 ending,
                 stats=stats if is_last else None,
                 stats_so_far=stats if is_first else None,
+                prompt_logprobs=group.take_prompt_logprobs() if seq.index == 0 else None,
             )
         )
         if ending.finish_reason is not None:

@@ -39,7 +39,14 @@ class StepDraft:
         start = seq.next_position
         token_ids = seq.token_ids[start : start + num_tokens]
         self.scheduled[seq.seq_id] = ScheduledSequence(
-            seq.seq_id, token_ids, start, seq.blocks.tables, samples
+            seq.seq_id,
+            token_ids,
+            start,
+            seq.blocks.tables,
+            samples,
+            prompt_targets=prompt_targets(seq, start=start, end=start + num_tokens),
+            num_prompt_logprobs=seq.group.request.params.prompt_logprobs or 0,
+            pooling=seq.group.request.pooling,
         )
         self.num_tokens_left -= num_tokens
         self.num_kv_tokens += start + num_tokens
@@ -70,6 +77,14 @@ class StepDraft:
                 if not tiers:
                     del self.being_computed[place]
                 return
+
+
+def prompt_targets(seq: Sequence, *, start: int, end: int) -> tuple[int, ...]:
+    """The prompt tokens whose logprobs the chunk [start, end) of `seq` can tell and has to."""
+    group = seq.group
+    if not group.lacks_prompt_logprobs:
+        return ()
+    return tuple(seq.token_ids[start + 1 : min(end + 1, group.num_prompt_tokens)])
 
 
 def new_sequence(seq: Sequence) -> NewSequence:

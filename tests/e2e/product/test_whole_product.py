@@ -102,6 +102,25 @@ def test_a_second_request_hits_the_prefix_tree(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens_details.cached_tokens or 0) >= 16
 
 
+def test_a_prompt_can_be_scored_without_a_new_token(client: openai.OpenAI) -> None:
+    """What evaluation harnesses ask: echo, logprobs, no new token."""
+    text = "The capital of France is Paris."
+    answer = client.completions.create(model=MODEL, prompt=text, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == (text, "length")
+    told = choice.logprobs
+    assert told is not None
+    assert "".join(told.tokens or ()).endswith(text)
+    assert (told.token_logprobs or [0])[0] is None
+    assert all(logprob <= 0 for logprob in (told.token_logprobs or ())[1:])
+    again = client.completions.create(
+        model=MODEL, prompt=text, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+    )
+    about_prompt = again.choices[0].model_dump()["prompt_logprobs"]
+    scores = [next(iter(entry.values()))["logprob"] for entry in about_prompt[1:]]
+    assert scores == pytest.approx((told.token_logprobs or [])[1:], abs=0.05)  # bfloat16, another batch
+
+
 def test_bad_requests_are_the_sdks_exceptions_and_harm_nobody(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="penstock-tales"):
         client.completions.create(model="no-such-model", prompt="a")

@@ -338,6 +338,29 @@ async def test_echo_comes_first_in_every_answer():
     assert text_of(await collect(service, make_request((1, *ids_of("hello")), echo=True))) == "hello"
 
 
+async def test_an_echoed_prompt_has_its_logprobs_and_the_answers_offsets_go_on_behind_it():
+    prompt = ids_of("hello")
+    told = (
+        None,
+        *(TokenLogprobs(TokenLogprob(i, -0.5, 2), (TokenLogprob(i + 1, -0.25, 1),)) for i in prompt[1:]),
+    )
+    own = [TokenLogprobs(TokenLogprob(i, -1.0, 1)) for i in ids_of(" world")]
+    script = [tokens(ids_of(" world"), logprobs=tuple(own), prompt_logprobs=told), last()]
+    service, engine, _ = make_service(script)
+    params = SamplingParams(logprobs=1, prompt_logprobs=0)
+    deltas = await collect(service, make_request(tuple(prompt), echo=True, params=params))
+    assert engine.requests[0].params.prompt_logprobs == 1
+    assert text_of(deltas) == "hello world"
+    echoed, answered = (delta.logprobs for delta in deltas if delta.logprobs)
+    assert [entry.logprob for entry in echoed] == [None] + [-0.5] * (len(prompt) - 1)
+    assert "".join(entry.token for entry in echoed) == "hello"
+    assert [len(entry.top) for entry in echoed] == [0] + [1] * (len(prompt) - 1)
+    assert answered[0].text_offset == len("hello")
+    (about_prompt,) = (delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs)
+    assert about_prompt[0] is None
+    assert all(entry.top == () for entry in about_prompt[1:])
+
+
 async def test_echo_without_new_tokens_needs_no_engine():
     service, engine, sink = make_service()
     params = SamplingParams(max_tokens=0, n=2)
@@ -362,11 +385,6 @@ REFUSALS = {
         {"prompt": None, "messages": HI, "echo": True},
         "echo",
         "must be False with messages",
-    ),
-    "echo and logprobs": (
-        {"echo": True, "params": SamplingParams(logprobs=0)},
-        "logprobs",
-        "cannot be used with echo",
     ),
     "no tokens": ({"params": SamplingParams(max_tokens=0)}, "max_tokens", "max_tokens is 0"),
     "n": ({"params": SamplingParams(n=9)}, "n", "n is 9, it must be between 1 and 8"),

@@ -48,13 +48,26 @@ class ChatLogprobs(AnswerModel):
     refusal: None = None
 
 
+class PromptLogprob(AnswerModel):
+    """What is known of a token that stands, or could have stood, in the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptToken = dict[str, PromptLogprob]
+"""Token id to what is known: the token that stands there first, then the likeliest."""
+
+
 class CompletionLogprobs(AnswerModel):
     """Log-probabilities, completions style: four lists of equal length."""
 
     text_offset: list[int]
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
 
 
 def finish_word(reason: FinishReason) -> Finish:
@@ -84,7 +97,8 @@ def usage_answer(usages: list[Usage]) -> UsageAnswer:
     )
 
 
-def _finite(logprob: float) -> float:
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None, "only an echoed prompt has a token without logprob"
     return max(logprob, _LOGPROB_MIN)
 
 
@@ -112,6 +126,25 @@ def completion_logprobs(items: tuple[TextLogprob, ...]) -> CompletionLogprobs:
     return CompletionLogprobs(
         text_offset=[item.text_offset for item in items],
         tokens=[item.token for item in items],
-        token_logprobs=[_finite(item.logprob) for item in items],
-        top_logprobs=[{each.token: _finite(each.logprob) for each in item.top} for item in items],
+        token_logprobs=[None if item.logprob is None else _finite(item.logprob) for item in items],
+        top_logprobs=[
+            None if item.logprob is None else {each.token: _finite(each.logprob) for each in item.top}
+            for item in items
+        ],
     )
+
+
+def prompt_logprobs(items: tuple[TextLogprob | None, ...] | None) -> list[PromptToken | None] | None:
+    """One entry a prompt token, as vLLM has them: token ids to what is known of each."""
+    if items is None:
+        return None
+    return [None if item is None else _prompt_token(item) for item in items]
+
+
+def _prompt_token(item: TextLogprob) -> PromptToken:
+    return {
+        str(each.token_id): PromptLogprob(
+            logprob=_finite(each.logprob), rank=each.rank, decoded_token=each.token
+        )
+        for each in (item, *item.top)
+    }

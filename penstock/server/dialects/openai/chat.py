@@ -16,9 +16,11 @@ from penstock.server.collect import Answer, Deltas, close_all, collect, submit
 from penstock.server.dialects.openai.answers import (
     ChatLogprobs,
     Finish,
+    PromptToken,
     UsageAnswer,
     chat_logprobs,
     finish_word,
+    prompt_logprobs,
     usage_answer,
 )
 from penstock.server.dialects.openai.fields import (
@@ -140,6 +142,7 @@ class ChatAnswer(AnswerModel):
     model: str
     choices: list[ChatChoice]
     usage: UsageAnswer
+    prompt_logprobs: list[PromptToken | None] | None = None
     system_fingerprint: None = None
 
 
@@ -283,6 +286,7 @@ async def chat_completions(call: Call) -> Reply | StreamReply:
             model=request.model,
             choices=choices,
             usage=usage_answer(collected.usages),
+            prompt_logprobs=prompt_logprobs(collected.answers[0].prompt_logprobs),
         )
     )
 

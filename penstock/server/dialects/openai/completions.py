@@ -15,9 +15,11 @@ from penstock.server.collect import Answer, Deltas, close_all, collect, merge, s
 from penstock.server.dialects.openai.answers import (
     CompletionLogprobs,
     Finish,
+    PromptToken,
     UsageAnswer,
     completion_logprobs,
     finish_word,
+    prompt_logprobs,
     usage_answer,
 )
 from penstock.server.dialects.openai.fields import (
@@ -61,7 +63,7 @@ class CompletionRequest(SamplingFields):
         default=None, description=f"How many likelier tokens to tell, up to {MAX_TOP_LOGPROBS}."
     )
     echo: Flag | None = Field(
-        default=None, description="Begin the answer with the prompt; not with logprobs."
+        default=None, description="Begin the answer with the prompt; with logprobs, those of the prompt too."
     )
 
 
@@ -71,6 +73,7 @@ class CompletionChoice(AnswerModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: list[PromptToken | None] | None = None
     finish_reason: Finish
     stop_reason: int | str | None = None
 
@@ -114,12 +117,6 @@ def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]
         NotFoundError: no such model.
     """
     echo = body.echo is True
-    if echo and body.logprobs is not None:
-        raise InvalidParameterError(
-            "echo and logprobs cannot be used together: log-probabilities of a prompt are not computed",
-            code="unsupported_parameter",
-            param="echo",
-        )
     params = sampling_params(
         body,
         defaults=default_sampling(body, call=call),
@@ -137,6 +134,7 @@ def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> CompletionCho
         index=index,
         text=answer.text,
         logprobs=completion_logprobs(tuple(answer.logprobs)) if with_logprobs else None,
+        prompt_logprobs=prompt_logprobs(answer.prompt_logprobs),
         finish_reason=finish_word(answer.finish_reason),
         stop_reason=answer.stop_reason,
     )

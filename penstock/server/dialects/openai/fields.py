@@ -58,7 +58,6 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "prompt_cache_options": _NOTHING,
     "prompt_cache_retention": _NOTHING,
     "prompt_embeds": _NOTHING,
-    "prompt_logprobs": _NOTHING,
     "reasoning_effort": _NOTHING,
     "response_format": (None, {"type": "text"}),
     "spaces_between_special_tokens": (None, True),
@@ -164,6 +163,10 @@ class SamplingFields(WireModel):
     skip_special_tokens: Flag | None = None
     min_tokens: Annotated[int, Field(strict=True, ge=0, le=INT64_MAX), WHOLE] | None = None
     ignore_eos: Flag | None = None
+    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+        default=None,
+        description="Log-probability of each prompt token, with so many alternatives; not with stream.",
+    )
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     priority: Literal["realtime", "interactive", "batch"] | None = Field(
@@ -211,6 +214,7 @@ _SAME_NAME: Final = (
     "frequency_penalty",
     "repetition_penalty",
     "seed",
+    "prompt_logprobs",
     "include_stop_str_in_output",
     "skip_special_tokens",
     "min_tokens",
@@ -221,6 +225,11 @@ _SAME_NAME: Final = (
 def _check_combinations(fields: SamplingFields) -> None:
     if fields.stream_options is not None and fields.stream is not True:
         raise InvalidParameterError("stream_options needs stream to be true", param="stream_options")
+    if fields.prompt_logprobs is not None and fields.stream is True:
+        raise InvalidParameterError(
+            "prompt_logprobs cannot be used with stream: they belong to no piece of the answer",
+            param="prompt_logprobs",
+        )
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise InvalidParameterError(
             f"best_of is {fields.best_of}, it must equal n, which is {fields.n or 1}", param="best_of"

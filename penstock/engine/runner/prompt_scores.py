@@ -1,0 +1,61 @@
+"""Logprobs of a prompt's own tokens, in pieces: the logits of a long chunk would fill the memory.
+
+The runner calls it once per pass; it keeps nothing. Whole rows go through numpy, a few at a time; see
+`sampling/logprobs` for what a logprob and a rank are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+
+from penstock.core.text import TokenLogprobs
+from penstock.engine.sampling.logprobs import logprobs_of_tokens
+from penstock.engine.scheduler.plan import PromptLogprobs, ScheduledSequence
+
+MAX_ELEMENTS: Final = 1 << 22
+"""Logits held at a time, 16 MiB: 27 rows of a vocabulary of 152k, so that the head is read rarely."""
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""[rows, hidden_size] to [rows, vocab_size] float32."""
+
+
+def prompt_logprobs(
+    sequences: Sequence[ScheduledSequence],
+    *,
+    hidden: torch.Tensor,
+    ends: Sequence[int],
+    logits: Logits,
+    vocab: int,
+) -> list[PromptLogprobs]:
+    """What the plan's `prompt_targets` ask for.
+
+    Args:
+        sequences: of the pass; those without targets cost nothing.
+        hidden: [num_tokens, hidden_size], the rows of the sequences one after the other, finite.
+        ends: for each sequence one past its last row.
+        logits: scores the vocabulary.
+        vocab: number of columns that it returns.
+    """
+    return [
+        PromptLogprobs(
+            seq.seq_id,
+            seq.start + 1,
+            tuple(
+                _scores(seq, first_row=end - len(seq.token_ids), hidden=hidden, logits=logits, vocab=vocab)
+            ),
+        )
+        for seq, end in zip(sequences, ends, strict=True)
+        if seq.prompt_targets
+    ]
+
+
+def _scores(
+    seq: ScheduledSequence, *, first_row: int, hidden: torch.Tensor, logits: Logits, vocab: int
+) -> Iterator[TokenLogprobs]:
+    targets, num_rows = seq.prompt_targets, max(1, MAX_ELEMENTS // vocab)
+    for start in range(0, len(targets), num_rows):
+        part = targets[start : start + num_rows]
+        first = first_row + start
+        rows = logits(hidden[first : first + len(part)]).float().contiguous().numpy()
+        yield from logprobs_of_tokens(rows, token_ids=part, num_top=seq.num_prompt_logprobs)
