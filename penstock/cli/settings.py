@@ -81,7 +81,7 @@ class ServeSettings:
             "answers take alone; steps up to 50 ms are always allowed.",
             allowed=Range(low=1, high=1_000_000),
         ),
-    ] = 2.2
+    ] = 2.0
     scheduling_policy: Annotated[
         Literal["fcfs", "priority", "fair"],
         setting(

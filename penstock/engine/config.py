@@ -35,7 +35,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of prompt and answer together."""
     step_time_target_ms: float = 150.0
     """A step with running decodes takes at most about this long: the prefill chunk is cut to fit."""
-    decode_stretch: float = 2.2
+    decode_stretch: float = 2.0
     """A step that computes prompts beside running decodes takes at most about so many times what the decodes
     take alone (but steps up to 50 ms are always allowed); at least 1, large for throughput alone."""
     max_num_queued_reqs: int = 1024

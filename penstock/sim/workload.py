@@ -107,7 +107,7 @@ def _make_setting(
         max_num_batched_tokens=max(max_num_seqs, rng.choice((1, 7, 16, 64))),
         max_model_len=max_model_len,
         step_time_target_ms=rng.choice((1.0, 4.0, 1000.0)),
-        decode_stretch=rng.choice((1.0, 2.2, 100.0)),
+        decode_stretch=rng.choice((1.0, 2.0, 100.0)),
         max_num_queued_reqs=rng.choice((3, 100, 100, 100)),
         enable_prefix_caching=rng.random() < 0.8,
         max_preemptions=rng.choice((0, 1, 3, 3)),

@@ -158,7 +158,8 @@ def step_target_s(configured_s: float, *, decodes_s: float, stretch: float) -> f
     At most what is configured, and at most `stretch` times what the decodes alone take, so that a
     running answer hardly slows when a prompt arrives; but a step shorter than `UNNOTICED_GAP_S` disturbs
     nobody. Where the decodes alone take more than half of all that (a large model on a slow machine), the
-    step may take twice their time: prompts that only get the crumbs would leave the batch half empty.
+    step may take twice their time (`stretch` times, if that is less): prompts that only get the crumbs would
+    leave the batch half empty.
 
     Args:
         configured_s: `step_time_target_ms`, in seconds.
@@ -166,4 +167,4 @@ def step_target_s(configured_s: float, *, decodes_s: float, stretch: float) -> f
         stretch: `decode_stretch`, 1 or more.
     """
     gentle_s = max(UNNOTICED_GAP_S, stretch * decodes_s)
-    return max(2 * decodes_s, min(configured_s, gentle_s))
+    return max(min(2.0, stretch) * decodes_s, min(configured_s, gentle_s))

@@ -5,7 +5,7 @@ from policy_rig import Rig, shape
 
 from penstock.core.errors import InvalidParameterError, QueueFullError
 from penstock.core.text import FinishReason, Priority
-from penstock.engine.scheduler.cost import UNNOTICED_GAP_S, step_target_s
+from penstock.engine.scheduler.cost import UNNOTICED_GAP_S, StepLoad, TimedStep, step_target_s
 
 
 def test_one_request_from_prompt_to_end():
@@ -92,6 +92,22 @@ def test_steps_that_nobody_notices_are_not_cut():
     assert step_target_s(0.02, decodes_s=0.002, stretch=2.2) == 0.02
     assert step_target_s(0.15, decodes_s=0.04, stretch=2.2) == pytest.approx(0.088)
     assert step_target_s(0.15, decodes_s=0.1, stretch=2.2) == 0.2
+    assert step_target_s(0.15, decodes_s=0.1, stretch=1.5) == pytest.approx(0.15)
+
+
+def test_after_a_warm_up_the_first_prompts_of_a_burst_are_cut_beside_the_answers_already_there():
+    rig = Rig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1024, block_size=4, num_blocks=1024)
+    rig.scheduler.cost.prime(
+        TimedStep(load, 0.025 + 0.001 * load.num_tokens)
+        for load in (StepLoad(256, 1, 256, 256 * 256), StepLoad(8, 8, 128), StepLoad(1, 1, 16))
+    )
+    rig.add("first", [1] * 8, max_tokens=40)
+    rig.step(step_time_s=0.033)
+    for idx in range(4):
+        rig.add(f"late-{idx}", [2 + idx] * 400, max_tokens=2)
+    plan, _ = rig.step(step_time_s=0.05)
+    # A step costs 25 ms and a token 1 ms: twice the decode's 26 ms holds about 26 tokens, not 512.
+    assert 12 <= plan.num_tokens <= 32
 
 
 def test_a_chunk_of_one_block_is_always_made():
