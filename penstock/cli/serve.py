@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import warnings
 from collections.abc import Coroutine, Iterator
@@ -63,6 +64,7 @@ async def _serve(model: str | None, *, settings: ServeSettings, console: Console
 
         def on_ready(addresses: "Addresses") -> None:
             bar.stop()
+            gc.freeze()  # a full collection over what was imported would be a gap in every stream
             _show(console, side, settings=settings, source=source, addresses=addresses)
 
         side.backend.begin()

@@ -6,6 +6,7 @@ from the first message, loads, warms up, reports `Started` and turns the loop. I
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -106,6 +107,8 @@ def _serve(channel: ZmqChannel) -> int:
     except StartupError as error:
         channel.send(Fatal(error_to_info(error)))
         return EXIT_STARTUP
+    # What is there now stays: a full collection over torch's objects would be a gap in every answer.
+    gc.freeze()
     channel.send(Started(core.info))
     with torch.inference_mode():
         EngineLoop(core, channel).run()
