@@ -47,8 +47,10 @@ parameters: it knows nothing beyond its books and its generated questions, and m
 
 {tokens:.1f} million tokens in {steps:,} steps on two shared CPU cores ({hours:.1f} hours, pauses included),
 Muon and AdamW, bfloat16 arithmetic on float32 weights. The share of books among the rows, the shares of
-the kinds and the learning rate were changed by hand during the run, through `control.json`; a second run
-comes out alike, not identical. The commands are in `tools/embedded/README.md`; the main one:
+the kinds and the learning rate were changed by hand during the run, through `control.json`; another run
+comes out alike, not identical. After its end the run was taken up once more from step {resumed:,}, with a
+raised and again falling rate, rows of 1,024, longer records to repeat and more tools with made-up names.
+The commands are in `tools/embedded/README.md`; the main one:
 
 ```
 python -m tools.embedded.train --corpus ../shared/corpus --tokenizer build/tokenizer \\
@@ -80,6 +82,25 @@ These questions and this book were also measured during the run, to decide the s
 the answers to sums were given their middle step during it. On 200 further held-out questions that were
 asked once, after the run (seed {fresh_seed}): {fresh_rate} exact.
 
+Exact greedy answers to harder forms (`tools/embedded/hard.py`), all held out:
+
+{hard}
+
+## The draft
+
+`draft/` is a second, smaller model with the same tokenizer, which foretells the first for speculative
+decoding and is of no use by itself: Llama ({draft_layers} layers, hidden size {draft_hidden}, {draft_heads}
+query heads, {draft_kv_heads} key-value head of size {draft_head_dim}, feed-forward {draft_inner}, tied
+embeddings), {draft_millions:.2f} million parameters, {draft_megabytes:.2f} MB with its tokenizer. It was
+distilled from the shipped weights of the first on {draft_tokens:.1f} million tokens: the data above and what
+the first said itself, greedily and sampled.
+
+How often the draft's likeliest token is the one that the model then says, over all places of held-out
+answers; the probability that both share (at temperature 1, or that of the sampling); and the tokens that
+one look of the model yields with drafts of a fixed length (`tools/embedded/agreement.py`):
+
+{agreement}
+
 ## Samples
 
 Stories, sampled at temperature 0.8 and top-p 0.95 with seeds {seeds}:
@@ -90,6 +111,10 @@ The first {num_questions} questions of the evaluation set, answered greedily:
 
 {answers}
 """
+
+
+DRAFT_GROUPS = ("chat", "repeat", "long_repeat", "tools", "stories", "stories, sampled")
+DRAFT_LENGTHS = ("2", "4", "8")
 
 
 def _story_samples(loaded: Loaded) -> str:
@@ -159,6 +184,29 @@ def quantized_table(figures: dict[str, Any]) -> str:
     return "\n".join(["| weights | perplexity | |", "| --- | --- | --- |", *rows])
 
 
+def hard_table(rates: dict[str, str]) -> str:
+    """The figures of `hard.py` as a table."""
+    return "\n".join(["| form | exact |", "| --- | --- |", *(f"| {n} | {r} |" for n, r in rates.items())])
+
+
+def agreement_table(figures: dict[str, Any]) -> str:
+    """The figures of `agreement.py` as a table. Any: JSON values."""
+    lengths = " | ".join(f"{length} drafts" for length in DRAFT_LENGTHS)
+    rows = [f"| answers | agrees | shared | {lengths} |", "| --- " * (3 + len(DRAFT_LENGTHS)) + "|"]
+    for name in DRAFT_GROUPS:
+        one = figures[name]
+        rounds = " | ".join(f"{one['tokens_per_round'][length]:.2f}" for length in DRAFT_LENGTHS)
+        rows.append(f"| {name} | {one['agreement']:.3f} | {one['overlap']:.3f} | {rounds} |")
+    return "\n".join(rows)
+
+
+def _draft_sizes(folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """The card's fields about the draft. Any: numbers of several types."""
+    sizes = _sizes(folder, checkpoint)
+    sizes["megabytes"] = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    return {f"draft_{name}": value for name, value in sizes.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """JSON files with what was measured."""
@@ -167,26 +215,41 @@ class Sources:
     baseline: Path
     fresh: Path
     quantized: Path
+    hard: Path
+    agreement: Path
 
 
-def write_card(folder: Path, *, checkpoint: Path, sources: Sources) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """Checkpoints of both models."""
+
+    model: Path
+    draft: Path
+    resumed: int  # the step from which the model's run was taken up again
+
+
+def _read(path: Path) -> Any:  # Any: a JSON document
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_card(folder: Path, *, runs: Runs, sources: Sources) -> None:
     """Write `MODEL_CARD.md` into the model folder; generates the samples, about half a minute."""
-    fresh_rates = json.loads(sources.fresh.read_text(encoding="utf-8"))["questions"]
     loaded = load(folder)
-    measured = json.loads(sources.figures.read_text(encoding="utf-8"))
-    fields = _sizes(folder, checkpoint) | _measured(
-        measured, json.loads(sources.baseline.read_text(encoding="utf-8"))
-    )
+    fields = _sizes(folder, runs.model) | _measured(_read(sources.figures), _read(sources.baseline))
+    fields |= _draft_sizes(folder / "draft", runs.draft)
     fields["epochs"] = fields["book_windows"] * 512 / fields["book_tokens"]
     questions = evaluation_set()[:NUM_SAMPLED_QUESTIONS]
     text = TEXT.format(
         **fields,
         seed=EVAL_SEED,
         fresh_seed=EVAL_SEED + 1,
-        fresh_rate=fresh_rates["all"],
+        fresh_rate=_read(sources.fresh)["questions"]["all"],
         seeds=", ".join(map(str, SAMPLE_SEEDS)),
         stories=_story_samples(loaded),
-        quantized=quantized_table(json.loads(sources.quantized.read_text(encoding="utf-8"))),
+        quantized=quantized_table(_read(sources.quantized)),
+        hard=hard_table(_read(sources.hard)),
+        agreement=agreement_table(_read(sources.agreement)),
+        resumed=runs.resumed,
         num_questions=len(questions),
         answers="\n".join(_answer_sample(loaded, question) for question in questions),
     )
@@ -202,14 +265,21 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, required=True, help="JSON of kneser_ney.py")
     parser.add_argument("--fresh", type=Path, required=True, help="JSON of evaluate.py, seed + 1")
     parser.add_argument("--quantized", type=Path, required=True, help="JSON of quantized.py")
+    parser.add_argument("--hard", type=Path, required=True, help="JSON of hard.py")
+    parser.add_argument("--agreement", type=Path, required=True, help="JSON of agreement.py")
+    parser.add_argument("--draft-checkpoint", type=Path, required=True)
+    parser.add_argument("--resumed", type=int, required=True, help="step at which the run was taken up again")
     arguments = parser.parse_args()
     sources = Sources(
         figures=arguments.figures,
         baseline=arguments.baseline,
         fresh=arguments.fresh,
         quantized=arguments.quantized,
+        hard=arguments.hard,
+        agreement=arguments.agreement,
     )
-    write_card(arguments.model, checkpoint=arguments.checkpoint, sources=sources)
+    runs = Runs(model=arguments.checkpoint, draft=arguments.draft_checkpoint, resumed=arguments.resumed)
+    write_card(arguments.model, runs=runs, sources=sources)
 
 
 if __name__ == "__main__":

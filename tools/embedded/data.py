@@ -7,12 +7,14 @@ loss: all of a conversation except what the assistant says.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from tools.embedded import corpus
@@ -48,6 +50,7 @@ class Cursor:
     book_window: int = 0
     conversation: int = 0
     row: int = 0
+    answer: int = 0
 
 
 def render_system(conversation: Conversation) -> str:
@@ -94,6 +97,7 @@ class RowSource:
     cursor: Cursor
     shares: dict[str, float] | None = None
     story_share: float = 0.04
+    copy_size_max: int = 80
     _permutations: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
 
     def book_row(self, length: int) -> Row:
@@ -121,7 +125,7 @@ class RowSource:
         targets: list[NDArray[np.int32]] = []
         filled = 0
         while filled <= length:
-            size = int(rng.integers(4, 80))
+            size = int(rng.integers(4, self.copy_size_max))
             start = int(rng.integers(0, len(self.book_ids) - size))
             passage = self.book_ids[start : start + size].copy()
             if rng.random() < 0.5:
@@ -153,20 +157,47 @@ class RowSource:
         self.cursor.conversation += 1
         rng = random.Random(f"story:{index}")  # noqa: S311  # a data set, not a secret
         if rng.random() < self.story_share:
-            return segments(self._story(rng))
+            return segments(make_story(rng, self.paragraphs))
         return segments(make_conversation(TRAIN_SEED, index, shares=self.shares))
 
-    def _story(self, rng: random.Random) -> Conversation:
-        """A request to tell or continue a story, answered with a passage of a book."""
-        start = rng.randrange(len(self.paragraphs) - 6)
-        opening, rest = self.paragraphs[start], "\n".join(self.paragraphs[start + 1 : start + 6])
-        question = rng.choice(STORY_REQUESTS).format(t=opening[-400:])
-        if rng.random() < 0.3:
-            question, rest = rng.choice(NEW_STORY_REQUESTS), f"{opening}\n{rest}"
-        end = rest.find(". ", 500)
-        answer = rest[: end + 1] if end > 0 else rest[:700]
-        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        return Conversation(kind="story", messages=messages, wording="", operands="=story")
+
+def make_story(rng: random.Random, paragraphs: Sequence[str]) -> Conversation:
+    """A request to tell or continue a story, answered with a passage of a book."""
+    start = rng.randrange(len(paragraphs) - 6)
+    opening, rest = paragraphs[start], "\n".join(paragraphs[start + 1 : start + 6])
+    question = rng.choice(STORY_REQUESTS).format(t=opening[-400:])
+    if rng.random() < 0.3:
+        question, rest = rng.choice(NEW_STORY_REQUESTS), f"{opening}\n{rest}"
+    end = rest.find(". ", 500)
+    answer = rest[: end + 1] if end > 0 else rest[:700]
+    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Conversation(kind="story", messages=messages, wording="", operands="=story")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Prompts with what a model said to them, end to end; loss where the model spoke."""
+
+    ids: Ids
+    has_loss: NDArray[np.bool_]
+
+    def row(self, length: int, cursor: Cursor) -> Row:
+        """The next window; after the last comes the first, a little later in the text."""
+        lap, position = divmod(cursor.answer, (len(self.ids) - length - 1) // length)
+        cursor.answer += 1
+        start = position * length + (lap * 7919) % length
+        ids, kept = self.ids[start : start + length + 1], self.has_loss[start + 1 : start + length + 1]
+        return Row(ids=ids[:-1], targets=np.where(kept, ids[1:], NO_LOSS).astype(np.int32))
+
+    def write(self, path: Path) -> None:
+        """Save as safetensors."""
+        save_file({"ids": self.ids, "has_loss": self.has_loss}, path)
+
+    @classmethod
+    def read(cls, *paths: Path) -> Self:
+        """What `write` saved, of several files end to end."""
+        saved = [load_file(path) for path in paths]
+        return cls(**{name: np.concatenate([one[name] for one in saved]) for name in ("ids", "has_loss")})
 
 
 def encode_books(tokenizer: Tokenizer, corpus_dir: Path) -> Ids:

@@ -306,3 +306,16 @@ SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy", "snowy", "clear", "stormy
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
+
+VERBS = (
+    *("get", "find", "read", "show", "search", "lookup", "fetch", "load", "query", "check", "list"),
+    *("take", "give", "make", "call", "open", "tell", "ask", "count", "book", "order", "send", "set"),
+)
+TOOL_DESCRIPTIONS = (
+    "Get the {t} of a {f}.",
+    "Get the {t} of a {f}.",
+    "Find the {t} of the {f}.",
+    "Returns the {t} of a {f}.",
+    "The {t} of any {f}.",
+    "Look up {t} by {f}.",
+)

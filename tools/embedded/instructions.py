@@ -49,6 +49,8 @@ SHARES: dict[str, float] = {
     "greeting": 0.04,
     "penstock": 0.04,
 }
+# Harder forms of two kinds, trained late and measured by themselves; the evaluation set has none of them.
+HARD_KINDS = ("long_repeat", "new_tools")
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a helpful assistant. Answer briefly.",
@@ -232,7 +234,11 @@ def _piece(rng: random.Random) -> str:
 
 def _record(rng: random.Random) -> str:
     """A record of about 3 to 200 tokens, in one of several layouts."""
-    size = int(2 * 1.12 ** (30 * rng.random()))
+    return _layout(rng, size=int(2 * 1.12 ** (30 * rng.random())))
+
+
+def _layout(rng: random.Random, *, size: int) -> str:
+    """A record of about `size` words and numbers, in one of several layouts."""
     layout = rng.randrange(6)
     if layout == 0:
         return " ".join(rng.choice(facts.WORDS) for _ in range(size))
@@ -251,10 +257,20 @@ def _record(rng: random.Random) -> str:
 
 
 def _repeat(source: Source) -> Conversation:
-    record, key = source.operands(lambda: _record(source.rng), lambda record: f"repeat:{record}")
+    return _ask_to_repeat(source, "repeat", lambda: _record(source.rng))
+
+
+def _long_repeat(source: Source) -> Conversation:
+    """As `_repeat`, with records of about 70 to 300 tokens."""
+    rng = source.rng
+    return _ask_to_repeat(source, "long_repeat", lambda: _layout(rng, size=rng.randint(24, 80)))
+
+
+def _ask_to_repeat(source: Source, kind: str, draw: Callable[[], str]) -> Conversation:
+    record, key = source.operands(draw, lambda record: f"repeat:{record}")
     wording = source.wording("repeat")
     question = wording.replace("{r}", record)
-    return _single("repeat", question, record, wording=wording, operands=key)
+    return _single(kind, question, record, wording=wording, operands=key)
 
 
 def _think_sum(source: Source) -> tuple[str, str, str, str]:
@@ -436,6 +452,36 @@ def _lookup_case(rng: random.Random) -> ToolCase:
     )
 
 
+def _new_name(rng: random.Random, thing: str) -> str:
+    """A made-up function name that contains the thing it finds."""
+    other = rng.choice(facts.WORDS)
+    return rng.choice(
+        (
+            f"{rng.choice(facts.VERBS)}_{thing}",
+            f"{rng.choice(facts.VERBS)}_{thing}",
+            f"{rng.choice(facts.VERBS)}_{other}_{thing}",
+            f"{thing}_{other}",
+            f"{other}_{thing}",
+            f"{rng.choice(facts.VERBS)}{thing.capitalize()}",
+            f"{thing}",
+        )
+    )
+
+
+def _new_case(rng: random.Random) -> ToolCase:
+    """As `_lookup_case`, with more kinds of names and of descriptions."""
+    thing, field = rng.choice(facts.WORDS), rng.choice(facts.WORDS)
+    value, result = _piece(rng), _piece(rng)
+    about = rng.choice(facts.TOOL_DESCRIPTIONS).format(t=thing, f=field)
+    return ToolCase(
+        group="tool_lookup",
+        tool=function_tool(_new_name(rng, thing), about, {field: "string"}),
+        arguments={field: value},
+        response={thing: result},
+        answer=f"The {thing} of {value} is {result}.",
+    )
+
+
 _CASES: tuple[Callable[[random.Random], ToolCase], ...] = (
     _weather_case,
     _time_case,
@@ -463,27 +509,49 @@ def _tools(source: Source) -> Conversation:
     make = rng.choice(_CASES)
     case, key = source.operands(lambda: make(rng), _tool_key)
     question, wording = _case_question(source, case)
-    offered = [case.tool]
-    for other in rng.sample(_CASES, rng.choice((0, 0, 1, 2))):
-        extra = other(rng).tool
-        if extra["function"]["name"] not in {tool["function"]["name"] for tool in offered}:
-            offered.append(extra)
-    rng.shuffle(offered)
-    name = case.tool["function"]["name"]
-    messages: list[Message] = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": call_text(name, case.arguments)},
-    ]
-    if rng.random() < 0.5:
-        messages.append({"role": "tool", "content": json.dumps(case.response)})
-        messages.append({"role": "assistant", "content": case.answer})
+    offered = _offer(rng, [case], [other(rng) for other in rng.sample(_CASES, rng.choice((0, 0, 1, 2)))])
+    messages = _call_messages(question, case)
+    messages += _result_messages(case) if rng.random() < 0.5 else ()
+    return Conversation(kind="tools", messages=messages, tools=offered, wording=wording, operands=key)
+
+
+def _new_tools(source: Source) -> Conversation:
+    """Tools that no conversation had before, beside others of their kind; one to three are called."""
+    rng = source.rng
+    drawn = [source.operands(lambda: _new_case(rng), _tool_key) for _ in range(rng.randint(1, 4))]
+    extra = [other(rng) for other in rng.sample(_CASES, rng.choice((0, 0, 0, 1)))]
+    offered = _offer(rng, [case for case, _ in drawn], extra)
+    called = [(case, key) for case, key in drawn if case.tool in offered][: rng.randint(1, 3)]
+    assert called, "the first case is always offered"
+    messages: tuple[Message, ...] = ()
+    for number, (case, _) in enumerate(called):
+        question, wording = _case_question(source, case)
+        messages += _call_messages(question, case)
+        if number + 1 < len(called) or rng.random() < 0.5:
+            messages += _result_messages(case)
     return Conversation(
-        kind="tools",
-        messages=tuple(messages),
-        tools=tuple(offered),
-        wording=wording,
-        operands=key,
+        kind="new_tools", messages=messages, tools=offered, wording=wording, operands=called[-1][1]
     )
+
+
+def _offer(rng: random.Random, cases: list[ToolCase], others: list[ToolCase]) -> tuple[Tool, ...]:
+    """The tools of all cases in any order; of two with one name, the earlier."""
+    offered: list[Tool] = []
+    for tool in (case.tool for case in (*cases, *others)):
+        if tool["function"]["name"] not in {one["function"]["name"] for one in offered}:
+            offered.append(tool)
+    rng.shuffle(offered)
+    return tuple(offered)
+
+
+def _call_messages(question: str, case: ToolCase) -> tuple[Message, ...]:
+    call = call_text(case.tool["function"]["name"], case.arguments)
+    return ({"role": "user", "content": question}, {"role": "assistant", "content": call})
+
+
+def _result_messages(case: ToolCase) -> tuple[Message, ...]:
+    result = {"role": "tool", "content": json.dumps(case.response)}
+    return (result, {"role": "assistant", "content": case.answer})
 
 
 _MAKERS: dict[str, Callable[[Source], Conversation]] = {
@@ -496,6 +564,8 @@ _MAKERS: dict[str, Callable[[Source], Conversation]] = {
     "think": _think,
     "greeting": _greeting,
     "penstock": _penstock,
+    "long_repeat": _long_repeat,
+    "new_tools": _new_tools,
 }
 _ALWAYS_BY_WORDING = ("capital", "penstock")
 _NEEDS_NO_TOOL = ("capital", "greeting", "penstock", "repeat")
@@ -542,7 +612,7 @@ def make_conversation(
         seed: The stream.
         index: Position in the stream, 0 or more.
         split: `train` draws nothing held out; `eval` holds out the wording or the operands.
-        kind: One of `KINDS`, or None to draw it by `shares`.
+        kind: One of `KINDS` or `HARD_KINDS`, or None to draw it by `shares`.
         shares: Weight of each kind; None means `SHARES`.
 
     Returns:

@@ -1,7 +1,8 @@
 """Trains the embedded model: resumes from its checkpoint and ends at a time you name.
 
 The learning rate warms up, stays, and falls to zero over the last `--decay-minutes` before
-`--finish-by`, so the run may be stopped, continued or shortened at will. A file
+`--finish-by`, or over the last `--decay-tokens` before `--end-tokens`, whichever ends first; so the run
+may be stopped, continued or shortened at will, and a count of tokens bears pauses as well. A file
 `control.json` in the work folder is read again before each step and may change the shares of
 data and the end.
 """
@@ -37,11 +38,17 @@ class Control:
 
     finish_by: str = ""  # HH:MM local time; empty means never
     decay_minutes: float = 20.0
+    end_tokens: int = 0  # of the whole run, those before a restart included; 0 means never
+    decay_tokens: int = 1
     learning_rate: float = 0.004
     warmup_steps: int = 60
+    warmup_from: int = 0  # the step at which the rate begins to rise
     book_share: float = 0.55  # of rows
     copy_share: float = 0.05  # of rows
+    answer_share: float = 0.0  # of rows; what a draft's target said
+    copy_size_max: int = 80  # tokens of a passage in a copy row
     tokens_per_step: int = 8192
+    row_length: int = 512  # a multiple of 512
     long_share: float = 0.02  # of steps, before the decay
     long_share_decay: float = 0.25  # of steps, during the decay
     shares: dict[str, float] | None = None  # of the kinds of instruction
@@ -56,10 +63,17 @@ class Control:
             end += timedelta(days=1)
         return (end - datetime.now().astimezone()).total_seconds() / 60
 
-    def rate(self, step: int, minutes_left: float) -> float:
+    def decay_left(self, started: datetime, num_tokens: int) -> float:
+        """How much of the decay is to come, above 1 before it begins; 0 or less ends the run."""
+        left = self.minutes_left(started) / self.decay_minutes
+        if self.end_tokens:
+            left = min(left, (self.end_tokens - num_tokens) / self.decay_tokens)
+        return left
+
+    def rate(self, step: int, decay_left: float) -> float:
         """Learning rate of a step."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        return self.learning_rate * warm * max(0.0, min(1.0, minutes_left / self.decay_minutes))
+        warm = max(0.0, min(1.0, (step + 1 - self.warmup_from) / self.warmup_steps))
+        return self.learning_rate * warm * max(0.0, min(1.0, decay_left))
 
 
 def read_control(path: Path, base: dict[str, Any]) -> Control:
@@ -86,12 +100,13 @@ class Trainer:
         self.team = team
         self.device = torch.device(arguments.device)
         torch.manual_seed(arguments.seed)
-        self.model = LanguageModel(ModelConfig()).to(self.device)
+        self.model = self.new_model().to(self.device)
         self.optimizers = make_optimizers(self.model, team)
         self.progress = Progress()
         self.started = datetime.now().astimezone()
         self.stop_requested = False
-        self.base = {"decay_minutes": arguments.decay_minutes, "finish_by": arguments.finish_by}
+        names = ("decay_minutes", "finish_by", "decay_tokens", "end_tokens")
+        self.base = {name: getattr(arguments, name) for name in names}
         tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
         self.held_out = data.encode_held_out(tokenizer, arguments.corpus)
         self.rows = data.RowSource(
@@ -100,6 +115,14 @@ class Trainer:
             paragraphs=data.load_paragraphs(arguments.corpus),
             cursor=data.Cursor(),
         )
+
+    def new_model(self) -> LanguageModel:
+        """The network before its first step."""
+        return LanguageModel(ModelConfig())
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """What a step makes smaller; both `[rows, length]` int64."""
+        return self.model.loss(ids, targets)
 
     @property
     def checkpoint(self) -> Path:
@@ -130,16 +153,16 @@ class Trainer:
     def batch(self, control: Control, *, is_decaying: bool) -> tuple[Tensor, Tensor]:
         """Ids and targets of the next step, each `[rows, length]` int64."""
         rng = random.Random(f"batch:{self.progress.step}")  # noqa: S311  # a data set
-        self.rows.shares = control.shares
+        self.rows.shares, self.rows.copy_size_max = control.shares, control.copy_size_max
         long_share = control.long_share_decay if is_decaying else control.long_share
-        length = rng.choice((2048, 4096)) if rng.random() < long_share else 512
+        length = rng.choice((2048, 4096)) if rng.random() < long_share else control.row_length
         num_rows = max(self.team.size, control.tokens_per_step // length)
-        rows = self.team.share([self._row(rng.random(), control, length) for _ in range(num_rows)])
+        rows = self.team.share([self.row(rng.random(), control, length) for _ in range(num_rows)])
         ids = torch.stack([torch.from_numpy(row.ids) for row in rows]).long()
         targets = torch.stack([torch.from_numpy(row.targets) for row in rows]).long()
         return ids.to(self.device), targets.to(self.device)
 
-    def _row(self, dice: float, control: Control, length: int) -> data.Row:
+    def row(self, dice: float, control: Control, length: int) -> data.Row:
         """A row of the kind that `dice`, uniform in [0, 1), falls on."""
         if dice < control.book_share:
             return self.rows.book_row(length)
@@ -147,17 +170,16 @@ class Trainer:
             return self.rows.copy_row(length)
         return self.rows.chat_row(length)
 
-    def step(self, control: Control, minutes_left: float) -> float:
+    def step(self, control: Control, decay_left: float) -> float:
         """One update; returns its loss."""
-        is_decaying = minutes_left < control.decay_minutes
-        ids, targets = self.batch(control, is_decaying=is_decaying)
+        ids, targets = self.batch(control, is_decaying=decay_left < 1)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            loss = self.model.loss(ids, targets)
+            loss = self.loss(ids, targets)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.team.average_gradients(self.model)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = control.rate(self.progress.step, minutes_left)
+                group["lr"] = control.rate(self.progress.step, decay_left)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -175,18 +197,18 @@ class Trainer:
     def decide(self) -> dict[str, Any]:
         """What the next step uses, as the first process sees it. Any: a small record."""
         control = read_control(self.arguments.work_dir / "control.json", self.base)
-        minutes_left = control.minutes_left(self.started)
-        is_last = self.stop_requested or minutes_left <= 0
-        return self.team.agree({"control": asdict(control), "minutes_left": minutes_left, "is_last": is_last})
+        decay_left = control.decay_left(self.started, self.progress.num_tokens)
+        is_last = self.stop_requested or decay_left <= 0
+        return self.team.agree({"control": asdict(control), "decay_left": decay_left, "is_last": is_last})
 
     def run(self) -> None:
         """Train until the end; the first process logs and saves on the way."""
         saved_at = time.monotonic()
         recent: list[float] = []
         while not (decision := self.decide())["is_last"]:
-            control, minutes_left = Control(**decision["control"]), decision["minutes_left"]
+            control, decay_left = Control(**decision["control"]), decision["decay_left"]
             begun = time.monotonic()
-            recent.append(self.step(control, minutes_left))
+            recent.append(self.step(control, decay_left))
             self.progress.seconds += time.monotonic() - begun
             if self.team.rank == 0 and self.progress.step % LOG_STEPS == 0:
                 self._log(recent, control)
@@ -203,7 +225,7 @@ class Trainer:
 
     def _log(self, recent: list[float], control: Control) -> None:
         progress = self.progress
-        rate = control.rate(progress.step, control.minutes_left(self.started))
+        rate = control.rate(progress.step, control.decay_left(self.started, progress.num_tokens))
         now = datetime.now().astimezone()
         print(
             f"{now:%H:%M:%S} step {progress.step} tokens {progress.num_tokens / 1e6:.2f}M"
@@ -213,26 +235,28 @@ class Trainer:
         )
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every training run is told."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of tokenizer.json")
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and control file")
     parser.add_argument("--finish-by", default="", help="HH:MM, local time")
     parser.add_argument("--decay-minutes", type=float, default=20.0)
+    parser.add_argument("--end-tokens", type=int, default=0, help="0: the time alone ends the run")
+    parser.add_argument("--decay-tokens", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="one per core on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--seed", type=int, default=7)
-    return parser.parse_args()
+    return parser
 
 
-def work(arguments: argparse.Namespace, team: Team) -> None:
+def work(make: type[Trainer], arguments: argparse.Namespace, team: Team) -> None:
     """One process of the run; SIGTERM to the first saves and ends all."""
     torch.set_num_threads(arguments.threads)
     team.join(arguments.work_dir / "meeting")
-    trainer = Trainer(arguments, team)
+    trainer = make(arguments, team)
 
     def request_stop(_signal: int, _frame: object) -> None:
         trainer.stop_requested = True
@@ -242,17 +266,17 @@ def work(arguments: argparse.Namespace, team: Team) -> None:
     trainer.run()
 
 
-def main() -> None:
-    """Train from the command line: this process is the first of the team."""
-    arguments = parse_arguments()
+def train(make: type[Trainer], arguments: argparse.Namespace) -> None:
+    """Run a trainer in as many processes as the arguments say; this one is the first."""
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     (arguments.work_dir / "meeting").unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
     size = arguments.processes
     for rank in range(1, size):
-        context.Process(target=work, args=(arguments, Team(rank=rank, size=size)), daemon=True).start()
-    work(arguments, Team(rank=0, size=size))
+        others = (make, arguments, Team(rank=rank, size=size))
+        context.Process(target=work, args=others, daemon=True).start()
+    work(make, arguments, Team(rank=0, size=size))
 
 
 if __name__ == "__main__":
-    main()
+    train(Trainer, argument_parser(__doc__).parse_args())

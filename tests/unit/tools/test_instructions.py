@@ -101,3 +101,22 @@ def test_sums_are_right() -> None:
     for index in range(200):
         *steps, total = make_conversation(5, index, kind="arithmetic").expected.rstrip(".").split(" = ")
         assert {eval(step) for step in steps} == {int(total)}  # our own digits and signs
+
+
+@pytest.mark.parametrize("kind", instructions.HARD_KINDS)
+def test_hard_kinds_keep_to_the_split(kind: str) -> None:
+    """They are held out by the same rule, and the evaluation set has none of them."""
+    assert not any(make_conversation(7, index, kind=kind).is_held_out for index in range(300))
+    assert all(make_conversation(7, index, split="eval", kind=kind).is_held_out for index in range(100))
+    assert kind not in {question.kind for question in evaluation_set()}
+
+
+def test_a_called_tool_is_among_those_offered() -> None:
+    """Whatever a conversation of new tools calls, its schema names with the same arguments."""
+    for index in range(200):
+        asked = make_conversation(7, index, kind="new_tools")
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in asked.tools}
+        said = [one["content"] for one in asked.messages if one["role"] == "assistant"]
+        calls = [json.loads(text.split("\n")[1]) for text in said if text.startswith("<tool_call>")]
+        assert calls
+        assert all(schemas[call["name"]]["required"] == list(call["arguments"]) for call in calls)

@@ -1,5 +1,6 @@
 """Rows and checkpoints of the embedded model's training, on tiny sizes."""
 
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tools.embedded.data import NO_LOSS, Cursor, RowSource
 from tools.embedded.model import LanguageModel, ModelConfig, causal_attention
 from tools.embedded.optimizer import make_optimizers
 from tools.embedded.team import Team
+from tools.embedded.train import Control
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -98,3 +100,15 @@ def _step(model: LanguageModel, optimizers: checkpoint.Optimizers, ids: torch.Te
             group["lr"] = 0.01
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_tokens_end_a_run_whatever_the_time() -> None:
+    """The rate rises from where the run was taken up, stays, and falls to zero at the last token."""
+    control = Control(end_tokens=1000, decay_tokens=400, learning_rate=1.0, warmup_from=10, warmup_steps=4)
+    now = datetime.now().astimezone()
+    assert control.rate(9, control.decay_left(now, 0)) == 0
+    assert control.rate(10, control.decay_left(now, 0)) == 0.25
+    assert control.rate(20, control.decay_left(now, 500)) == 1.0
+    assert control.rate(20, control.decay_left(now, 800)) == 0.5
+    assert control.decay_left(now, 1000) == 0
+    assert Control().decay_left(now, 10**12) == float("inf")
