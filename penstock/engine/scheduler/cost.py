@@ -25,8 +25,11 @@ NUM_FIRST_STEPS: Final = 8
 SOLVE_ORDER: Final = (1, 0, 2, 3, 4)
 """The tokens first: what several features explain alike is laid on them. A first chunk that is too small is
 mended by the next step, one that is too large is a gap in every running answer."""
-CAUTION_MEMORY: Final = 0.96
-"""Per step with a chunk: half of an overrun is forgotten after 17 of them."""
+CAUTION_MEMORY: Final = 0.85
+"""Per step with a chunk: half of an overrun is forgotten after 4 of them. Overruns come in rows; to remember
+longer costs the prompt more than it saves the answers."""
+USUAL_OVERRUN: Final = 1.1
+"""Steps scatter by so much; only what is beyond makes cautious."""
 MAX_CAUTION: Final = 1.25
 """Most that a chunk's step is expected to overrun its prediction; a single hiccup says no more."""
 OUTLIER_FACTOR: Final = 4.0
@@ -111,7 +114,8 @@ class CostModel:
 
     def _note_overrun(self, ratio: float) -> None:
         forgotten = 1.0 + CAUTION_MEMORY * (self._caution - 1.0)
-        self._caution = min(MAX_CAUTION, max(forgotten, ratio))
+        overrun = ratio if ratio > USUAL_OVERRUN else 1.0
+        self._caution = min(MAX_CAUTION, max(forgotten, overrun))
 
     def _update_equations(self, features: tuple[float, ...], *, step_time_s: float) -> None:
         scaled = [value / scale for value, scale in zip(features, SCALES, strict=True)]
