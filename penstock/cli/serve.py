@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import warnings
 from collections.abc import Coroutine, Iterator
@@ -18,6 +17,7 @@ from penstock.cli.settings import ServeSettings
 from penstock.cli.start_table import LoadingBar, print_address, print_choices
 from penstock.core.ids import ModelName
 from penstock.observe.logs import LogWriter
+from penstock.observe.memory import settle
 
 if TYPE_CHECKING:
     # Imported at run time only beside the start of the engine process.
@@ -64,7 +64,7 @@ async def _serve(model: str | None, *, settings: ServeSettings, console: Console
 
         def on_ready(addresses: "Addresses") -> None:
             bar.stop()
-            gc.freeze()  # a full collection over what was imported would be a gap in every stream
+            settle()
             _show(console, side, settings=settings, source=source, addresses=addresses)
 
         side.backend.begin()

@@ -6,7 +6,6 @@ from the first message, loads, warms up, reports `Started` and turns the loop. I
 
 import ctypes
 import faulthandler
-import gc
 import logging
 import os
 import signal
@@ -29,6 +28,7 @@ from penstock.engine.wire import (
     encode,
 )
 from penstock.observe.logs import LogWriter
+from penstock.observe.memory import settle
 
 EXIT_STARTUP: Final = 3
 EXIT_ENGINE: Final = 70
@@ -107,8 +107,7 @@ def _serve(channel: ZmqChannel) -> int:
     except StartupError as error:
         channel.send(Fatal(error_to_info(error)))
         return EXIT_STARTUP
-    # What is there now stays: a full collection over torch's objects would be a gap in every answer.
-    gc.freeze()
+    settle()
     channel.send(Started(core.info))
     with torch.inference_mode():
         EngineLoop(core, channel).run()

@@ -1,10 +1,11 @@
 """What the kernel says of this process's memory, and what is said where it says nothing."""
 
+import gc
 import os
 
 import pytest
 
-from penstock.observe.memory import resident_bytes
+from penstock.observe.memory import resident_bytes, settle
 
 
 def test_resident_memory_is_the_second_figure_of_statm_in_pages(tmp_path):
@@ -19,3 +20,13 @@ def test_a_system_that_does_not_tell_gives_zero(tmp_path, content):
         (tmp_path / "self").mkdir()
         (tmp_path / "self/statm").write_text(content)
     assert resident_bytes(proc=tmp_path) == 0
+
+
+def test_once_settled_a_full_collection_passes_over_what_was_there():
+    kept = [[] for _ in range(1000)]
+    try:
+        settle()
+        assert gc.get_freeze_count() >= len(kept)
+        assert len(gc.get_objects()) < len(kept)
+    finally:
+        gc.unfreeze()
