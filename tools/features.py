@@ -78,6 +78,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("native_bfloat16", "kernels native, bfloat16"),
     _engine("int8", "quantization int8"),
     _engine("int4", "quantization int4"),
+    _engine("gptq", "quantized checkpoint (GPTQ)"),
     _engine("kv_int8", "kv_cache_dtype int8 (on the native kernels)"),
     _engine("deterministic", "deterministic"),
 )
@@ -132,7 +133,7 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),
     RefusedFeature(name="speculative_config", label="speculative decoding", kind="engine"),
-    RefusedFeature(name="load_format", label="quantized checkpoints (AWQ, GPTQ, GGUF)", kind="engine"),
+    RefusedFeature(name="load_format", label="load_format (read from the files)", kind="engine"),
     RefusedFeature(name="tensor_parallel_size", label="tensor parallelism", kind="engine"),
     RefusedFeature(name="gpu_memory_utilization", label="GPU", kind="engine"),
 )

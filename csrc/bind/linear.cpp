@@ -48,6 +48,15 @@ std::shared_ptr<Matrix> pack_plain(Pool& pool, std::uintptr_t data, DType dtype,
     return pack(plain, parsed, group_size, pool);
 }
 
+std::shared_ptr<Matrix> pack_rounded(Pool& pool, std::uintptr_t values, std::uintptr_t scales, int out_features,
+                                     int in_features, const std::string& format, int group_size) {
+    const Rounded rounded{reinterpret_cast<const std::int8_t*>(values), reinterpret_cast<const void*>(scales),
+                          out_features, in_features};
+    const WeightFormat parsed = format_named(format);
+    nb::gil_scoped_release release;
+    return pack(rounded, parsed, group_size, pool);
+}
+
 Projection projection(const std::shared_ptr<Matrix>& matrix, std::uintptr_t bias) {
     return {matrix, reinterpret_cast<const float*>(bias)};
 }
@@ -81,6 +90,8 @@ void bind_linear(nb::module_& m) {
              }, "out"_a);
     m.def("pack", &pack_plain, "pool"_a, nb::kw_only(), "data"_a, "dtype"_a, "row_stride"_a, "col_stride"_a,
           "out_features"_a, "in_features"_a, "format"_a, "group_size"_a);
+    m.def("pack_rounded", &pack_rounded, "pool"_a, nb::kw_only(), "values"_a, "scales"_a, "out_features"_a,
+          "in_features"_a, "format"_a, "group_size"_a);
     m.def("add_linear", &linear, "program"_a, nb::kw_only(), "x"_a, "matrices"_a, "biases"_a, "outs"_a, "add"_a);
     m.def("add_gated_linear", &gated_linear, "program"_a, nb::kw_only(), "x"_a, "gate"_a, "up"_a, "gate_bias"_a,
           "up_bias"_a, "activation"_a, "out"_a);

@@ -14,7 +14,7 @@ _NO_TOOLS: Final = "tool calls are not parsed yet"
 
 REFUSED_OPTIONS: Final[dict[str, str]] = {
     "q": "write --quantization",
-    "load_format": "weights are read from safetensors only",
+    "load_format": "the format of the weights is read from the files",
     "gpu_memory_utilization": _NO_DEVICE,
     "device": _NO_DEVICE,
     "swap_space": "preemption recomputes; there is no swap space",

@@ -72,7 +72,7 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
             _asked(settings.kernels, otherwise=f"the fastest set here on {info.device}"),
         ),
         ("passes", info.execution.partition(":")[0], info.execution.partition(": ")[2] or "by the kernels"),
-        ("quantization", info.quantization, _asked(settings.quantization, otherwise="weights as they are")),
+        ("quantization", info.quantization, _asked(settings.quantization, otherwise="the checkpoint's")),
         ("weights", readable_bytes(info.weights_bytes), f"loaded in {info.load_time_s:.2f} s"),
         (
             "context",

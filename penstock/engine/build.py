@@ -184,7 +184,7 @@ def _info(
         kernels=loaded.kernels.name,
         kernels_detail=loaded.kernels.detail,
         execution=loaded.execution,
-        quantization=str(loaded.quantization),
+        quantization=loaded.quantization,
         kv_cache_dtype=str(loaded.kv_dtype).removeprefix("torch."),
         num_threads=config.num_threads or default_num_threads(),
         deterministic=config.deterministic,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
+from penstock.kernels.rounded import RoundedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,12 @@ class KernelSet(Protocol):
         release: Release | None,
     ) -> LinearWeight:
         """See `prepare_linear`."""
+        ...
+
+    def prepare_rounded(
+        self, weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype, parts: Sequence[int]
+    ) -> LinearWeight:
+        """See `prepare_rounded`."""
         ...
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
@@ -370,6 +377,30 @@ def prepare_linear(
     assert weight.dim() == 2, weight.shape
     assert bias is None or bias.shape == weight.shape[:1], (weight.shape, bias)
     return kernels.prepare_linear(weight, bias, quantization=quantization, parts=parts, release=release)
+
+
+def prepare_rounded(
+    kernels: KernelSet,
+    weight: RoundedWeight,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    parts: Sequence[int] = (),
+) -> LinearWeight:
+    """The same for a weight that is rounded already: its integers and scales are kept as they are.
+
+    Args:
+        kernels: the home that will use it.
+        weight: [O, I] int8 or int4.
+        bias: [O] or None.
+        dtype: of the model, for homes that keep what the weight stands for.
+        parts: as in `prepare_linear`.
+
+    Returns:
+        What `linear` takes.
+    """
+    assert bias is None or bias.shape == weight.values.shape[:1], (weight.values.shape, bias)
+    return kernels.prepare_rounded(weight, bias, dtype=dtype, parts=parts)
 
 
 def linear(kernels: KernelSet, x: Tensor, weight: LinearWeight) -> Tensor:

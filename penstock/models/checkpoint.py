@@ -18,7 +18,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,15 @@ DTYPES: Final = {
     "BF16": torch.bfloat16,
 }
 """Dtypes of weights that can be read; other tensors may be in a file but not in a model."""
+RAW_DTYPES: Final = {
+    **DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Dtypes of what quantized weights are made of."""
 ITEM_BYTES: Final = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -183,8 +192,34 @@ def _merge(folder: Path) -> dict[str, TensorEntry]:
     return merged
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainTensor:
+    """A tensor that is stored as it is; a `stored.StoredTensor`."""
+
+    files: "Checkpoint"
+    entry: TensorEntry
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return self.entry.num_bytes
+
+    def read(self, dtype: torch.dtype, *, fill: bool) -> Tensor:
+        """As `StoredTensor.read`; the file's pages of a converted tensor are forgotten."""
+        stored = self.files.read(self.entry, fill=fill)
+        tensor = stored.to(dtype)
+        if tensor is not stored:
+            self.files.release(stored)
+        return tensor
+
+
 class Checkpoint:
-    """The open files of a checkpoint. The maps live as long as any tensor taken from them."""
+    """The open files of a checkpoint. The maps live as long as any tensor taken from them.
+
+    A `stored.TensorSource` of plain tensors.
+    """
+
+    label: Final = ""
 
     def __init__(self, entries: dict[str, TensorEntry]) -> None:
         self._entries = entries
@@ -197,8 +232,15 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
-    def entry(self, name: str, *, shape: tuple[int, ...]) -> TensorEntry:
+    def entry(
+        self, name: str, *, shape: tuple[int, ...], dtypes: Collection[str] | None = None
+    ) -> TensorEntry:
         """Look a tensor up and check it against what the architecture needs.
+
+        Args:
+            name: of the tensor.
+            shape: that it must have.
+            dtypes: that it may have, out of `RAW_DTYPES`; None for those of plain weights.
 
         Raises:
             CheckpointError: missing, or of another shape or an unreadable dtype; names file and tensor.
@@ -210,11 +252,25 @@ class Checkpoint:
             raise CheckpointError(
                 f"{entry.file.name}: tensor {name!r}: expected shape {list(shape)}, found {list(entry.shape)}"
             )
-        if entry.dtype not in DTYPES:
+        known = DTYPES if dtypes is None else dtypes
+        if entry.dtype not in known:
             raise CheckpointError(
-                f"{entry.file.name}: tensor {name!r}: expected dtype {', '.join(DTYPES)}, found {entry.dtype}"
+                f"{entry.file.name}: tensor {name!r}: expected dtype {', '.join(known)}, found {entry.dtype}"
             )
         return entry
+
+    def look_up(self, name: str) -> TensorEntry | None:
+        """Where a tensor lies, whatever it is; None if there is none of this name."""
+        return self._entries.get(name)
+
+    def find(self, name: str, *, shape: tuple[int, ...]) -> PlainTensor:
+        """As `TensorSource.find`."""
+        return PlainTensor(files=self, entry=self.entry(name, shape=shape))
+
+    def is_quantized(self, name: str) -> bool:
+        """Never."""
+        del name
+        return False
 
     def read(self, entry: TensorEntry, *, fill: bool = True) -> Tensor:
         """The tensor's data in its own dtype, mapped from the file: no copy.
@@ -229,7 +285,7 @@ class Checkpoint:
             self._starts[torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()] = mapped
         if fill:
             _populate(mapped, entry)
-        dtype = DTYPES[entry.dtype]
+        dtype = RAW_DTYPES[entry.dtype]
         if entry.start % dtype.itemsize:  # an unpadded header; aligned reads need a copy
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start)
             return raw.clone().view(dtype).view(entry.shape)

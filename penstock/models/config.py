@@ -138,6 +138,22 @@ class ConfigReader:
                 param=name,
             )
 
+    def supported(self, name: str, known: Sequence[Json], default: Json = None) -> Json:
+        """The field's value, or `default` where it is absent or null; one of `known`.
+
+        Raises:
+            UnsupportedModelError: it asks for what is not built here; lists what is.
+        """
+        value = self._fields.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) is not any(isinstance(each, bool) for each in known) or value not in known:
+            raise UnsupportedModelError(
+                f"{self.source}: field {name!r} is {repr(value)[:80]}, which is not supported; "
+                f"known: {', '.join(str(each) for each in known)}",
+                param=name,
+            )
+        return value
+
     def section(self, name: str) -> "ConfigReader":
         """A nested object; empty if absent or null."""
         value = self._fields.get(name)

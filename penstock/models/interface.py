@@ -13,7 +13,6 @@ from torch import Tensor
 
 from penstock.kernels.batch import ForwardBatch, KvShape
 from penstock.kernels.ops import KernelSet
-from penstock.kernels.quantization import Quantization
 from penstock.models.config import DecoderShape
 
 
@@ -90,7 +89,8 @@ class LoadedModel:
     """Of weights and activations."""
     kv_dtype: torch.dtype
     """Of what the KV cache keeps."""
-    quantization: Quantization
+    quantization: str
+    """How the weights are kept: as `--quantization` asks, or what the checkpoint's format became."""
     execution: str
     """How passes run: `recorded`, or `op by op` and why."""
     num_parameters: int

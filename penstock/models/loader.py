@@ -1,7 +1,7 @@
 """A checkpoint folder in, a model out.
 
 Order: config, architecture, headers, a check of every tensor, then the data. The engine process calls
-`load_model` once at start. Quantized formats are refused by name.
+`load_model` once at start. Quantized checkpoints are read by `quantized`.
 """
 
 import logging
@@ -12,17 +12,19 @@ from typing import Final
 
 import torch
 
-from penstock.core.errors import CheckpointError, StartupError, UnsupportedModelError
+from penstock.core.errors import CheckpointError, StartupError
 from penstock.kernels.batch import KvShape
 from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
+from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.kernels.registry import select_kernels
-from penstock.models.checkpoint import Checkpoint, open_checkpoint
 from penstock.models.config import ConfigReader, read_json_config
 from penstock.models.interface import CausalLM, LoadedModel
 from penstock.models.parts import Parts, Weights
+from penstock.models.quantized.select import open_source
 from penstock.models.registry import find_model
+from penstock.models.stored import TensorSource
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -37,21 +39,14 @@ def read_architecture(reader: ConfigReader) -> str:
 
     Raises:
         CheckpointError: it names none.
-        UnsupportedModelError: the weights are quantized.
     """
-    if reader.has("quantization_config"):
-        method = reader.section("quantization_config").text("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{reader.source}: quantized checkpoints are not supported, this one is {method!r}",
-            param="quantization_config",
-        )
     names = reader.texts("architectures")
     if len(names) != 1:
         raise reader.wrong("architectures", "a list of one name")
     return names[0]
 
 
-def _resolve_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
+def _resolve_dtype(dtype: str, checkpoint: TensorSource) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if checkpoint.dtypes() <= {"F32", "F64"} else torch.bfloat16
     if dtype not in TORCH_DTYPES:
@@ -101,7 +96,7 @@ def load_model(
     reader = read_json_config(path / "config.json") if path.is_dir() else _missing(path)
     architecture = read_architecture(reader)
     build = find_model(architecture)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_source(path, reader)
     torch_dtype = _resolve_dtype(dtype, checkpoint)
     check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
     shape = build(reader, Parts(weights=check, kernels=ReferenceKernels())).config.shape
@@ -125,7 +120,7 @@ def load_model(
         kernels=kernel_set,
         dtype=torch_dtype,
         kv_dtype=options.kv_dtype(torch_dtype),
-        quantization=options.quantization,
+        quantization=_describe(options.quantization, weights),
         execution=run.execution,
         num_parameters=weights.num_parameters,
         weights_bytes=weights.resident_bytes,
@@ -168,12 +163,25 @@ def _make_runnable(
     return _Runnable(model=recorded, execution="recorded", buffer_bytes=lambda: recorded.buffer_bytes)
 
 
+def _describe(asked: Quantization, weights: Weights) -> str:
+    """How the weights are kept: as asked for, and what the checkpoint's own format became."""
+    label = weights.checkpoint.label
+    if not label:
+        return str(asked)
+    if asked.method != "none":
+        return f"{asked}, from {label}"
+    kept = [f"{count} kept as {kind}" for kind, count in sorted(weights.num_rounded.items())]
+    if weights.num_dequantized:
+        kept.append(f"{weights.num_dequantized} dequantized to {str(weights.dtype).removeprefix('torch.')}")
+    return f"{label}: {'; '.join(kept) or 'no weight'}"
+
+
 def _missing(path: Path) -> ConfigReader:
     raise CheckpointError(f"{path}: no such folder")
 
 
 def _tracked_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, total: int, on_progress: Progress | None
+    checkpoint: TensorSource, *, dtype: torch.dtype, total: int, on_progress: Progress | None
 ) -> Weights:
     on_tensor = None if on_progress is None else lambda done: on_progress(done, total)
     return Weights(checkpoint=checkpoint, dtype=dtype, is_check=False, on_tensor=on_tensor)

@@ -5,6 +5,7 @@ loader builds every model twice: first over `meta` tensors, which checks each na
 milliseconds, then over the data; so nothing is half loaded.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,11 +16,12 @@ from penstock.core.errors import CheckpointError
 from penstock.kernels import ops
 from penstock.kernels.ops import KernelSet, LinearWeight
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
+from penstock.kernels.rounded import RoundedWeight
 from penstock.layers.embedding import Embedding, LmHead
 from penstock.layers.linear import Linear
 from penstock.layers.mlp import Activation, GatedMlp
 from penstock.layers.norm import LayerNorm, RmsNorm
-from penstock.models.checkpoint import Checkpoint, TensorEntry
+from penstock.models.stored import StoredMatrix, StoredTensor, TensorSource
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Tensors that older exports carry and that follow from the config: frequencies and causal masks."""
@@ -29,7 +31,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 class Weights:
     """The tensors of one checkpoint as a model takes them. Counts what was taken."""
 
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     dtype: torch.dtype
     is_check: bool
     """Hand out `meta` tensors: check only."""
@@ -44,6 +46,10 @@ class Weights:
     """Size in the files of what was taken."""
     resident_bytes: int = 0
     """Of what the model keeps in memory: tensors as they are, and weights in the form of their kernels."""
+    num_rounded: dict[str, int] = field(default_factory=dict)
+    """Matrices whose stored integers and scales the kernels took as they are, by kind."""
+    num_dequantized: int = 0
+    """Matrices that are stored quantized and were dequantized."""
 
     def take(self, name: str, shape: tuple[int, ...], *, is_kept: bool = True) -> Tensor:
         """The tensor in the model's dtype; mapped, or converted if the file has another dtype.
@@ -56,26 +62,46 @@ class Weights:
         Raises:
             CheckpointError: missing or not of this shape.
         """
-        assert name not in self.taken, name
-        entry = self.checkpoint.entry(name, shape=shape)
+        stored = self._find(name, shape)
         if self.is_check:
             tensor = torch.empty(shape, dtype=self.dtype, device="meta")
         else:
-            tensor = self._read(entry, fill=is_kept and not self.is_packed)
-        self.taken.add(name)
-        self.num_parameters += tensor.numel()
+            tensor = stored.read(self.dtype, fill=is_kept and not self.is_packed)
+        self.num_dequantized += isinstance(stored, StoredMatrix)
         self.resident_bytes += tensor.nbytes if is_kept else 0
-        self.file_bytes += entry.num_bytes
-        if self.on_tensor is not None:
-            self.on_tensor(self.file_bytes)
+        self._count(name, shape, stored)
         return tensor
 
-    def _read(self, entry: TensorEntry, *, fill: bool) -> Tensor:
-        stored = self.checkpoint.read(entry, fill=fill)
-        tensor = stored.to(self.dtype)
-        if tensor is not stored:
-            self.checkpoint.release(stored)
-        return tensor
+    def take_matrix(self, name: str, shape: tuple[int, int], *, is_kept: bool) -> "Tensor | RoundedWeight":
+        """A matrix [out, in]: its integers and scales where the kernels have that grid, else as `take`.
+
+        Raises:
+            CheckpointError: missing, not of this shape, or damaged.
+        """
+        if self.is_check or not self.checkpoint.is_quantized(name):
+            return self.take(name, shape, is_kept=is_kept)
+        stored = self._find(name, shape)
+        assert isinstance(stored, StoredMatrix), stored
+        weight = stored.kept(self.dtype)
+        if isinstance(weight, RoundedWeight):
+            kind = str(weight.quantization)
+            self.num_rounded[kind] = self.num_rounded.get(kind, 0) + 1
+        else:
+            self.num_dequantized += 1
+            self.resident_bytes += weight.nbytes if is_kept else 0
+        self._count(name, shape, stored)
+        return weight
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        assert name not in self.taken, name
+        return self.checkpoint.find(name, shape=shape)
+
+    def _count(self, name: str, shape: tuple[int, ...], stored: StoredTensor) -> None:
+        self.taken.add(name)
+        self.num_parameters += math.prod(shape)
+        self.file_bytes += stored.num_bytes
+        if self.on_tensor is not None:
+            self.on_tensor(self.file_bytes)
 
     def refuse_rest(self) -> None:
         """Refuse tensors that no layer took.
@@ -130,7 +156,7 @@ class Parts:
 
     def matrix(self, name: str, out_features: int, in_features: int) -> LinearWeight:
         """The weight `prefix + name` of an expert's product, stored as [out, in]; in one piece."""
-        return self._prepared(self._source(name, out_features, in_features), parts=(out_features,))
+        return self._prepared(name, out_features, in_features, parts=(out_features,))
 
     def linear(
         self,
@@ -142,20 +168,45 @@ class Parts:
         parts: Sequence[int] = (),
     ) -> Linear:
         """A dense layer stored as [out, in]; `parts` are the sizes of those fused in it, if it is several."""
-        weight = self._source(f"{name}.weight", out_features, in_features)
         offsets = self.tensor(f"{name}.bias", out_features) if bias else None
-        return Linear(kernels=self.kernels, weight=self._prepared(weight, offsets, parts=parts))
+        weight = self._prepared(f"{name}.weight", out_features, in_features, bias=offsets, parts=parts)
+        return Linear(kernels=self.kernels, weight=weight)
 
     def transposed_linear(self, name: str, in_features: int, out_features: int) -> Linear:
-        """A dense layer with bias stored as [in, out] (GPT-2); used through a view."""
-        weight = self._source(f"{name}.weight", in_features, out_features)
+        """A dense layer with bias stored as [in, out] (GPT-2); used through a view.
+
+        Quantized formats keep it as [out, in] like every other layer.
+        """
         bias = self.tensor(f"{name}.bias", out_features)
-        return Linear(kernels=self.kernels, weight=self._prepared(weight.t(), bias))
+        if self.weights.checkpoint.is_quantized(self.prefix + f"{name}.weight"):
+            weight = self._prepared(f"{name}.weight", out_features, in_features, bias=bias)
+        else:
+            weight = self._packed(self._source(f"{name}.weight", in_features, out_features).t(), bias)
+        return Linear(kernels=self.kernels, weight=weight)
 
     def _source(self, name: str, *shape: int) -> Tensor:
         return self.weights.take(self.prefix + name, shape, is_kept=not self.kernels.copies_weights)
 
     def _prepared(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        *,
+        bias: Tensor | None = None,
+        parts: Sequence[int] = (),
+    ) -> LinearWeight:
+        """A stored weight in the kernels' form: its own integers, unless others are asked for."""
+        if self.quantization.method != "none":
+            return self._packed(self._source(name, out_features, in_features), bias, parts=parts)
+        full_name, shape = self.prefix + name, (out_features, in_features)
+        weight = self.weights.take_matrix(full_name, shape, is_kept=not self.kernels.copies_weights)
+        if isinstance(weight, Tensor):
+            return self._packed(weight, bias, parts=parts)
+        dtype = self.weights.dtype
+        return self._kept(ops.prepare_rounded(self.kernels, weight, bias, dtype=dtype, parts=parts))
+
+    def _packed(
         self, weight: Tensor, bias: Tensor | None = None, *, parts: Sequence[int] = ()
     ) -> LinearWeight:
         if self.weights.is_check:
@@ -168,8 +219,10 @@ class Parts:
             parts=parts,
             release=self.weights.checkpoint.release,
         )
-        if self.kernels.copies_weights:
-            self.weights.resident_bytes += prepared.num_bytes
+        return self._kept(prepared) if self.kernels.copies_weights else prepared
+
+    def _kept(self, prepared: LinearWeight) -> LinearWeight:
+        self.weights.resident_bytes += prepared.num_bytes
         return prepared
 
     def rms_norm(self, name: str, size: int, *, eps: float, weight_offset: float = 0.0) -> RmsNorm:
@@ -206,7 +259,9 @@ class Parts:
         """
         weight = embedding.weight
         if not tied:
-            weight = self._source("lm_head.weight", *weight.shape)
-        elif self.kernels.copies_weights and self.weights.checkpoint.is_mapped(weight):
+            rows, cols = weight.shape
+            head = self._prepared("lm_head.weight", rows, cols)
+            return LmHead(kernels=self.kernels, weight=head, softcap=softcap)
+        if self.kernels.copies_weights and self.weights.checkpoint.is_mapped(weight):
             self.weights.resident_bytes -= weight.nbytes
-        return LmHead(kernels=self.kernels, weight=self._prepared(weight), softcap=softcap)
+        return LmHead(kernels=self.kernels, weight=self._packed(weight), softcap=softcap)

@@ -15,6 +15,7 @@ from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Priority, TextDelta, Usage
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from tests.docs.tiny_model import HEAD_DIM, make_tiny_model
+from tools.quantized.checkpoint import write_quantized
 
 BLOCK_SIZE = 4
 WINDOW = 8
@@ -77,7 +78,10 @@ class FeatureEngine:
         self._num_requests = 0
         window = WINDOW if "sliding_window" in features else None
         head_dim = NATIVE_HEAD_DIM if features & NATIVE else HEAD_DIM
-        source = find_model(str(make_tiny_model(folder / "model", window=window, head_dim=head_dim)))
+        made = make_tiny_model(folder / "model", window=window, head_dim=head_dim)
+        if "gptq" in features:
+            made = write_quantized(made, folder / "gptq", "gptq-all-inputs")
+        source = find_model(str(made))
         self._local: LocalModel = self._thread.run(
             open_local_model(source, _config(source.path, features), events=self._totals)
         )

@@ -155,10 +155,12 @@ def _randomise(model: torch.nn.Module, *, seed: int) -> None:
 
 
 def tiny_model(  # transformers has no common type
-    family: str, *, vocab_size: int = 97, seed: int = 0, head_dim: int | None = None
+    family: str, *, vocab_size: int = 97, seed: int = 0, head_dim: int | None = None, **sizes: Any
 ) -> Any:
-    """The `transformers` model itself, float32, with its own plain attention; another head size if given."""
+    """The `transformers` model itself, float32, with its own plain attention; other sizes if given."""
     config = {**FAMILIES, **VARIANTS}[family](vocab_size)
+    for name, value in sizes.items():
+        setattr(config, name, value)
     if head_dim is not None and family.startswith("gpt2"):
         config.n_embd = head_dim * config.n_head
     elif head_dim is not None:

@@ -74,6 +74,19 @@ struct Plain {
 // Pack, and quantize if the format asks for it, with all threads of the pool.
 std::shared_ptr<Matrix> pack(const Plain& plain, WeightFormat format, int group_size, Pool& pool);
 
+// A weight that somebody else has rounded, on a grid that a format can keep as it is. Value (n, k) at
+// values + n * in_features + k: int8 any of [-128, 127] (the kernels' sums have room for -128), int4 [-8, 7].
+// Scales: int8 float32 [out_features], int4 float16 [out_features][ceil(in_features / group_size)]; any sign.
+struct Rounded {
+    const std::int8_t* values;
+    const void* scales;
+    int out_features;
+    int in_features;
+};
+
+// Lay the very same values and scales into panels; int8 and int4 only.
+std::shared_ptr<Matrix> pack(const Rounded& rounded, WeightFormat format, int group_size, Pool& pool);
+
 // The values that the matrix stands for, float32 [out_features, in_features], row major.
 void unpack(const Matrix& matrix, float* out);
 

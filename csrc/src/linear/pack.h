@@ -18,6 +18,10 @@ void unpack_int8(const Matrix& matrix, float* out);
 void pack_int4(const Plain& plain, Matrix& matrix, Pool& pool);
 void unpack_int4(const Matrix& matrix, float* out);
 
+// The same from values that are rounded already.
+void pack_rounded_int8(const Rounded& rounded, Matrix& matrix, Pool& pool);
+void pack_rounded_int4(const Rounded& rounded, Matrix& matrix, Pool& pool);
+
 // Element (n, k) of the source.
 [[gnu::always_inline]] inline float plain_value(const Plain& plain, std::int64_t n, std::int64_t k) {
     const std::int64_t at = n * plain.row_stride + k * plain.col_stride;

@@ -100,6 +100,13 @@ def pack(
     format: str,
     group_size: int,
 ) -> Matrix: ...
+def pack_rounded(
+    pool: Pool, *, values: int, scales: int, out_features: int, in_features: int, format: str, group_size: int
+) -> Matrix:
+    """values: int8 [out_features, in_features]; scales: float32 [out_features] (int8), or float16
+    [out_features, ceil(in_features / group_size)] (int4). Kept as they are.
+    """
+
 def add_linear(
     program: Program,
     *,

@@ -19,6 +19,7 @@ from penstock.kernels.cpu.emission import Machine, kv_format
 from penstock.kernels.cpu.single_calls import Programs, SingleCall, slots_only
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
+from penstock.kernels.rounded import RoundedWeight
 
 INFINITY_BITS: Final = 0x7F80
 """All bits of a bfloat16's exponent: infinity, or NaN."""
@@ -184,6 +185,13 @@ class NativeKernels:
         return weights.pack_linear(
             self.machine.pool, weight, bias, quantization=quantization, parts=parts, release=release
         )
+
+    def prepare_rounded(
+        self, weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype, parts: Sequence[int]
+    ) -> LinearWeight:
+        """As `ops.prepare_rounded`: laid into panels as it is."""
+        del dtype
+        return weights.pack_rounded(self.machine.pool, weight, bias, parts=parts)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""

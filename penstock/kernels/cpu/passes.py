@@ -65,7 +65,9 @@ def _gate_and_up(
         halves = first.weights[0].part(0, half), first.weights[0].part(half, half)
         is_split = (operation.gate.col, operation.up.col) == (0, half) and operation.gate.cols == half
         found = (halves[0], halves[1]) if is_split and halves[0] and halves[1] else None
-    return None if found is None else (*found, sorted({source for source in sources if source is not None}))
+    if found is None or found[0].takes_int8 != found[1].takes_int8:
+        return None
+    return (*found, sorted({source for source in sources if source is not None}))
 
 
 def gate_linears(tape: Tape) -> Tape:

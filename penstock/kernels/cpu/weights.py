@@ -14,8 +14,9 @@ from torch import Tensor
 
 from penstock.kernels.cpu import _native
 from penstock.kernels.quantization import Quantization
+from penstock.kernels.rounded import RoundedWeight
 
-PIECE_BYTES: Final = 64 << 20
+PIECE_VALUES: Final = 32 << 20
 """Of the source, that are packed at a time: what is resident twice while loading."""
 PANEL_FEATURES: Final = 32
 """Outputs of a packed panel (`matrix.h`): a piece is a whole number of panels."""
@@ -98,9 +99,9 @@ class ExpertMatrices:
         return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
 
-def _sizes(num_rows: int, *, row_bytes: int) -> list[int]:
-    """Rows of pieces of bounded size."""
-    step = max(1, PIECE_BYTES // (PANEL_FEATURES * row_bytes)) * PANEL_FEATURES
+def _sizes(num_rows: int, *, row_size: int) -> list[int]:
+    """Rows of pieces of bounded size, the same for every dtype: gate and up are joined piece by piece."""
+    step = max(1, PIECE_VALUES // (PANEL_FEATURES * row_size)) * PANEL_FEATURES
     return [min(step, num_rows - at) for at in range(0, num_rows, step)]
 
 
@@ -123,7 +124,7 @@ def pack_linear(
         parts: rows of the pieces, adding up to O; none: as suits the memory.
         release: told of each piece that is done.
     """
-    sizes = parts or _sizes(weight.shape[0], row_bytes=weight.shape[1] * weight.itemsize)
+    sizes = parts or _sizes(weight.shape[0], row_size=weight.shape[1])
     assert sum(sizes) == weight.shape[0], (sizes, weight.shape)
     pieces = []
     for source, end in zip(weight.split(list(sizes)), accumulate(sizes), strict=True):  # type: ignore[no-untyped-call]  # torch's own
@@ -149,6 +150,39 @@ def _pack(pool: _native.Pool, weight: Tensor, quantization: Quantization) -> _na
         out_features=weight.shape[0],
         in_features=weight.shape[1],
         format="bf16" if quantization.method == "none" else quantization.method,
+        group_size=quantization.group_size if quantization.method == "int4" else 0,
+    )
+
+
+def pack_rounded(
+    pool: _native.Pool, weight: RoundedWeight, bias: Tensor | None, *, parts: Sequence[int]
+) -> PackedLinear:
+    """Lay a weight that is rounded already into panels; arguments as in `pack_linear`."""
+    rows, cols = weight.values.shape
+    sizes = list(parts or _sizes(rows, row_size=cols))
+    assert sum(sizes) == rows, (sizes, weight.values.shape)
+    starts = [0, *accumulate(sizes)]
+    return PackedLinear(
+        out_features=rows,
+        in_features=cols,
+        pieces=tuple(
+            Piece(start=start, matrix=_pack_rounded(pool, weight, start=start, num_rows=size))
+            for start, size in zip(starts, sizes, strict=False)
+        ),
+        bias=None if bias is None else bias.float().contiguous(),
+        quantization=weight.quantization,
+    )
+
+
+def _pack_rounded(pool: _native.Pool, weight: RoundedWeight, *, start: int, num_rows: int) -> _native.Matrix:
+    quantization = weight.quantization
+    return _native.pack_rounded(
+        pool,
+        values=weight.values[start].data_ptr(),
+        scales=weight.scales[start].data_ptr(),
+        out_features=num_rows,
+        in_features=weight.values.shape[1],
+        format=quantization.method,
         group_size=quantization.group_size if quantization.method == "int4" else 0,
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -10,7 +11,8 @@ from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.eager import attention, dense
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
-from penstock.kernels.reference.weights import plain, prepare_plain
+from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
+from penstock.kernels.rounded import RoundedWeight
 
 
 class EagerKernels:
@@ -71,6 +73,13 @@ class EagerKernels:
         """As `ops.prepare_linear`; a quantized weight becomes one of the model's dtype again."""
         del parts, release
         return prepare_plain(weight, bias, quantization=quantization, dtype=weight.dtype)
+
+    def prepare_rounded(
+        self, weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype, parts: Sequence[int]
+    ) -> LinearWeight:
+        """As `ops.prepare_rounded`; it becomes one of the model's dtype."""
+        del parts
+        return prepare_plain_rounded(weight, bias, dtype=dtype)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""

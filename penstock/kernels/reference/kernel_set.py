@@ -10,7 +10,8 @@ from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference import attention, dense
-from penstock.kernels.reference.weights import plain, prepare_plain
+from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
+from penstock.kernels.rounded import RoundedWeight
 
 
 class ReferenceKernels:
@@ -68,6 +69,13 @@ class ReferenceKernels:
         """As `ops.prepare_linear`; a quantized weight becomes float32, so that nothing else is rounded."""
         del parts, release
         return prepare_plain(weight, bias, quantization=quantization, dtype=None)
+
+    def prepare_rounded(
+        self, weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype, parts: Sequence[int]
+    ) -> LinearWeight:
+        """As `ops.prepare_rounded`; it becomes float32, which is exact."""
+        del dtype, parts
+        return prepare_plain_rounded(weight, bias, dtype=None)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from penstock.kernels.ops import LinearWeight
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.quantize import quantize_dequantize, round_rows
+from penstock.kernels.rounded import RoundedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,6 +60,15 @@ def prepare_plain(
         weight = quantize_dequantize(weight, quantization)
         weight = weight if dtype is None else weight.to(dtype)
     return PlainLinear(weight=weight, bias=bias, quantization=quantization)
+
+
+def prepare_plain_rounded(
+    weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype | None
+) -> PlainLinear:
+    """Keep what a rounded weight stands for, in `dtype`; None keeps float32, which is exact."""
+    values = weight.dequantized()
+    values = values if dtype is None else values.to(dtype)
+    return PlainLinear(weight=values, bias=bias, quantization=weight.quantization)
 
 
 def plain(weight: LinearWeight) -> PlainLinear:

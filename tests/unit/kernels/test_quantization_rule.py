@@ -55,7 +55,7 @@ def test_a_weight_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     """Large weights are packed piece by piece; told rows are those of the source, in order."""
     from penstock.kernels.cpu import weights
 
-    monkeypatch.setattr(weights, "PIECE_BYTES", 32 * 48 * 2)
+    monkeypatch.setattr(weights, "PIECE_VALUES", 32 * 48)
     made, released = weight(100, 48, dtype=torch.bfloat16), []
     kernels = HOMES["native"].build(DEFAULT_OPTIONS)
     bias = torch.arange(100, dtype=torch.bfloat16)

@@ -155,9 +155,11 @@ def test_a_vision_gemma_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert "vision tower" in refused(checkpoint(tmp_path, config=config), UnsupportedModelError)
 
 
-def test_a_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path) -> None:
-    config = {"quantization_config": {"quant_method": "gptq"}}
-    assert "this one is 'gptq'" in refused(checkpoint(tmp_path, config=config), UnsupportedModelError)
+def test_an_unknown_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "quip"}}
+    assert "'quant_method' is 'quip', which is not supported; known: awq, gptq" in refused(
+        checkpoint(tmp_path, config=config), UnsupportedModelError
+    )
 
 
 @pytest.mark.parametrize(
