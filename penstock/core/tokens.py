@@ -122,6 +122,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_batched_tokens: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_forced_tokens: int = 0
+    """Of `num_generated_tokens`, those that a grammar forced: they were not drawn."""
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
     num_preemptions: int

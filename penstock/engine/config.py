@@ -47,6 +47,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_chunked_prefill: bool = True
     """Compute a prompt in chunks that fit beside running decodes; False computes each whole in one step,
     however long the others wait, and needs `max_num_batched_tokens` of at least `max_model_len`."""
+    enable_jump_forward: bool = True
+    """Append the tokens that a grammar forces without a model step of their own."""
     max_preemptions: int = 3
     """After so many preemptions a request is protected from further ones."""
     policy: Literal["fcfs", "priority", "fair"] = "fair"

@@ -123,7 +123,7 @@ def cut_answers_short(monkeypatch):
     def short(seq, token_id, *, max_model_len):
         return original(seq, token_id, max_model_len=max_model_len - 1)
 
-    monkeypatch.setattr(scheduler, "judge_token", short)
+    monkeypatch.setattr(answer, "judge_token", short)
 
 
 def keep_bad_blocks_in_the_tree(monkeypatch):

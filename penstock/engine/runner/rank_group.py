@@ -6,10 +6,8 @@ The seam for tensor parallelism: `engine/core` knows a `RankGroup` and never how
 
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from penstock.engine.runner.runner import Runner, StepHandle
+from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 
@@ -32,7 +30,7 @@ class RankGroup(Protocol):
         """Start a step on every rank; does not need the previous step's result to be applied."""
         ...
 
-    def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
+    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
         """Finish the step and answer; called once per handle, in the order of the launches."""
         ...
 
@@ -62,6 +60,6 @@ class LocalRank:
         """See `RankGroup`."""
         return self.runner.launch(plan)
 
-    def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
+    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
         """See `RankGroup`."""
         return self.runner.collect(handle, masks=masks)

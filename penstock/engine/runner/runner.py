@@ -12,14 +12,12 @@ the pass; blocks are zeroed and copied once, before the first pass; sampling cha
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from penstock.core.errors import EngineDeadError
@@ -31,6 +29,7 @@ from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
+from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.sampling.native import NativeSampler
 from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
@@ -57,9 +56,6 @@ STEADY: Final = nullcontext()
 NO_LOGITS: Final = torch.empty(0, 0)
 """Of a pass that samples nothing."""
 
-Mask = npt.NDArray[np.int32]
-"""[ceil(vocab / 32)]"""
-
 log = logging.getLogger("penstock.engine.runner")
 
 
@@ -84,8 +80,6 @@ class StepHandle:
     passes: Sequence[ForwardPass]
     """One, unless some sequence raised; in plan order."""
     failures: Sequence[SequenceFailure]
-    sample_order: Sequence[SequenceId]
-    """Who draws, in plan order; also the order of `masks`."""
     finished_seq_ids: Sequence[SequenceId]
     """Forgotten when the step is collected: the step before it, collected later than this step's launch, may
     still draw for them."""
@@ -165,6 +159,7 @@ class Runner:
     def _launch(self, plan: StepPlan) -> StepHandle:
         began_s = time.perf_counter()
         self._sampler.add(plan.new_sequences)
+        self._sampler.commit_forced(plan.forced_tokens)
         self._pool.zero_blocks(plan.blocks_to_zero)
         self._pool.copy_blocks(plan.block_copies)
         passes, failures = self._compute(plan.sequences) if plan.sequences else ([], [])
@@ -172,18 +167,16 @@ class Runner:
             step_id=plan.step_id,
             passes=passes,
             failures=failures,
-            sample_order=[spec.seq_id for seq in plan.sequences for spec in seq.samples],
             finished_seq_ids=plan.finished_seq_ids,
             launch_time_s=time.perf_counter() - began_s,
         )
 
-    def collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None = None) -> StepResult:
+    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
         """Sample and answer; called once per handle, in the order of the launches.
 
         Args:
             handle: from `launch`.
-            masks: [samples of the plan in order, ceil(vocab / 32)] int32, a bit for each token that may come;
-                None allows all.
+            masks: what the sequences may draw; None allows all of them everything.
 
         Returns:
             A token or a failure for every `SampleSpec` of the plan, and a failure for every sequence without
@@ -192,13 +185,12 @@ class Runner:
         with _inference():
             return self._collect(handle, masks=masks)
 
-    def _collect(self, handle: StepHandle, *, masks: npt.NDArray[np.int32] | None) -> StepResult:
+    def _collect(self, handle: StepHandle, *, masks: MaskSource | None) -> StepResult:
         began_s = time.perf_counter()
         self._sampler.forget(handle.finished_seq_ids)
-        mask_of = {} if masks is None else dict(zip(handle.sample_order, masks, strict=True))
         outcomes: list[Outcome] = list(handle.failures)
         for done in handle.passes:
-            outcomes.extend(self._sample(done, mask_of=mask_of))
+            outcomes.extend(self._sample(done, masks=masks))
         tokens = [outcome for outcome in outcomes if isinstance(outcome, SampledToken)]
         self._sampler.commit(tokens)
         return StepResult(
@@ -240,7 +232,7 @@ class Runner:
             self._sampler.add(plan.new_sequences)
             began_s = time.perf_counter()
             with _inference():
-                self._sample(self._forward(plan.sequences), mask_of={})
+                self._sample(self._forward(plan.sequences), masks=None)
             timed.append(TimedStep(load_of(plan), time.perf_counter() - began_s))
             self._sampler.forget(plan.finished_seq_ids)
             self._pool.zero_blocks(touched_blocks(plan))
@@ -317,7 +309,7 @@ class Runner:
         canary = ScheduledSequence(CANARY, [0], 0, (table,) * len(self._layout.groups))
         return not isolate([canary], attempt=self._forward).culprits
 
-    def _sample(self, done: ForwardPass, *, mask_of: Mapping[SequenceId, Mask]) -> list[Outcome]:
+    def _sample(self, done: ForwardPass, *, masks: MaskSource | None) -> list[Outcome]:
         """Every sequence of one pass: tokens, or failures."""
         outcomes: list[Outcome] = []
         draws: list[_Draw] = []
@@ -328,17 +320,17 @@ class Runner:
             else:
                 outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
             row += bool(seq.samples)
-        return outcomes + self._draw_all(done.logits, draws=draws, mask_of=mask_of)
+        return outcomes + self._draw_all(done.logits, draws=draws, masks=masks)
 
     def _draw_all(
-        self, logits: torch.Tensor, *, draws: Sequence[_Draw], mask_of: Mapping[SequenceId, Mask]
+        self, logits: torch.Tensor, *, draws: Sequence[_Draw], masks: MaskSource | None
     ) -> list[Outcome]:
         if not draws:
             return []
         rows = logits.float().contiguous().numpy()
 
         def attempt(part: Sequence[_Draw]) -> list[Outcome]:
-            return self._draw(rows, draws=part, mask_of=mask_of)
+            return self._draw(rows, draws=part, masks=masks)
 
         taken = isolate(draws, attempt=attempt)
         errors: list[Outcome] = [
@@ -347,17 +339,15 @@ class Runner:
         ]
         return errors + list(chain.from_iterable(taken.parts))
 
-    def _draw(
-        self, logits: Floats, *, draws: Sequence[_Draw], mask_of: Mapping[SequenceId, Mask]
-    ) -> list[Outcome]:
+    def _draw(self, logits: Floats, *, draws: Sequence[_Draw], masks: MaskSource | None) -> list[Outcome]:
         specs = [draw.spec for draw in draws]
         if self._faults:
             self._faults.before_sample([spec.seq_id for spec in specs])
         rows = [draw.row for draw in draws]
         # The usual case, one draw per row, must not copy the batch's logits.
         part = logits if rows == list(range(len(logits))) else logits[rows]
-        masks = np.stack([mask_of[spec.seq_id] for spec in specs]) if mask_of else None
-        return self._sampler.sample(part, specs=specs, masks=masks)
+        allowed = None if masks is None else [masks.row(spec.seq_id) for spec in specs]
+        return self._sampler.sample(part, specs=specs, masks=allowed)
 
 
 def _inference() -> AbstractContextManager[object]:

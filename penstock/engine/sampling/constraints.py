@@ -6,21 +6,21 @@ Each function changes the rows it is given, in place; the sampler gives it copie
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from penstock.engine.sampling.vocabulary import Floats
+from penstock.engine.scheduler.constraint import Mask
 
 
-def apply_bitmask(logits: Floats, *, masks: npt.NDArray[np.int32]) -> None:
+def apply_bitmask(row: Floats, *, mask: Mask) -> None:
     """Forbid every token whose bit is 0.
 
     Args:
-        logits: [rows, vocab], changed in place.
-        masks: [rows, ceil(vocab / 32)] int32; bit `id % 32` (lowest first) of word `id // 32`.
+        row: [vocab], changed in place.
+        mask: at least `vocab` bits.
     """
-    little_endian = np.ascontiguousarray(masks, dtype="<i4").view(np.uint8)
-    allowed = np.unpackbits(little_endian, axis=1, bitorder="little", count=logits.shape[1])
-    logits[allowed == 0] = -np.inf
+    little_endian = np.ascontiguousarray(mask, dtype="<i4").view(np.uint8)
+    allowed = np.unpackbits(little_endian, bitorder="little", count=len(row))
+    row[allowed == 0] = -np.inf
 
 
 def ban_tokens(row: Floats, *, token_ids: Sequence[int]) -> None:

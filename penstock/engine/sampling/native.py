@@ -22,11 +22,10 @@ from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.sampling.vocabulary import Floats
+from penstock.engine.scheduler.constraint import Mask
 
 if TYPE_CHECKING:  # the extension is not there on every machine
     from penstock.kernels.cpu import _native
-
-Mask = npt.NDArray[np.int32]
 
 FEW_DRAWS: Final = 16
 """Room for these at first; it doubles when a batch is larger."""
@@ -84,7 +83,7 @@ class NativeSampler:
         rows: Sequence[int],
         states: Sequence[SequenceState],
         output_idxs: Sequence[int],
-        masks: Mask | None,
+        masks: Sequence[Mask | None] | None,
     ) -> NativeDraws:
         """Choose one token per draw; changes neither logits nor states.
 
@@ -93,7 +92,7 @@ class NativeSampler:
             rows: [draws], the row that each draws from; may repeat.
             states: [draws], each sequence's parameters and history.
             output_idxs: [draws], how many tokens each answer has already.
-            masks: [draws, ceil(vocab / 32)] int32, a bit for each token that may come; None allows all.
+            masks: [draws], the tokens that each may draw, or None where it may draw any; None where all may.
 
         Returns:
             The tokens, and what was asked about them.
@@ -202,15 +201,16 @@ class _Edits:
         states: Sequence[SequenceState],
         *,
         output_idxs: Sequence[int],
-        masks: Mask | None,
+        masks: Sequence[Mask | None] | None,
         vocab: int,
     ) -> None:
         self._arrays: list[npt.NDArray[np.generic]] = []
         self.of_rows: list[tuple[int, _native.RowEdits]] = []
-        words = None if masks is None else np.ascontiguousarray(masks, dtype="<i4")
-        assert words is None or words.shape[1] * 32 >= vocab, (words.shape, vocab)
         for draw, (state, output_idx) in enumerate(zip(states, output_idxs, strict=True)):
-            mask = None if words is None else words[draw]
+            mask = None if masks is None else masks[draw]
+            if mask is not None:
+                mask = np.ascontiguousarray(mask, dtype="<i4")
+                assert len(mask) * 32 >= vocab, (mask.shape, vocab)
             if mask is not None or state.alters_logits(output_idx=output_idx):
                 self.of_rows.append((draw, self._of_row(state, output_idx=output_idx, mask=mask)))
 

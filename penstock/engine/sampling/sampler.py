@@ -24,7 +24,6 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from penstock.core.ids import SequenceId
 from penstock.core.text import TokenLogprobs
@@ -36,7 +35,14 @@ from penstock.engine.sampling.penalties import penalise_presence_and_frequency, 
 from penstock.engine.sampling.sequence_state import SequenceState, SequenceStates
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.sampling.vocabulary import Floats, Ints
-from penstock.engine.scheduler.plan import NewSequence, SampledToken, SampleSpec, SequenceFailure
+from penstock.engine.scheduler.constraint import Mask
+from penstock.engine.scheduler.plan import (
+    ForcedTokens,
+    NewSequence,
+    SampledToken,
+    SampleSpec,
+    SequenceFailure,
+)
 
 CHUNK_ELEMENTS: Final = 1 << 16
 """Logits worked on at a time (256 KiB, or one row): temporaries stay in a core's cache and are small enough
@@ -82,7 +88,7 @@ class Sampler:
         *,
         specs: Sequence[SampleSpec],
         rows: Sequence[int] | None = None,
-        masks: npt.NDArray[np.int32] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Outcome]:
         """Choose one token per spec; changes nothing.
 
@@ -90,7 +96,8 @@ class Sampler:
             logits: [num_rows, vocab] float32, C-contiguous, on the host.
             specs: who draws.
             rows: which row of `logits` each spec draws from, repeats allowed; None gives each its own.
-            masks: [len(specs), ceil(vocab / 32)] int32, a bit for each token that may come; None allows all.
+            masks: [len(specs)], the tokens that each may draw, or None where it may draw any; None where all
+                may.
 
         Returns:
             For each spec its token, or a failure for a row that has no answer.
@@ -111,7 +118,7 @@ class Sampler:
         *,
         specs: Sequence[SampleSpec],
         rows: Sequence[int],
-        masks: npt.NDArray[np.int32] | None,
+        masks: Sequence[Mask | None] | None,
     ) -> list[Outcome]:
         states = [self._states[spec.seq_id] for spec in specs]
         output_idxs = [spec.output_idx for spec in specs]
@@ -124,7 +131,7 @@ class Sampler:
         ]
 
     def _sample_in_chunks(
-        self, logits: Floats, *, specs: Sequence[SampleSpec], masks: npt.NDArray[np.int32] | None
+        self, logits: Floats, *, specs: Sequence[SampleSpec], masks: Sequence[Mask | None] | None
     ) -> list[Outcome]:
         states = [self._states[spec.seq_id] for spec in specs]
         chunk = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
@@ -140,6 +147,13 @@ class Sampler:
         for token in tokens:
             self._states[token.seq_id].commit(token.token_id)
 
+    def commit_forced(self, forced: Iterable[ForcedTokens]) -> None:
+        """Count tokens that answers gained without a draw; sequences that have been forgotten are ignored."""
+        for gained in forced:
+            if gained.seq_id in self._states:
+                for token_id in gained.token_ids:
+                    self._states[gained.seq_id].commit(token_id)
+
 
 class _Rows:
     """A few rows on their way through the order above."""
@@ -153,25 +167,25 @@ class _Rows:
         self._highest: Floats = raw[np.arange(len(raw)), self._best]
         self._is_sound = np.isfinite(self._highest)
 
-    def sample(self, masks: npt.NDArray[np.int32] | None) -> list[Outcome]:
+    def sample(self, masks: Sequence[Mask | None] | None) -> list[Outcome]:
         """Steps 1 to 7 for these rows."""
-        self._alter(masks)
+        self._alter([None] * len(self._specs) if masks is None else masks)
         tokens = self._choose()
         return [self._outcome(row, token_id=token_id) for row, token_id in enumerate(tokens.tolist())]
 
-    def _alter(self, masks: npt.NDArray[np.int32] | None) -> None:
+    def _alter(self, masks: Sequence[Mask | None]) -> None:
         """Steps 2 to 5, on a copy of the rows that need them."""
-        pairs = zip(self._states, self._specs, strict=True)
         altered = [
-            masks is not None or state.alters_logits(output_idx=spec.output_idx) for state, spec in pairs
+            mask is not None or state.alters_logits(output_idx=spec.output_idx)
+            for state, spec, mask in zip(self._states, self._specs, masks, strict=True)
         ]
         rows = np.flatnonzero(np.array(altered) & self._is_sound)
         if not len(rows):
             return
         self._logits = self._raw.copy()
-        if masks is not None:
-            apply_bitmask(self._logits, masks=masks)
         for row in rows.tolist():
+            if (mask := masks[row]) is not None:
+                apply_bitmask(self._logits[row], mask=mask)
             alter_row(self._logits[row], state=self._states[row], output_idx=self._specs[row].output_idx)
         self._best[rows] = self._logits[rows].argmax(axis=1)
         self._highest[rows] = self._logits[rows, self._best[rows]]

@@ -95,6 +95,9 @@ class SequenceStates:
     def __len__(self) -> int:
         return len(self._states)
 
+    def __contains__(self, seq_id: SequenceId) -> bool:
+        return seq_id in self._states
+
     def __getitem__(self, seq_id: SequenceId) -> SequenceState:
         return self._states[seq_id]
 

@@ -1,12 +1,14 @@
-"""When an answer ends, and the deltas that say so.
+"""What a step gives to an answer: its tokens, those that the grammar forces after them, and when it ends.
 
-Pure functions over a sequence and the token it was given. Called by `scheduler.apply`.
+Functions over a sequence and the tokens drawn for it. Called by `scheduler.apply`.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from penstock.core.errors import GenerateError
-from penstock.core.text import FinishReason, TokenLogprobs
+from penstock.core.text import FinishReason, TokenLogprob, TokenLogprobs
 from penstock.core.tokens import ErrorInfo, RequestStats, TokenDelta
 from penstock.engine.scheduler.plan import SampledToken, SequenceFailure
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
@@ -22,6 +24,78 @@ class Ending(NamedTuple):
 
 
 GOES_ON = Ending(keeps_token=True)
+COMPLETE: Final = Ending(keeps_token=True, finish_reason=FinishReason.STOP)
+"""The grammar allows nothing after this token."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Gain:
+    """What an answer gained in a step; the tokens are appended to the sequence already."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """As many as `token_ids`, or none if they were not asked for."""
+    num_forced: int = 0
+    """The last so many of `token_ids` were not drawn: the grammar allowed nothing else."""
+    ending: Ending = GOES_ON
+    failure: str | None = None
+    """Why the grammar's matcher cannot go on; the request has failed then."""
+
+    @property
+    def is_over(self) -> bool:
+        """True if the answer gets no further token."""
+        return self.ending.finish_reason is not None or self.failure is not None
+
+
+def take_tokens(
+    seq: Sequence, drawn: Iterable[SampledToken], *, max_model_len: int, jumps_forward: bool
+) -> Gain:
+    """Append what was drawn for an answer, in order, up to the token that ends it.
+
+    Args:
+        seq: its tokens grow, and its constraint follows.
+        drawn: one token, or confirmed drafts and one more.
+        max_model_len: tokens of prompt and answer together.
+        jumps_forward: append what the grammar forces next, too: it needs no step of its own.
+    """
+    gain = Gain()
+    for sampled in drawn:
+        _take(seq, sampled, gain, max_model_len=max_model_len)
+        if gain.is_over:
+            return gain
+    if seq.constraint is not None and jumps_forward:
+        for token_id in seq.constraint.forced():
+            forced = SampledToken(seq.seq_id, token_id, _certain(seq, token_id))
+            gain.num_forced += _take(seq, forced, gain, max_model_len=max_model_len)
+            if gain.is_over:
+                break
+    return gain
+
+
+def _take(seq: Sequence, sampled: SampledToken, gain: Gain, *, max_model_len: int) -> int:
+    """One token; returns 1 if the answer keeps it, else 0."""
+    gain.ending = judge_token(seq, sampled.token_id, max_model_len=max_model_len)
+    if not gain.ending.keeps_token:
+        return 0
+    seq.token_ids.append(sampled.token_id)
+    gain.token_ids.append(sampled.token_id)
+    if sampled.logprobs is not None:
+        gain.logprobs.append(sampled.logprobs)
+    if seq.constraint is not None:
+        seq.constraint.accept(sampled.token_id)
+        gain.failure = seq.constraint.failure
+        if seq.constraint.is_complete:
+            gain.ending = COMPLETE
+    return 1
+
+
+def _certain(seq: Sequence, token_id: int) -> TokenLogprobs | None:
+    """What is told of a token that nothing else could have been, if logprobs were asked for."""
+    num_top = seq.group.request.params.logprobs
+    if num_top is None:
+        return None
+    certain = TokenLogprob(token_id, 0.0, 1)
+    return TokenLogprobs(certain, (certain,) if num_top else ())
 
 
 def judge_token(seq: Sequence, token_id: int, *, max_model_len: int) -> Ending:
@@ -40,22 +114,20 @@ def judge_token(seq: Sequence, token_id: int, *, max_model_len: int) -> Ending:
 
 def token_delta(
     seq: Sequence,
-    sampled: SampledToken,
-    ending: Ending,
+    gain: Gain,
     *,
     stats: RequestStats | None,
     stats_so_far: RequestStats | None = None,
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
 ) -> TokenDelta:
-    """The delta for one sampled token."""
-    has_logprobs = ending.keeps_token and sampled.logprobs is not None
+    """The delta of one answer in one step."""
     return TokenDelta(
         seq.group.request.request_id,
         seq.index,
-        (sampled.token_id,) if ending.keeps_token else (),
-        (sampled.logprobs,) if has_logprobs and sampled.logprobs is not None else None,
-        ending.finish_reason,
-        ending.stop_token_id,
+        tuple(gain.token_ids),
+        tuple(gain.logprobs) or None,
+        gain.ending.finish_reason,
+        gain.ending.stop_token_id,
         seq.group.num_cached_tokens,
         stats,
         stats_so_far=stats_so_far,

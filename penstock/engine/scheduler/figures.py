@@ -18,6 +18,7 @@ class StepCounts:
     num_chunk_pairs: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_forced_tokens: int = 0
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
@@ -63,6 +64,7 @@ def step_stats(
         num_batched_tokens=counts.num_tokens,
         num_prompt_tokens=counts.num_prompt_tokens,
         num_generated_tokens=counts.num_generated_tokens,
+        num_forced_tokens=counts.num_forced_tokens,
         num_prefix_query_tokens=counts.num_prefix_query_tokens,
         num_prefix_hit_tokens=counts.num_prefix_hit_tokens,
         num_preemptions=counts.num_preemptions,

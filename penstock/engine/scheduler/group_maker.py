@@ -7,6 +7,7 @@ from penstock.core.ids import SequenceId
 from penstock.core.ports import Clock, Rng
 from penstock.core.tokens import EngineRequest
 from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.request import Sequence, SequenceGroup, derive_seed
 
 
@@ -20,13 +21,16 @@ class GroupMaker:
         self._num_arrivals = 0
         self._last_seq_id = 0
 
-    def make(self, request: EngineRequest, *, tier: int, num_blocks_max: int) -> SequenceGroup:
+    def make(
+        self, request: EngineRequest, *, tier: int, num_blocks_max: int, constraint: Constraint | None = None
+    ) -> SequenceGroup:
         """A waiting group with all its sequences, none of which holds a block.
 
         Args:
             request: checked for admission.
             tier: its priority as the policy sees it.
             num_blocks_max: most blocks it can ever hold at once.
+            constraint: at its start; each answer gets its own.
         """
         group = SequenceGroup(
             request=request,
@@ -40,6 +44,9 @@ class GroupMaker:
         self._num_arrivals += 1
         seed = self._rng.getrandbits(64) if request.params.seed is None else request.params.seed
         group.sequences = [self._make_sequence(group, index, seed) for index in range(request.params.n)]
+        if constraint is not None:
+            for seq in group.sequences:
+                seq.constraint = constraint.fork() if seq.index else constraint
         group.live = list(group.sequences)
         return group
 

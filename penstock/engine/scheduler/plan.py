@@ -63,6 +63,13 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     pooling: Pooling | None = None
 
 
+class ForcedTokens(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that an answer gained without a draw, because its grammar allowed nothing else."""
+
+    seq_id: SequenceId
+    token_ids: tuple[int, ...]
+
+
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     """Copy on write: before the step, copy block `src` to block `dst` in all layers."""
 
@@ -76,6 +83,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     step_id: int
     sequences: list[ScheduledSequence]
     new_sequences: list[NewSequence] = []
+    forced_tokens: list[ForcedTokens] = []
+    """What answers gained so since the last plan; the sampler counts it as if it had drawn it."""
     finished_seq_ids: list[SequenceId] = []
     """Sequences whose sampling state the runner may forget."""
     block_copies: list[BlockCopy] = []

@@ -30,6 +30,7 @@ from penstock.core.ids import SequenceId
 from penstock.core.text import FinishReason, TokenLogprobs
 from penstock.core.tokens import EngineRequest, RequestStats
 from penstock.engine.kv.block_table import SequenceBlocks
+from penstock.engine.scheduler.constraint import Constraint
 
 MASK_64: Final = (1 << 64) - 1
 GOLDEN_GAMMA: Final = 0x9E3779B97F4A7C15
@@ -89,6 +90,8 @@ class Sequence:
     num_inflight_tokens: int = 0
     is_known_to_runner: bool = False
     finish_reason: FinishReason | None = None
+    constraint: Constraint | None = None
+    """Has accepted the answer's tokens, whatever became of its blocks; None if anything may follow."""
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ in flight is neither scheduled twice nor freed.
 """
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Final
 
 import msgspec
@@ -32,17 +33,19 @@ from penstock.engine.scheduler.admission import (
     num_blocks_max,
 )
 from penstock.engine.scheduler.answer import (
-    Ending,
+    Gain,
     closing_delta,
     failure_delta,
-    judge_token,
+    take_tokens,
     token_delta,
 )
+from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
 from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
 from penstock.engine.scheduler.group_maker import GroupMaker
 from penstock.engine.scheduler.plan import (
     BlockCopy,
+    ForcedTokens,
     NewSequence,
     SampledToken,
     SampleSpec,
@@ -66,6 +69,10 @@ MEAN_WEIGHT: Final = 0.05
 
 NUMERICAL_ERROR: Final = "numerical_error"
 """`SequenceFailure.code` of NaN logits: the only one after which the KV itself is bad."""
+NO_TOKEN_ALLOWED: Final = "no_token_allowed"  # noqa: S105  a code, not a password
+"""Of a row in which masks and bans together left nothing."""
+GRAMMAR_ERROR: Final = "grammar_error"
+"""Of a matcher that cannot go on."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +126,7 @@ class Scheduler:
         self._sequences: dict[SequenceId, Sequence] = {}
         self._deltas: list[TokenDelta] = []
         self._finished_seq_ids: list[SequenceId] = []
+        self._forced_tokens: list[ForcedTokens] = []
         self._last_step_id = 0
         self._num_waiting_tokens = 0
         self._counts: dict[int, StepCounts] = {}
@@ -137,8 +145,12 @@ class Scheduler:
         """Requests that are not running."""
         return len(self._groups) - len(self._running)
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, *, constraint: Constraint | None = None) -> None:
         """Accept a request; from here on it ends in exactly one terminal delta.
+
+        Args:
+            request: what is wanted.
+            constraint: its grammar, compiled, at its start; this request owns it from now on.
 
         Raises:
             InvalidParameterError: it can never be served; the message says why, with the numbers.
@@ -157,6 +169,7 @@ class Scheduler:
             request,
             tier=self.policy.tier_of(int(request.priority)),
             num_blocks_max=num_blocks_max(request, limits=self._limits),
+            constraint=constraint,
         )
         self._groups[request.request_id] = group
         self._sequences.update((seq.seq_id, seq) for seq in group.sequences)
@@ -463,10 +476,12 @@ class Scheduler:
             group.batch_size = len(draft.scheduled)
             group.kv_usage = usage.num_owned / usage.num_blocks
         finished, self._finished_seq_ids = self._finished_seq_ids, []
+        forced, self._forced_tokens = self._forced_tokens, []
         return StepPlan(
             step_id=self._last_step_id,
             sequences=list(draft.scheduled.values()),
             new_sequences=self._mark_inflight(draft),
+            forced_tokens=forced,
             finished_seq_ids=finished,
             block_copies=[BlockCopy(copy.src, copy.dst) for copy in self._kv.take_copies()],
             blocks_to_zero=self._kv.take_blocks_to_zero(),
@@ -501,8 +516,8 @@ class Scheduler:
         for entry in plan.sequences:
             self._settle_blocks(self._sequences.get(entry.seq_id))
         self._take_prompt_outputs(plan, result)
-        for sampled in result.tokens:
-            counts.num_generated_tokens += self._take_token(sampled)
+        for seq_id, drawn in groupby(result.tokens, key=lambda sampled: sampled.seq_id):
+            self._take_tokens(seq_id, drawn, counts)
         self._free_closed()
         load = StepLoad(counts.num_tokens, counts.num_seqs, counts.num_kv_tokens, counts.num_chunk_pairs)
         if counts.num_seqs and not failures:
@@ -531,12 +546,22 @@ class Scheduler:
             group = seq.group
             # Also of a request that has ended meanwhile: its blocks are yet to be freed.
             group.is_tainted |= failure.code == NUMERICAL_ERROR
-            if seq.finish_reason is not None:
+            if seq.finish_reason is not None or self._ends_whole(seq, failure):
                 continue
             self._deltas.append(failure_delta(group, failure, index=seq.index))
             for each in group.live:
                 each.finish_reason = FinishReason.ERROR
             self._end(group)
+
+    def _ends_whole(self, seq: Sequence, failure: SequenceFailure) -> bool:
+        """End an answer that its grammar lets end where `min_tokens` or a ban leaves nothing else to draw."""
+        if failure.code != NO_TOKEN_ALLOWED or seq.constraint is None or not seq.constraint.may_end:
+            return False
+        is_last = len(seq.group.live) == 1
+        stats = seq.group.stats(now_s=self._clock.monotonic()) if is_last else None
+        self._deltas.append(closing_delta(seq, FinishReason.STOP, stats=stats))
+        self._end_answer(seq, FinishReason.STOP)
+        return True
 
     def _settle_blocks(self, seq: Sequence | None) -> None:
         """Enter full blocks into the tree, and fork once the prompt is computed."""
@@ -590,38 +615,51 @@ class Scheduler:
             seq.finish_reason = reason
         self._end(group)
 
-    def _take_token(self, sampled: SampledToken) -> int:
-        """Append a token to its answer, or end the answer; returns how many tokens the answer gained."""
-        seq = self._sequences.get(sampled.seq_id)
+    def _take_tokens(self, seq_id: SequenceId, drawn: Iterable[SampledToken], counts: StepCounts) -> None:
+        """Append what was drawn for an answer, and what its grammar forces after it; end it if it is over."""
+        seq = self._sequences.get(seq_id)
         if seq is None or seq.finish_reason is not None:
-            return 0
+            return
         group = seq.group
-        ending = judge_token(seq, sampled.token_id, max_model_len=self._config.max_model_len)
         is_first = group.num_generated_tokens == 0
-        if ending.keeps_token:
-            seq.token_ids.append(sampled.token_id)
-            group.num_generated_tokens += 1
-            self.policy.charge(group, num_output_tokens=1)
-        is_last = ending.finish_reason is not None and len(group.live) == 1
+        gain = take_tokens(
+            seq,
+            drawn,
+            max_model_len=self._config.max_model_len,
+            jumps_forward=self._config.enable_jump_forward,
+        )
+        if gain.failure is not None:
+            self._end_failed([SequenceFailure(seq_id, GRAMMAR_ERROR, gain.failure)])
+            return
+        self._count_gain(seq, gain, counts)
+        is_last = gain.ending.finish_reason is not None and len(group.live) == 1
         stats = group.stats(now_s=self._clock.monotonic()) if is_last or is_first else None
         self._deltas.append(
             token_delta(
                 seq,
-                sampled,
-                ending,
+                gain,
                 stats=stats if is_last else None,
                 stats_so_far=stats if is_first else None,
                 prompt_logprobs=group.take_prompt_logprobs() if seq.index == 0 else None,
             )
         )
-        if ending.finish_reason is not None:
-            self._end_answer(seq, ending)
-        return int(ending.keeps_token)
+        if gain.ending.finish_reason is not None:
+            self._end_answer(seq, gain.ending.finish_reason)
 
-    def _end_answer(self, seq: Sequence, ending: Ending) -> None:
+    def _count_gain(self, seq: Sequence, gain: Gain, counts: StepCounts) -> None:
+        num_tokens = len(gain.token_ids)
+        counts.num_generated_tokens += num_tokens
+        counts.num_forced_tokens += gain.num_forced
+        if gain.num_forced:
+            self._forced_tokens.append(ForcedTokens(seq.seq_id, tuple(gain.token_ids[-gain.num_forced :])))
+        if num_tokens:
+            seq.group.num_generated_tokens += num_tokens
+            self.policy.charge(seq.group, num_output_tokens=num_tokens)
+
+    def _end_answer(self, seq: Sequence, reason: FinishReason) -> None:
         """One answer is over; the request with it if it was the last."""
         group = seq.group
-        seq.finish_reason = ending.finish_reason
+        seq.finish_reason = reason
         self._num_outputs_mean += MEAN_WEIGHT * (seq.num_outputs - self._num_outputs_mean)
         if len(group.live) == 1:
             self._end(group)

@@ -86,7 +86,8 @@ def test_the_same_tokens_failures_and_logprobs(mixed, vocab, seed, has_masks, ho
     masks = None
     if has_masks:
         shape = (len(mixed), -(-vocab // 32))
-        masks = rng.integers(-(2**31), 2**31, size=shape, dtype=np.int64).astype(np.int32)
+        words = rng.integers(-(2**31), 2**31, size=shape, dtype=np.int64).astype(np.int32)
+        masks = [mask if seed + row & 1 else None for row, mask in enumerate(words)]
     sequences = [
         NewSequence(
             seq_id=i,

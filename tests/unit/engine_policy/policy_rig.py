@@ -11,6 +11,7 @@ from penstock.core.tokens import EngineRequest, TokenDelta
 from penstock.engine.config import SchedulerConfig
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.plan import SampledToken, SequenceFailure, StepPlan, StepResult
 from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
 from penstock.sim.clock import VirtualClock
@@ -65,8 +66,8 @@ class Rig:
         )
         self.deltas: list[TokenDelta] = []
 
-    def add(self, name: str, prompt: list[int], **kwargs) -> None:
-        self.scheduler.add(request(name, prompt, **kwargs))
+    def add(self, name: str, prompt: list[int], *, constraint: Constraint | None = None, **kwargs) -> None:
+        self.scheduler.add(request(name, prompt, **kwargs), constraint=constraint)
 
     def finish(
         self,

@@ -113,11 +113,19 @@ def test_a_sequence_that_ends_while_its_step_is_under_way_is_still_sampled_in_it
     assert runner._sampler.num_sequences == 0
 
 
-def test_masks_belong_to_samples_in_plan_order():
+class TableOfMasks:
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def row(self, seq_id, *, depth=0):
+        return np.array([1 << self.tokens[seq_id]], np.int32) if seq_id in self.tokens else None
+
+
+def test_a_mask_belongs_to_its_sequence_and_the_others_draw_freely():
     runner, _ = make_runner()
-    masks = np.array([[1 << 3], [1 << 7]], np.int32)
+    masks = TableOfMasks({2: 7})
     sequences = [seq(1, [4], 0, [1]), seq(9, [4], 0, [2], sample=False), seq(2, [4], 0, [3])]
-    assert tokens(run(runner, *sequences, new_sequences=[new(1), new(2)], masks=masks)) == {1: 3, 2: 7}
+    assert tokens(run(runner, *sequences, new_sequences=[new(1), new(2)], masks=masks)) == {1: 5, 2: 7}
 
 
 def test_a_plan_without_sequences_only_moves_blocks_and_forgets():

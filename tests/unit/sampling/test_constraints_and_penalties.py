@@ -13,16 +13,16 @@ def row(*values):
 
 
 def test_a_bitmask_forbids_every_token_whose_bit_is_zero_also_beyond_the_first_word():
-    logits = np.zeros((1, 35), np.float32)
-    words = np.array([[1 << 1 | 1 << 30, 1 << 2]], np.uint32).view(np.int32)
-    apply_bitmask(logits, masks=words)
-    assert np.flatnonzero(np.isfinite(logits[0])).tolist() == [1, 30, 34]
+    logits = np.zeros(35, np.float32)
+    words = np.array([1 << 1 | 1 << 30, 1 << 2], np.uint32).view(np.int32)
+    apply_bitmask(logits, mask=words)
+    assert np.flatnonzero(np.isfinite(logits)).tolist() == [1, 30, 34]
 
 
 def test_the_highest_bit_of_a_word_counts_although_it_is_the_sign():
-    logits = np.zeros((1, 32), np.float32)
-    apply_bitmask(logits, masks=np.array([[-(2**31)]], np.int32))
-    assert np.flatnonzero(np.isfinite(logits[0])).tolist() == [31]
+    logits = np.zeros(32, np.float32)
+    apply_bitmask(logits, mask=np.array([-(2**31)], np.int32))
+    assert np.flatnonzero(np.isfinite(logits)).tolist() == [31]
 
 
 def test_banned_tokens_become_impossible_and_no_others_change():
