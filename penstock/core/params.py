@@ -17,6 +17,11 @@ MAX_STOP_CHARS: Final = 64
 MAX_STOP_TOKEN_IDS: Final = 128
 MAX_TOP_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 300
+MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORD_CHARS: Final = 64
+MAX_ALLOWED_TOKEN_IDS: Final = 1 << 18
+MAX_DRY_BREAKERS: Final = 32
+DEFAULT_DRY_BREAKERS: Final = ("\n", ":", '"', "*")
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 
@@ -31,6 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     n: int = 1
     """Number of answers, 1 to 8; they share the prompt's blocks."""
+    best_of: int | None = None
+    """n to 8: so many answers are made, and the n with the highest mean log-probability given. None: n."""
     temperature: float = 1.0
     """0 to 2; divides the logits. Below 0.00001 it is greedy."""
     top_p: float = 1.0
@@ -45,6 +52,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """-2 to 2: subtracted for each time the token was generated."""
     repetition_penalty: float = 1.0
     """0.01 to 10: divides positive and multiplies negative logits of tokens seen."""
+    typical_p: float = 1.0
+    """Greater than 0, at most 1: keep the tokens of about expected surprise, up to this mass; 1 keeps all."""
+    top_n_sigma: float = 0.0
+    """0 to 100: keep logits within so many standard deviations of the highest; 0 keeps all."""
+    xtc_probability: float = 0.0
+    """0 to 1: how often, of the tokens above `xtc_threshold`, only the least likely stays."""
+    xtc_threshold: float = 0.1
+    """0 to 1; above 0.5 nothing can be excluded."""
+    dry_multiplier: float = 0.0
+    """0 to 100: strength of the penalty on prolonging a repetition; 0 is off."""
+    dry_base: float = 1.75
+    """1 to 8: by how much it grows with each repeated token."""
+    dry_allowed_length: int = 2
+    """1 to 4096: repetitions of fewer tokens are free."""
+    dry_penalty_last_n: int = -1
+    """Tokens that are searched for repetitions; -1 is the whole context, 0 is off."""
+    dry_sequence_breakers: tuple[str, ...] = DEFAULT_DRY_BREAKERS
+    """At most 32 strings; no repetition reaches across a token that holds one."""
+    mirostat: int = 0
+    """1 or 2 steers the surprise of each token towards `mirostat_tau`, by the paper's first or second way."""
+    mirostat_tau: float = 5.0
+    """0 to 100, in bits."""
+    mirostat_eta: float = 0.1
+    """0 to 1: how fast it steers."""
+    bad_words: tuple[str, ...] = ()
+    """At most 128 texts of 1 to 64 characters that the answer must not contain as tokens."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """If not empty, no other token can be chosen; end-of-sequence neither, unless it is among them."""
     logit_bias: dict[int, float] = {}
     """Token id to a bias in -100 to 100, at most 300 entries."""
     seed: int | None = None
@@ -76,6 +111,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < GREEDY_TEMPERATURE
 
     @property
+    def can_speculate(self) -> bool:
+        """False if a draw depends on earlier draws in other ways than by their tokens."""
+        return not self.mirostat
+
+    @property
     def has_penalties(self) -> bool:
         """True if logits depend on the tokens seen so far."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
@@ -94,11 +134,21 @@ def _in_range(params: SamplingParams, param: str, low: float, high: float) -> No
 
 def _check_numbers(params: SamplingParams) -> None:
     _in_range(params, "n", 1, MAX_N)
+    if params.best_of is not None:
+        _in_range(params, "best_of", params.n, MAX_N)
     _in_range(params, "temperature", 0, 2)
     _in_range(params, "top_p", 0, 1)
     _require(params.top_p > 0, param="top_p", value=params.top_p, limit="greater than 0")
     _in_range(params, "top_k", -1, INT64_MAX)
     _in_range(params, "min_p", 0, 1)
+    _in_range(params, "typical_p", 0, 1)
+    _require(params.typical_p > 0, param="typical_p", value=params.typical_p, limit="greater than 0")
+    _in_range(params, "top_n_sigma", 0, 100)
+    _in_range(params, "xtc_probability", 0, 1)
+    _in_range(params, "xtc_threshold", 0, 1)
+    _in_range(params, "mirostat", 0, 2)
+    _in_range(params, "mirostat_tau", 0, 100)
+    _in_range(params, "mirostat_eta", 0, 1)
     _in_range(params, "presence_penalty", -2, 2)
     _in_range(params, "frequency_penalty", -2, 2)
     _in_range(params, "repetition_penalty", MIN_REPETITION_PENALTY, 10)
@@ -111,20 +161,37 @@ def _check_numbers(params: SamplingParams) -> None:
         )
 
 
-def _check_lists(params: SamplingParams, *, vocab_size: int | None) -> None:
-    _require(
-        len(params.stop) <= MAX_STOP_STRINGS,
-        param="stop",
-        value=f"a list of {len(params.stop)}",
-        limit=f"at most {MAX_STOP_STRINGS} strings",
-    )
-    for text in params.stop:
+def _check_dry(params: SamplingParams) -> None:
+    _in_range(params, "dry_multiplier", 0, 100)
+    _in_range(params, "dry_base", 1, 8)
+    _in_range(params, "dry_allowed_length", 1, 4096)
+    _in_range(params, "dry_penalty_last_n", -1, INT64_MAX)
+    _check_texts(params, "dry_sequence_breakers", num_max=MAX_DRY_BREAKERS, num_chars_max=MAX_STOP_CHARS)
+
+
+def _check_texts(params: SamplingParams, param: str, *, num_max: int, num_chars_max: int) -> None:
+    texts: tuple[str, ...] = getattr(params, param)
+    limit = f"at most {num_max} strings"
+    _require(len(texts) <= num_max, param=param, value=f"a list of {len(texts)}", limit=limit)
+    for text in texts:
         _require(
-            1 <= len(text) <= MAX_STOP_CHARS,
-            param="stop",
+            1 <= len(text) <= num_chars_max,
+            param=param,
             value=f"a string of {len(text)} characters",
-            limit=f"of 1 to {MAX_STOP_CHARS} characters",
+            limit=f"of 1 to {num_chars_max} characters",
         )
+
+
+def _check_lists(params: SamplingParams, *, vocab_size: int | None) -> None:
+    _check_texts(params, "stop", num_max=MAX_STOP_STRINGS, num_chars_max=MAX_STOP_CHARS)
+    _check_texts(params, "bad_words", num_max=MAX_BAD_WORDS, num_chars_max=MAX_BAD_WORD_CHARS)
+    num_allowed = len(params.allowed_token_ids)
+    _require(
+        num_allowed <= MAX_ALLOWED_TOKEN_IDS,
+        param="allowed_token_ids",
+        value=f"a list of {num_allowed}",
+        limit=f"at most {MAX_ALLOWED_TOKEN_IDS} ids",
+    )
     _require(
         len(params.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
         param="stop_token_ids",
@@ -148,8 +215,9 @@ def _check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
     limit = f"a token id from 0 to {vocab_size - 1}"
     for token_id in params.logit_bias:
         _require(0 <= token_id < vocab_size, param="logit_bias", value=token_id, limit=limit)
-    for token_id in params.stop_token_ids:
-        _require(0 <= token_id < vocab_size, param="stop_token_ids", value=token_id, limit=limit)
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        for token_id in getattr(params, name):
+            _require(0 <= token_id < vocab_size, param=name, value=token_id, limit=limit)
 
 
 def validate_sampling(
@@ -169,6 +237,7 @@ def validate_sampling(
         InvalidParameterError: names the field, its value and the limit.
     """
     _check_numbers(params)
+    _check_dry(params)
     _check_lists(params, vocab_size=vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(params, name) is not None:

@@ -39,6 +39,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Constrains the tokens; the engine compiles it before it accepts the request."""
     adapter_revision: str = ""
     """Content hash of the adapter, part of the prefix key; empty for the base model."""
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+    """`params.bad_words` as token ids: their last token may not follow the others."""
+    dry_breaker_ids: tuple[int, ...] = ()
+    """Tokens that hold one of `params.dry_sequence_breakers`; empty unless `dry_multiplier` is set."""
     adapter: str = ""
     """Name of the LoRA adapter in the engine's registry; empty for the base model."""
     pooling: Pooling | None = None

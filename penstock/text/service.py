@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Final, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
 from penstock.core.errors import GenerateError, InvalidParameterError, PenstockError
 from penstock.core.grammar import validate_grammar
@@ -20,11 +20,13 @@ from penstock.core.ports import Clock, EngineClient, EngineEvents
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, Usage
 from penstock.core.tokens import EngineRequest, TokenDelta
 from penstock.text.answer import Answer
+from penstock.text.best_of import BestAnswers, widened
 from penstock.text.chat_template import ChatTemplate
 from penstock.text.prompt_logprobs import PromptReader
 from penstock.text.stop_strings import StopAutomaton
 from penstock.text.stream import RequestMeter, TextStream
 from penstock.text.tokenizer import Tokenizer
+from penstock.text.word_rules import WordRules
 
 logger: Final = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class TextService:
         """
         self._engine = engine
         self._tokenizer = tokenizer
+        self._words = WordRules(tokenizer, vocab_size=engine.info.vocab_size)
         self._template = template
         self._name = name
         self._events = events
@@ -119,13 +122,17 @@ class TextService:
         """
         meter = RequestMeter(request, model=self._name, events=self._events, clock=self._clock)
         try:
-            return await _behind_barrier(self._accept(request, meter=meter))
+            stream = await _behind_barrier(
+                self._accept(replace(request, params=widened(request.params)), meter=meter)
+            )
         except PenstockError as error:
             meter.done(FinishReason.ERROR, usage=_NOTHING, error_code=error.code)
             raise
         except BaseException:
             meter.done(FinishReason.CANCELLED, usage=_NOTHING)
             raise
+        best_of = request.params.best_of or 0
+        return BestAnswers(stream, request=request) if best_of > request.params.n else stream
 
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         """Token ids of the prompt or of the rendered conversation.
@@ -159,7 +166,7 @@ class TextService:
         tokens = (
             _no_tokens(request)
             if params.max_tokens == 0 and not asks_of_prompt
-            else await self._engine.generate(self._engine_request(request, token_ids, params=params))
+            else await self._engine.generate(await self._engine_request(request, token_ids, params=params))
         )
         return TextStream(
             tokens,
@@ -244,13 +251,13 @@ class TextService:
                 code="context_length_exceeded",
                 param=param,
             )
-        return msgspec.structs.replace(
+        return replace(
             request.params,
             max_tokens=room if wanted is None else wanted,
             prompt_logprobs=_num_prompt_logprobs(request),
         )
 
-    def _engine_request(
+    async def _engine_request(
         self, request: GenerateRequest, token_ids: list[int], *, params: SamplingParams
     ) -> EngineRequest:
         vocab_size = self._engine.info.vocab_size
@@ -262,6 +269,11 @@ class TextService:
             priority=request.priority,
             tenant_id=request.tenant_id,
             cache_salt=request.cache_salt,
+            banned_sequences=self._words.banned_sequences(params),
+            # the first time it reads the whole vocabulary
+            dry_breaker_ids=await asyncio.to_thread(self._words.dry_breaker_ids, params)
+            if params.dry_multiplier
+            else (),
             grammar=request.grammar,
         )
 

@@ -18,6 +18,8 @@ from tests.docs.tiny_model import CHARACTERS, EOS_IDS, SPECIALS, VOCAB_SIZE
 MAX_TOKENS = 8
 MIN_TOKENS = 4
 PROMPT = "Hello, world"
+ALLOWED = tuple(range(4, VOCAB_SIZE, 2))
+"""Not among `BANNED`; without end of sequence."""
 BANNED = dict.fromkeys(range(3, VOCAB_SIZE, 2), -100.0)
 BASE = GenerateRequest(
     request_id=RequestId("base"),
@@ -115,6 +117,51 @@ def _filters(run: Run, alone: Run, case: Case) -> None:
         assert run.tokens() == greedy.tokens()
     else:
         assert run.tokens(0) == run.tokens(1)
+
+
+def _rare_filters(run: Run, alone: Run, case: Case) -> None:
+    """XTC at a low threshold takes the likeliest tokens away, so what is said is another thing."""
+    _same_again(run, alone, case)
+    if not case.is_cut and case.names == {"rare_filters"}:
+        assert run.tokens() != alone.tokens()
+
+
+def _same_again(run: Run, alone: Run, case: Case) -> None:
+    """The same seed, the same answer."""
+    assert run.tokens() == case.again().tokens()
+
+
+def _mirostat(run: Run, alone: Run, case: Case) -> None:
+    """It really bounds what comes: with hardly any surprise allowed something else is said."""
+    _same_again(run, alone, case)
+    if not case.is_cut and case.names == {"mirostat"}:
+        assert case.again(_with(case.request, mirostat_tau=0.1)).tokens() != alone.tokens()
+
+
+def _allowed(run: Run, alone: Run, case: Case) -> None:
+    for index in range(case.request.params.n):
+        assert set(run.tokens(index)) <= set(ALLOWED)
+
+
+def _bad_words(run: Run, alone: Run, case: Case) -> None:
+    (word,) = case.request.params.bad_words
+    for index in range(case.request.params.n):
+        assert word not in run.text(index).removeprefix(PROMPT if "echo" in case.names else "")
+
+
+def _best_of(run: Run, alone: Run, case: Case) -> None:
+    """More answers are made, and billed, than are told."""
+    if case.is_cut:
+        return
+    assert {delta.index for delta in run.deltas} == set(range(case.request.params.n))
+    assert run.usage is not None
+    shown = sum(len(run.tokens(index)) for index in range(case.request.params.n))
+    assert run.usage.completion_tokens > shown or case.names & {
+        "stop",
+        "include_stop",
+        "stop_token_ids",
+        "eos",
+    }
 
 
 def _penalties(run: Run, alone: Run, case: Case) -> None:
@@ -278,6 +325,28 @@ BEHAVIOURS: dict[str, Behaviour] = {
         ),
         check=_penalties,
     ),
+    "rare_filters": Behaviour(
+        apply=lambda request, _: _with(
+            request, typical_p=0.95, top_n_sigma=3.0, xtc_probability=1.0, xtc_threshold=0.02
+        ),
+        check=_rare_filters,
+    ),
+    "mirostat": Behaviour(
+        apply=lambda request, _: _with(request, mirostat=2, mirostat_tau=2.0), check=_mirostat
+    ),
+    "dry": Behaviour(
+        apply=lambda request, _: _with(
+            request, dry_multiplier=5.0, dry_allowed_length=1, dry_sequence_breakers=(",",)
+        ),
+        check=_same_again,
+    ),
+    "bad_words": Behaviour(
+        apply=lambda request, alone: _with(request, bad_words=(alone.text()[-1:] or "x",)), check=_bad_words
+    ),
+    "allowed_token_ids": Behaviour(
+        apply=lambda request, _: _with(request, allowed_token_ids=ALLOWED), check=_allowed
+    ),
+    "best_of": Behaviour(apply=lambda request, _: _with(request, best_of=4), check=_best_of),
     "logit_bias": Behaviour(apply=lambda request, _: _with(request, logit_bias=BANNED), check=_logit_bias),
     "seed": Behaviour(apply=lambda request, _: _with(request, seed=29), check=_seed),
     "stop": Behaviour(apply=lambda request, alone: _with(request, stop=(_stop_from(alone),)), check=_stop),

@@ -128,6 +128,12 @@ WIRE: dict[str, dict[str, object]] = {
     "logprobs": {"logprobs": True},
     "prompt_logprobs": {"prompt_logprobs": 1},
     "filters": {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+    "rare_filters": {"typical_p": 0.9, "top_n_sigma": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.2},
+    "mirostat": {"mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2},
+    "dry": {"dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 1, "dry_penalty_last_n": 64},
+    "bad_words": {"bad_words": ["x"]},
+    "allowed_token_ids": {"allowed_token_ids": [5, 6]},
+    "best_of": {"best_of": 4},
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
     "logit_bias": {"logit_bias": {"5": 1.0}},
     "seed": {"seed": 1},
@@ -189,6 +195,9 @@ def test_every_sampling_field_is_in_the_table() -> None:
     covered = {
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "max_tokens",
-        "ignore_eos", "logprobs", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens",
+        "ignore_eos", "logprobs", "prompt_logprobs", "best_of", "typical_p", "top_n_sigma", "xtc_probability",
+        "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+        "dry_sequence_breakers", "mirostat", "mirostat_tau", "mirostat_eta", "bad_words", "allowed_token_ids",
+        "include_stop_str_in_output", "skip_special_tokens",
     }  # fmt: skip
     assert set(msgspec.structs.asdict(BASE.params)) == covered

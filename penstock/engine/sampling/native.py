@@ -207,7 +207,7 @@ class _Edits:
         self._arrays: list[npt.NDArray[np.generic]] = []
         self.of_rows: list[tuple[int, _native.RowEdits]] = []
         for draw, (state, output_idx) in enumerate(zip(states, output_idxs, strict=True)):
-            mask = None if masks is None else masks[draw]
+            mask = _joined(None if masks is None else masks[draw], state.allowed_mask(vocab))
             if mask is not None:
                 mask = np.ascontiguousarray(mask, dtype="<i4")
                 assert len(mask) * 32 >= vocab, (mask.shape, vocab)
@@ -218,8 +218,8 @@ class _Edits:
         from penstock.kernels.cpu import _native
 
         params = state.params
-        banned = state.banned if output_idx < params.min_tokens else ()
-        biases = params.logit_bias or {}
+        banned = state.banned_now(output_idx=output_idx)
+        biases = state.biases()
         return _native.RowEdits(
             mask=0 if mask is None else self._address(mask),
             banned=self._address(np.array(banned, np.int64)),
@@ -242,3 +242,10 @@ class _Edits:
             return 0
         self._arrays.append(array)
         return array.ctypes.data
+
+
+def _joined(mask: Mask | None, allowed: Mask | None) -> Mask | None:
+    """The tokens that both allow."""
+    if mask is None or allowed is None:
+        return allowed if mask is None else mask
+    return mask[: len(allowed)] & allowed

@@ -3,12 +3,13 @@
 ```
 raw logits [rows, vocab] float32
   1  a row with NaN, or without a finite maximum, ends here
-  2  bitmask                     tokens that the grammar forbids
-  3  min_tokens                  end-of-sequence and stop ids, too early
-  4  logit_bias                  added
+  2  bitmask                     tokens that the grammar forbids, or that `allowed_token_ids` leaves out
+  3  min_tokens, bad_words       end-of-sequence and stop ids, too early; ends of banned sequences
+  4  logit_bias                  added; what DRY takes away is subtracted
   5  repetition, then frequency and presence penalties
   6  temperature 0: the highest logit, lowest id among equals; no softmax
-     otherwise: temperature, top-k, top-p, min-p, then one draw (see `draw`)
+     otherwise: temperature, top-k, top-p, min-p, then one draw (see `draw`), or with filters that are asked
+     for rarely the order of `rare_filters`
   7  logprobs                    of the raw logits
 ```
 
@@ -32,6 +33,7 @@ from penstock.engine.sampling.draw import DrawParams, draw
 from penstock.engine.sampling.logprobs import token_logprobs
 from penstock.engine.sampling.native import DrawStatus, NativeSampler
 from penstock.engine.sampling.penalties import penalise_presence_and_frequency, penalise_repetition
+from penstock.engine.sampling.rare_filters import draw_rare
 from penstock.engine.sampling.sequence_state import SequenceState, SequenceStates
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.sampling.vocabulary import Floats, Ints
@@ -44,6 +46,8 @@ from penstock.engine.scheduler.plan import (
     SequenceFailure,
 )
 
+XTC_STREAM: Final = 0x5851F42D4C957F2D
+"""Makes of a sequence's seed that of a second stream of numbers."""
 CHUNK_ELEMENTS: Final = 1 << 16
 """Logits worked on at a time (256 KiB, or one row): temporaries stay in a core's cache and are small enough
 that the allocator keeps their pages; a fresh page costs more than all arithmetic on it."""
@@ -121,6 +125,9 @@ class Sampler:
         masks: Sequence[Mask | None] | None,
     ) -> list[Outcome]:
         states = [self._states[spec.seq_id] for spec in specs]
+        rare = [draw for draw, state in enumerate(states) if state.is_rare]
+        if rare:
+            return self._sample_mixed(native, logits, specs=specs, rows=rows, masks=masks, rare=rare)
         output_idxs = [spec.output_idx for spec in specs]
         draws = native.sample(logits, rows=rows, states=states, output_idxs=output_idxs, masks=masks)
         return [
@@ -129,6 +136,33 @@ class Sampler:
                 specs, draws.statuses, draws.token_ids, draws.logprobs, strict=True
             )
         ]
+
+    def _sample_mixed(
+        self,
+        native: NativeSampler,
+        logits: Floats,
+        *,
+        specs: Sequence[SampleSpec],
+        rows: Sequence[int],
+        masks: Sequence[Mask | None] | None,
+        rare: Sequence[int],
+    ) -> list[Outcome]:
+        """Draws with rare filters go through numpy, the others through the extension; ordered as `specs`."""
+        usual = sorted(set(range(len(specs))) - set(rare))
+
+        def part(draws: Sequence[int]) -> tuple[list[SampleSpec], list[int], list[Mask | None] | None]:
+            chosen = None if masks is None else [masks[i] for i in draws]
+            return [specs[i] for i in draws], [rows[i] for i in draws], chosen
+
+        outcomes: dict[int, Outcome] = {}
+        if usual:
+            one, own, chosen = part(usual)
+            drawn = self._sample_natively(native, logits, specs=one, rows=own, masks=chosen)
+            outcomes.update(zip(usual, drawn, strict=True))
+        one, own, chosen = part(rare)
+        drawn = self._sample_in_chunks(logits[own], specs=one, masks=chosen)
+        outcomes.update(zip(rare, drawn, strict=True))
+        return [outcomes[draw] for draw in range(len(specs))]
 
     def _sample_in_chunks(
         self, logits: Floats, *, specs: Sequence[SampleSpec], masks: Sequence[Mask | None] | None
@@ -151,8 +185,7 @@ class Sampler:
         """Count tokens that answers gained without a draw; sequences that have been forgotten are ignored."""
         for gained in forced:
             if gained.seq_id in self._states:
-                for token_id in gained.token_ids:
-                    self._states[gained.seq_id].commit(token_id)
+                self._states[gained.seq_id].commit_forced(gained.token_ids)
 
 
 class _Rows:
@@ -193,12 +226,29 @@ class _Rows:
     def _choose(self) -> Ints:
         """Step 6. Rows without an answer get any token."""
         tokens = self._best.copy()
-        is_random = np.array([not state.params.is_greedy for state in self._states])
+        for row, state in enumerate(self._states):
+            if state.is_rare and np.isfinite(self._highest[row]):
+                tokens[row] = self._draw_rare(row, state)
+        is_random = np.array([not state.params.is_greedy and not state.is_rare for state in self._states])
         rows = np.flatnonzero(is_random & np.isfinite(self._highest))
         if len(rows):
             logits = self._logits if len(rows) == len(self._logits) else self._logits[rows]
             tokens[rows] = draw(logits, highest=self._highest[rows], params=self._draw_params(rows))
         return tokens
+
+    def _draw_rare(self, row: int, state: SequenceState) -> int:
+        """One row through the filters that need it sorted."""
+        output_idx = self._specs[row].output_idx
+        uniform, xtc_uniform = uniforms([state.seed, state.seed ^ XTC_STREAM], output_idxs=[output_idx] * 2)
+        drawn = draw_rare(
+            self._logits[row],
+            params=state.params,
+            uniform=float(uniform),
+            xtc_uniform=float(xtc_uniform),
+            max_surprise=state.max_surprise,
+        )
+        state.last_surprise = drawn.surprise  # read by `commit`; drawing again writes the same
+        return drawn.token_id
 
     def _draw_params(self, rows: Ints) -> DrawParams:
         states = [self._states[row] for row in rows.tolist()]
@@ -241,10 +291,13 @@ def _outcome(seq_id: SequenceId, *, status: int, token_id: int, logprobs: TokenL
 def alter_row(row: Floats, *, state: SequenceState, output_idx: int) -> None:
     """Steps 3 to 5 for one row, changed in place."""
     params = state.params
-    if state.banned and output_idx < params.min_tokens:
-        ban_tokens(row, token_ids=state.banned)
-    if params.logit_bias:
-        add_bias(row, logit_bias=params.logit_bias)
+    allowed = state.allowed_mask(len(row))
+    if allowed is not None:
+        apply_bitmask(row, mask=allowed)
+    if banned := state.banned_now(output_idx=output_idx):
+        ban_tokens(row, token_ids=banned)
+    if biases := state.biases():
+        add_bias(row, logit_bias=biases)
     if params.repetition_penalty != 1.0:
         seen = np.concatenate([state.prompt_ids, state.output.ids])
         penalise_repetition(row, token_ids=seen, penalty=params.repetition_penalty)

@@ -4,16 +4,23 @@ Bounded by the prompt's and the answer's distinct tokens, kept only where a pena
 when the sequence ends. The sampler owns it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.core.ids import SequenceId
+from penstock.engine.sampling.rare_filters import is_rare
+from penstock.engine.sampling.token_history import TokenHistory, banned_continuations, dry_penalties
 from penstock.engine.sampling.vocabulary import Floats, Ints
 from penstock.engine.scheduler.plan import NewSequence
 
+Words = npt.NDArray[np.int32]
+
 FIRST_CAPACITY: Final = 32
+MAX_PENALTY: Final = 1e30
+"""Added to a float32 logit it still leaves a finite number."""
 ALL_TOKENS: Final = 2**31
 """More than any vocabulary has; still exact as a float64."""
 BYTES_PER_COUNT: Final = 8 + 4 + 100
@@ -62,6 +69,16 @@ class SequenceState:
         repeats = params.repetition_penalty != 1.0
         self.prompt_ids: Ints = np.unique(np.array(new.prompt_token_ids if repeats else [], dtype=np.int64))
         self.output = TokenCounts()
+        self._banned_sequences = new.banned_sequences
+        self._dry_breakers = frozenset(new.dry_breaker_ids)
+        self._history = TokenHistory(new.prompt_token_ids) if _needs_order(new) else None
+        self._num_prompt_tokens = len(new.prompt_token_ids)
+        self._allowed_mask: Words | None = None
+        self.is_rare = is_rare(params)
+        self.max_surprise = 2.0 * params.mirostat_tau
+        """Mirostat's running bound, in bits."""
+        self.last_surprise = 0.0
+        """Of the token that was drawn last, and may yet be drawn again."""
         self.draw_numbers = (
             0.0 if params.is_greedy else params.temperature,
             float(min(params.top_k, ALL_TOKENS)),
@@ -73,17 +90,66 @@ class SequenceState:
     @property
     def num_bytes(self) -> int:
         """Bytes of the token ids and counts, about."""
-        return self.prompt_ids.nbytes + BYTES_PER_COUNT * len(self.output)
+        history = 0 if self._history is None else self._history.ids.nbytes
+        mask = 0 if self._allowed_mask is None else self._allowed_mask.nbytes
+        return self.prompt_ids.nbytes + history + mask + BYTES_PER_COUNT * len(self.output)
 
     def alters_logits(self, *, output_idx: int) -> bool:
         """True if the logits change before the choice of token number `output_idx`."""
         banned = self.banned and output_idx < self.params.min_tokens
-        return bool(banned or self.params.logit_bias or self.params.has_penalties)
+        params = self.params
+        by_order = self._history is not None or params.allowed_token_ids
+        return bool(banned or by_order or params.logit_bias or params.has_penalties)
+
+    def banned_now(self, *, output_idx: int) -> Sequence[int]:
+        """Tokens that cannot be token number `output_idx`: it is too early, or they would end a bad word."""
+        early = self.banned if output_idx < self.params.min_tokens else ()
+        if not self._banned_sequences:
+            return early
+        assert self._history is not None
+        output = self._history.ids[self._num_prompt_tokens :]
+        return [*early, *banned_continuations(output, banned=self._banned_sequences)]
+
+    def biases(self) -> Mapping[int, float]:
+        """What is added to which logits: the client's own, less what DRY takes away."""
+        params = self.params
+        if not params.dry_multiplier or self._history is None:
+            return params.logit_bias
+        biases = dict(params.logit_bias)
+        penalties = dry_penalties(self._history.ids, params=params, breakers=self._dry_breakers)
+        for token_id, penalty in penalties.items():
+            biases[token_id] = biases.get(token_id, 0.0) - min(penalty, MAX_PENALTY)
+        return biases
+
+    def allowed_mask(self, vocab: int) -> Words | None:
+        """[ceil(vocab / 32)]: a bit for each token that may come; None allows all. Made once."""
+        allowed = self.params.allowed_token_ids
+        if allowed and self._allowed_mask is None:
+            ids = np.array(allowed, np.int64)
+            words = np.zeros(-(-vocab // 32), np.uint32)
+            np.bitwise_or.at(words, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+            self._allowed_mask = words.view(np.int32)
+        return self._allowed_mask
 
     def commit(self, token_id: int) -> None:
         """Count a token that is now part of the answer."""
         if self.params.has_penalties:
             self.output.add(token_id)
+        if self._history is not None:
+            self._history.append(token_id)
+        if self.params.mirostat:
+            error = self.last_surprise - self.params.mirostat_tau
+            self.max_surprise -= self.params.mirostat_eta * error
+
+    def commit_forced(self, token_ids: Sequence[int]) -> None:
+        """Count tokens that came without a draw, because nothing else could come."""
+        self.last_surprise = 0.0
+        for token_id in token_ids:
+            self.commit(token_id)
+
+
+def _needs_order(new: NewSequence) -> bool:
+    return bool(new.banned_sequences or new.params.dry_multiplier)
 
 
 class SequenceStates:

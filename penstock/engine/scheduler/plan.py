@@ -23,6 +23,9 @@ class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
     """For penalties and `min_tokens`."""
     banned_until_min_tokens: tuple[int, ...] = ()
     """End-of-sequence and stop ids that `min_tokens` forbids at first."""
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+    dry_breaker_ids: tuple[int, ...] = ()
+    """Both as in the request."""
 
 
 class SampleSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -100,4 +100,6 @@ def new_sequence(seq: Sequence) -> NewSequence:
         seed=seq.seed,
         prompt_token_ids=request.prompt_token_ids,
         banned_until_min_tokens=banned,
+        banned_sequences=request.banned_sequences,
+        dry_breaker_ids=request.dry_breaker_ids,
     )

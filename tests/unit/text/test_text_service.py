@@ -361,6 +361,55 @@ async def test_an_echoed_prompt_has_its_logprobs_and_the_answers_offsets_go_on_b
     assert all(entry.top == () for entry in about_prompt[1:])
 
 
+def scored(text, *, index, logprob):
+    ids = ids_of(text)
+    return tokens(ids, index=index, logprobs=tuple(TokenLogprobs(TokenLogprob(i, logprob, 1)) for i in ids))
+
+
+async def test_best_of_gives_the_likeliest_answers_best_first_and_bills_all():
+    script = [
+        scored("hello", index=0, logprob=-2.0),
+        scored("hello world", index=1, logprob=-0.5),  # a larger sum of logprobs, a smaller mean
+        scored("hi", index=2, logprob=-1.0),
+        *(last(index=index, stats=STATS if index == 2 else None) for index in range(3)),
+    ]
+    service, engine, _ = make_service(script)
+    deltas = await collect(service, make_request(params=SamplingParams(n=2, best_of=3)))
+    assert (engine.requests[0].params.n, engine.requests[0].params.logprobs) == (3, 0)
+    assert [text_of(deltas, index) for index in (0, 1)] == ["hello world", "hi"]
+    assert not any(delta.logprobs for delta in deltas)
+    assert [delta.usage is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
+    assert deltas[-1].usage.completion_tokens == sum(len(ids_of(t)) for t in ("hello", "hello world", "hi"))
+
+
+async def test_best_of_that_is_closed_before_its_first_delta_closes_the_engine():
+    service, engine, sink = make_service([None])
+    stream = await service.generate(make_request(params=SamplingParams(best_of=2)))
+    await stream.aclose()
+    assert engine.num_closed == 1
+    assert [record.finish_reason for record in sink.records] == [FinishReason.CANCELLED]
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_bad_words_reach_the_engine_as_tokens_with_and_without_a_space():
+    service, engine, _ = make_service([last()])
+    await collect(service, make_request(params=SamplingParams(bad_words=("world", "hi"))))
+    assert set(engine.requests[0].banned_sequences) == {
+        tuple(ids_of(text)) for text in ("world", " world", "hi", " hi")
+    }
+
+
+async def test_dry_breakers_are_all_tokens_that_hold_one():
+    service, engine, _ = make_service([last()])
+    params = SamplingParams(dry_multiplier=1.0, dry_sequence_breakers=("w",))
+    await collect(service, make_request(params=params))
+    ids = engine.requests[0].dry_breaker_ids
+    assert set(ids_of(" world")) & set(ids)
+    assert all(b"w" in TOKENIZER.token_bytes(token_id) for token_id in ids)
+    assert not set(ids_of("hello")) & set(ids)
+
+
 async def test_echo_without_new_tokens_needs_no_engine():
     service, engine, sink = make_service()
     params = SamplingParams(max_tokens=0, n=2)

@@ -14,6 +14,10 @@ from penstock.core.ids import ModelName
 from penstock.core.params import (
     INT64_MAX,
     INT64_MIN,
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_DRY_BREAKERS,
     MAX_LOGIT_BIAS,
     MAX_N,
     MAX_STOP_CHARS,
@@ -34,9 +38,7 @@ MAX_SALT_CHARS: Final = 256
 _NOTHING: Final = (None,)
 
 REFUSED: Final[dict[str, tuple[object, ...]]] = {
-    "allowed_token_ids": (None, []),
     "audio": _NOTHING,
-    "bad_words": (None, []),
     "chat_template": _NOTHING,
     "chat_template_kwargs": (None, {}),
     "documents": (None, []),
@@ -113,6 +115,7 @@ class StreamOptions(WireModel):
 
 
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+BadWord = Annotated[Text, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 
 
@@ -126,7 +129,9 @@ class SamplingFields(WireModel):
         default=None, description="Answers."
     )
     best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_N), WHOLE] | None = Field(
-        default=None, description="Only as many as n: all answers are returned."
+        default=None,
+        description="At least n: so many answers are made and billed, and the n likeliest given. More than n "
+        "only without stream.",
     )
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -137,6 +142,28 @@ class SamplingFields(WireModel):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
+    typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_n_sigma: Annotated[Number, Field(ge=-1, le=100)] | None = Field(
+        default=None, description="0 and -1 keep all tokens."
+    )
+    xtc_probability: Annotated[Number, Field(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[Number, Field(ge=0, le=1)] | None = None
+    dry_multiplier: Annotated[Number, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[Number, Field(ge=1, le=8)] | None = None
+    dry_allowed_length: Annotated[int, Field(strict=True, ge=1, le=4096), WHOLE] | None = None
+    dry_penalty_last_n: Annotated[int, Field(strict=True, ge=-1, le=INT64_MAX), WHOLE] | None = Field(
+        default=None, description="-1 is the whole context."
+    )
+    dry_sequence_breakers: (
+        Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_DRY_BREAKERS)] | None
+    ) = None
+    mirostat: Annotated[int, Field(strict=True, ge=0, le=2), WHOLE] | None = None
+    mirostat_tau: Annotated[Number, Field(ge=0, le=100)] | None = None
+    mirostat_eta: Annotated[Number, Field(ge=0, le=1)] | None = None
+    bad_words: Annotated[list[BadWord], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None
+    ) = Field(default=None, description="No other token can come, the end of sequence neither.")
     logit_bias: (
         Annotated[
             dict[
@@ -206,10 +233,21 @@ class SamplingFields(WireModel):
 
 _SAME_NAME: Final = (
     "n",
+    "best_of",
     "temperature",
     "top_p",
     "top_k",
     "min_p",
+    "typical_p",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
@@ -220,6 +258,7 @@ _SAME_NAME: Final = (
     "min_tokens",
     "ignore_eos",
 )
+_LISTS: Final = ("dry_sequence_breakers", "bad_words", "allowed_token_ids")
 
 
 def _check_combinations(fields: SamplingFields) -> None:
@@ -230,9 +269,15 @@ def _check_combinations(fields: SamplingFields) -> None:
             "prompt_logprobs cannot be used with stream: they belong to no piece of the answer",
             param="prompt_logprobs",
         )
-    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+    n, best_of = fields.n or 1, fields.best_of
+    if best_of is not None and best_of < n:
         raise InvalidParameterError(
-            f"best_of is {fields.best_of}, it must equal n, which is {fields.n or 1}", param="best_of"
+            f"best_of is {best_of}, it must be at least n, which is {n}", param="best_of"
+        )
+    if best_of is not None and best_of > n and fields.stream is True:
+        raise InvalidParameterError(
+            f"best_of is {best_of}, with stream it must equal n, which is {n}: the best is known at the end",
+            param="best_of",
         )
 
 
@@ -258,6 +303,9 @@ def sampling_params(
     """
     _check_combinations(fields)
     known = {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
+    known |= {name: tuple(value) for name in _LISTS if (value := getattr(fields, name)) is not None}
+    if fields.top_n_sigma is not None:
+        known["top_n_sigma"] = max(0.0, fields.top_n_sigma)
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
     params = replace(
         defaults,
