@@ -73,6 +73,8 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _request("specials", "skip_special_tokens off"),
     _request("priority", "priorities"),
     _request("cache_salt", "cache_salt"),
+    _request("tools", "tool calls (tools, tool_choice auto)"),
+    _request("reasoning", "reasoning_content"),
     _request("cancel", "cancellation"),
     _engine("prefix_caching", "prefix caching"),
     _engine("chunked_prefill", "chunked prefill"),
@@ -100,6 +102,18 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
     RefusedPair(
         first="continue",
         second="echo",
+        words=("echo", "messages"),
+        reason="a conversation has no prompt text to repeat",
+    ),
+    RefusedPair(
+        first="echo",
+        second="tools",
+        words=("echo", "messages"),
+        reason="a conversation has no prompt text to repeat",
+    ),
+    RefusedPair(
+        first="echo",
+        second="reasoning",
         words=("echo", "messages"),
         reason="a conversation has no prompt text to repeat",
     ),
@@ -133,8 +147,7 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
 REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="response_format", label="JSON output (response_format)", kind="request"),
     RefusedFeature(name="guided_json", label="guided decoding", kind="request"),
-    RefusedFeature(name="tools", label="tool calls", kind="request"),
-    RefusedFeature(name="reasoning_effort", label="reasoning", kind="request"),
+    RefusedFeature(name="reasoning_effort", label="how much to think", kind="request"),
     RefusedFeature(name="use_beam_search", label="beam search", kind="request"),
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.cli.model_source import ModelSource
-from penstock.cli.settings import ServeSettings, engine_config
+from penstock.cli.settings import ServeSettings, engine_config, reading_config
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineAdmin, EngineClient, EngineEvents
 from penstock.core.tokens import EngineInfo
@@ -20,6 +20,7 @@ from penstock.observe.logs import Fanout, RequestLog
 from penstock.observe.metrics import Metrics
 from penstock.text.chat_template import ChatTemplate
 from penstock.text.generation_defaults import read_default_sampling
+from penstock.text.reading import ReadingConfig, make_reading
 from penstock.text.service import TextService
 from penstock.text.tokenizer import Tokenizer
 
@@ -31,11 +32,13 @@ def make_text_service(
     events: EngineEvents,
     clock: Clock,
     chat_template: Path | None = None,
+    reading: ReadingConfig | None = None,
 ) -> TextService:
     """The text half of a model over its engine half.
 
     Raises:
         CheckpointError: tokenizer or chat template are missing or broken.
+        StartupError: an option of `reading` is wrong.
     """
     tokenizer = Tokenizer.from_folder(source.path)
     template = ChatTemplate.from_folder(
@@ -50,6 +53,11 @@ def make_text_service(
         clock=clock,
         root=source.root,
         default_sampling=read_default_sampling(source.path),
+        reading=make_reading(
+            reading or ReadingConfig(),
+            template="" if template is None else template.tools_source,
+            tokenizer=tokenizer,
+        ),
     )
 
 
@@ -64,6 +72,7 @@ class ServedModel:
         events: told of every request.
         clock: for times.
         chat_template: file in place of the model's own, or None.
+        reading: how answers are read for tool calls and thoughts.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class ServedModel:
         events: EngineEvents,
         clock: Clock,
         chat_template: Path | None,
+        reading: ReadingConfig,
     ) -> None:
         self._engine = engine
         self._source = source
@@ -84,6 +94,7 @@ class ServedModel:
         self._events = events
         self._clock = clock
         self._chat_template = chat_template
+        self._reading = reading
         self._service: TextService | None = None
         self._starting: asyncio.Task[None] | None = None
 
@@ -129,6 +140,7 @@ class ServedModel:
             events=self._events,
             clock=self._clock,
             chat_template=self._chat_template,
+            reading=self._reading,
         )
 
 
@@ -161,5 +173,6 @@ def build_model_side(
         events=events,
         clock=clock,
         chat_template=settings.chat_template,
+        reading=reading_config(settings),
     )
     return ModelSide(backend=backend, catalog=catalog, admins=admins, metrics=metrics, clock=clock)

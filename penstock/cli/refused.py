@@ -10,7 +10,6 @@ _NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-c
 _NO_LORA: Final = "adapters are not served yet"
 _NO_SPEC: Final = "speculative decoding is not here yet"
 _NO_GUIDED: Final = "guided decoding is not here yet"
-_NO_TOOLS: Final = "tool calls are not parsed yet"
 
 REFUSED_OPTIONS: Final[dict[str, str]] = {
     "q": "write --quantization",
@@ -32,9 +31,8 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "num_speculative_tokens": _NO_SPEC,
     "guided_decoding_backend": _NO_GUIDED,
     "structured_outputs_config": _NO_GUIDED,
-    "reasoning_parser": "reasoning is not split from the answer yet",
-    "tool_call_parser": _NO_TOOLS,
-    "enable_auto_tool_choice": _NO_TOOLS,
+    "tool_parser_plugin": "code from outside is never run; see the list of --tool-call-parser",
+    "reasoning_config": "write --reasoning-parser tags with --reasoning-start-str and --reasoning-end-str",
     "trust_remote_code": "code from model folders is never run; see the list of known architectures",
     "enforce_eager": "there are no recorded graphs to switch off; --kernels eager is the plain path",
     "task": "only text generation is served yet",

@@ -12,8 +12,16 @@ from cyclopts import Parameter
 
 from penstock.cli.setting import PowerOfTwo, Range, setting
 from penstock.engine.config import MAX_BLOCK_SIZE, EngineConfig, KvConfig, SchedulerConfig
+from penstock.text.reading import ReadingConfig
 
 GIB = 1 << 30
+
+ToolParserName = Literal[
+    "auto",
+    "none",
+    "hermes",
+]
+ReasoningParserName = Literal["auto", "none", "tags", "deepseek_r1", "qwen3", "glm45", "mistral", "seed_oss"]
 
 
 @Parameter(name="*")
@@ -142,6 +150,23 @@ class ServeSettings:
     chat_template: Annotated[
         Path | None, setting("File with a Jinja chat template in place of the model's.")
     ] = None
+    enable_auto_tool_choice: Annotated[
+        bool, setting("Let the model decide to call tools; off refuses tool_choice auto.")
+    ] = True
+    tool_call_parser: Annotated[
+        ToolParserName,
+        setting("How the model spells tool calls; auto reads it from the chat template."),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParserName,
+        setting("How the model marks its thoughts; auto reads it from template and tokenizer."),
+    ] = "auto"
+    reasoning_start_str: Annotated[
+        str, setting("With --reasoning-parser tags: what opens a thought, 1 to 64 characters.")
+    ] = "<think>"
+    reasoning_end_str: Annotated[
+        str, setting("With --reasoning-parser tags: what closes a thought, 1 to 64 characters.")
+    ] = "</think>"
     api_key: Annotated[str | None, setting("Key that clients must send; none means open.")] = None
     admin_key: Annotated[
         str | None, setting("Key of the admin listener on 127.0.0.1; without one it is not opened.")
@@ -157,6 +182,17 @@ class ServeSettings:
         Literal["debug", "info", "warning", "error"], setting("Least severity of log lines.")
     ] = "info"
     config: Annotated[Path | None, setting("TOML or YAML file with settings by these names.")] = None
+
+
+def reading_config(settings: ServeSettings) -> ReadingConfig:
+    """How answers are read."""
+    return ReadingConfig(
+        enable_auto_tool_choice=settings.enable_auto_tool_choice,
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
+        reasoning_start_str=settings.reasoning_start_str,
+        reasoning_end_str=settings.reasoning_end_str,
+    )
 
 
 def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: str) -> EngineConfig:

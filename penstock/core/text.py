@@ -26,6 +26,8 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """It called tools and stopped; an answer that was cut has `LENGTH` even if it has called some."""
     ERROR = "error"
     CANCELLED = "cancelled"
     CONTENT_FILTER = "content_filter"
@@ -40,9 +42,30 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     role: str
     content: str | None = None
+    reasoning_content: str | None = None
+    """What an earlier answer thought; for templates that show it to the model again."""
     name: str | None = None
     tool_calls: tuple[dict[str, object], ...] = ()
     tool_call_id: str | None = None
+
+
+class ToolMode(enum.StrEnum):
+    """Whether an answer may, must or must not call tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+    """At least one call of any tool."""
+    NAMED = "named"
+    """Exactly one call of the tool `ToolChoice.name`."""
+
+
+class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the client wants of `GenerateRequest.tools`."""
+
+    mode: ToolMode = ToolMode.AUTO
+    name: str = ""
+    """The tool of `ToolMode.NAMED`; else empty."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,7 +81,17 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     messages: tuple[Message, ...] | None = None
     """A conversation for the model's chat template."""
     tools: tuple[dict[str, object], ...] = ()
-    """JSON schemas of functions, handed to the chat template."""
+    """Functions in OpenAI's form, handed to the chat template; at most 128, checked by `core/tools`."""
+    tool_choice: ToolChoice = ToolChoice()
+    """With `ToolMode.NONE` the model does not hear of the tools."""
+    parallel_tool_calls: bool = True
+    """False ends the answer with its first call."""
+    include_reasoning: bool = True
+    """False leaves `TextDelta.reasoning` out; the tokens are billed all the same."""
+    chat_template_kwargs: dict[str, object] = {}
+    """More variables for the chat template, which must read them."""
+    is_rendered: bool = False
+    """`prompt` is a conversation that went through the chat template already; its answer is read as one."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     params: SamplingParams = SamplingParams()
@@ -120,6 +153,17 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         return self.prompt_tokens + self.completion_tokens
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of one call: first one with `id` and `name`, then its arguments in pieces."""
+
+    index: int
+    """Which call of the answer, from 0."""
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """Joined over the pieces: a JSON object as text, unless the answer was cut in it."""
+
+
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A piece of an answer.
 
@@ -130,6 +174,10 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: RequestId
     index: int
     text: str = ""
+    reasoning: str = ""
+    """What the model thinks before it answers; not part of `text`."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    """Not part of `text`. Of a delta's parts `reasoning` comes first, then `text`, then these."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TextLogprob, ...] | None = None
     prompt_logprobs: tuple[TextLogprob | None, ...] | None = None

@@ -9,6 +9,7 @@ from typing import Final
 from penstock.core.errors import GenerateError
 from penstock.core.ports import ModelClient
 from penstock.core.text import FinishReason, GenerateRequest, TextDelta, TextLogprob, Usage
+from penstock.core.tools import CalledTool, add_calls
 
 _MERGE_QUEUE: Final = 64
 _Item = tuple[int, TextDelta] | Exception | None
@@ -20,6 +21,8 @@ class Answer:
     """One complete answer (one `index`)."""
 
     pieces: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[CalledTool] = field(default_factory=list)
     logprobs: list[TextLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TextLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
@@ -29,6 +32,11 @@ class Answer:
     def text(self) -> str:
         """The whole text."""
         return "".join(self.pieces)
+
+    @property
+    def reasoning(self) -> str:
+        """All that was thought before."""
+        return "".join(self.thoughts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,6 +170,10 @@ async def collect(streams: Sequence[Deltas], *, n: int) -> Collected:
 def _add(answer: Answer, delta: TextDelta) -> None:
     if delta.text:
         answer.pieces.append(delta.text)
+    if delta.reasoning:
+        answer.thoughts.append(delta.reasoning)
+    if delta.tool_calls:
+        add_calls(answer.calls, delta.tool_calls)
     if delta.logprobs:
         answer.logprobs.extend(delta.logprobs)
     if delta.prompt_logprobs is not None:

@@ -5,11 +5,12 @@ processes (`template_pool`). Output is that of the Hugging Face stack for the sa
 """
 
 import asyncio
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from penstock.core.errors import (
     CheckpointError,
@@ -18,10 +19,29 @@ from penstock.core.errors import (
     QueueFullError,
     StartupError,
 )
-from penstock.core.text import GenerateRequest, Message
+from penstock.core.text import GenerateRequest, Message, ToolMode
 from penstock.text.model_files import read_bytes, read_object
 from penstock.text.template_pool import TemplateLimits, TemplatePool
 from penstock.text.template_worker import Job, Setup
+
+MAX_VARIABLES: Final = 16
+"""Entries of `chat_template_kwargs`."""
+OUR_VARIABLES: Final = frozenset(
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "bos_token",
+        "eos_token",
+        "raise_exception",
+        "strftime_now",
+        "namespace",
+        "range",
+        "loop",
+    }
+)
+"""Variables of a template that requests cannot set."""
 
 
 class ChatTemplate:
@@ -84,6 +104,11 @@ class ChatTemplate:
         )
         return cls(templates, special_tokens=special_tokens, limits=limits) if templates else None
 
+    @property
+    def tools_source(self) -> str:
+        """Source of the template that conversations with tools take."""
+        return self.sources.get("tool_use", self.sources["default"])
+
     def start(self) -> None:
         """Launch the workers without waiting, so that the first conversation finds them ready."""
         self.pool.start()
@@ -142,13 +167,34 @@ class ChatTemplate:
                 "continue_final_message is True and so is add_generation_prompt, only one of them may be",
                 param="continue_final_message",
             )
+        tools = [] if request.tool_choice.mode is ToolMode.NONE else list(map(_shown_tool, request.tools))
+        self._check_variables(request)
         return Job(
-            template="tool_use" if request.tools and "tool_use" in self.sources else "default",
+            template="tool_use" if tools and "tool_use" in self.sources else "default",
             messages=[message_fields(message) for message in request.messages],
-            tools=list(request.tools) or None,
+            tools=tools or None,
+            variables=dict(request.chat_template_kwargs),
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
         )
+
+    def _check_variables(self, request: GenerateRequest) -> None:
+        """No variable is accepted and ignored, and none takes the place of one of ours."""
+        names = request.chat_template_kwargs
+        if len(names) > MAX_VARIABLES:
+            raise InvalidParameterError(
+                f"chat_template_kwargs has {len(names)} entries, it must have at most {MAX_VARIABLES}",
+                param="chat_template_kwargs",
+            )
+        for name in names:
+            param = f"chat_template_kwargs.{name[:64]}"
+            if name in OUR_VARIABLES:
+                raise InvalidParameterError(f"{param} is set by the server, it cannot be given", param=param)
+            is_read = re.compile(rf"\b{re.escape(name)}\b").search
+            if not (name.isidentifier() and any(map(is_read, self.sources.values()))):
+                raise InvalidParameterError(
+                    f"{param} is not a variable that the model's chat template reads", param=param
+                )
 
 
 def message_fields(message: Message) -> dict[str, Any]:  # JSON values, as templates take them
@@ -156,6 +202,8 @@ def message_fields(message: Message) -> dict[str, Any]:  # JSON values, as templ
     fields: dict[str, Any] = {"role": message.role}  # JSON values
     if message.content is not None:
         fields["content"] = message.content
+    if message.reasoning_content is not None:
+        fields["reasoning_content"] = message.reasoning_content
     if message.name is not None:
         fields["name"] = message.name
     if message.tool_calls:
@@ -163,6 +211,14 @@ def message_fields(message: Message) -> dict[str, Any]:  # JSON values, as templ
     if message.tool_call_id is not None:
         fields["tool_call_id"] = message.tool_call_id
     return fields
+
+
+def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:  # JSON values
+    """What a template sees of a tool: all but `strict`, which is for us."""
+    function = tool.get("function")
+    if not (isinstance(function, dict) and "strict" in function):
+        return tool
+    return {**tool, "function": {key: value for key, value in function.items() if key != "strict"}}
 
 
 def _find_templates(folder: Path) -> dict[str, str]:

@@ -23,17 +23,28 @@ class Detokenizer:
 
     __slots__ = ("_at_start", "_decoder", "_has_held", "_skipped", "_table", "_text_by_id")
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, at_start: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        at_start: bool,
+        kept_ids: frozenset[int] = frozenset(),
+    ) -> None:
         """Begin a text.
 
         Args:
             tokenizer: whose tokens will come.
-            skip_special_tokens: leave special tokens out.
+            skip_special_tokens: leave special tokens out, all but `kept_ids`.
             at_start: False if visible text came before (an answer after a prompt).
+            kept_ids: special tokens that mark parts of the answer for those who read it.
         """
         self._table = tokenizer.table
         self._text_by_id = tokenizer.table.text_by_id
-        self._skipped = tokenizer.table.special_ids if skip_special_tokens else frozenset()
+        special_ids = tokenizer.table.special_ids
+        if kept_ids:
+            special_ids -= kept_ids
+        self._skipped = special_ids if skip_special_tokens else frozenset()
         self._decoder = _make_decoder("replace")
         self._has_held = False
         self._at_start = at_start and tokenizer.table.leading_space is not LeadingSpace.KEEP

@@ -19,10 +19,12 @@ from penstock.core.params import SamplingParams, validate_sampling
 from penstock.core.ports import Clock, EngineClient, EngineEvents
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, Usage
 from penstock.core.tokens import EngineRequest, TokenDelta
+from penstock.core.tools import validate_tools
 from penstock.text.answer import Answer
 from penstock.text.best_of import BestAnswers, widened
 from penstock.text.chat_template import ChatTemplate
 from penstock.text.prompt_logprobs import PromptReader
+from penstock.text.reading import Reading
 from penstock.text.stop_strings import StopAutomaton
 from penstock.text.stream import RequestMeter, TextStream
 from penstock.text.tokenizer import Tokenizer
@@ -57,6 +59,7 @@ class TextService:
         root: str = "",
         created_unix_s: int | None = None,
         default_sampling: SamplingParams | None = None,
+        reading: Reading | None = None,
     ) -> None:
         """Join the parts; starts nothing.
 
@@ -70,6 +73,7 @@ class TextService:
             root: hub id or folder name of the weights, for the card.
             created_unix_s: for the card; now if None.
             default_sampling: for the card; neutral if None.
+            reading: how answers are read for thoughts and tool calls; None: neither is told from the rest.
         """
         self._engine = engine
         self._tokenizer = tokenizer
@@ -81,6 +85,7 @@ class TextService:
         self._root = root
         self._created_unix_s = int(clock.wall()) if created_unix_s is None else created_unix_s
         self._default_sampling = default_sampling or SamplingParams()
+        self._reading = reading or Reading(tools=None, reasoning=None, tokenizer=tokenizer)
 
     async def start(self) -> None:
         """Start what rendering needs and wait until it is ready; without it the first conversation waits.
@@ -156,6 +161,7 @@ class TextService:
 
     async def _accept(self, request: GenerateRequest, *, meter: RequestMeter) -> TextStream:
         _check_request(request, vocab_size=self._engine.info.vocab_size)
+        self._reading.check(request)
         # As in the Hugging Face stack: a chat template writes BOS itself.
         token_ids = await self._token_ids(request, add_special_tokens=request.messages is None)
         params = self._resolve_params(request, num_prompt_tokens=len(token_ids))
@@ -274,7 +280,7 @@ class TextService:
             dry_breaker_ids=await asyncio.to_thread(self._words.dry_breaker_ids, params)
             if params.dry_multiplier
             else (),
-            grammar=request.grammar,
+            grammar=self._reading.grammar(request, token_ids=token_ids),
         )
 
     def _make_answers(
@@ -292,8 +298,10 @@ class TextService:
                 automaton=automaton,
                 at_start=params.skip_special_tokens and has_no_text,
                 num_chars_before=num_chars_before,
+                reader=reader,
+                kept_ids=frozenset() if reader is None else self._reading.kept_ids,
             )
-            for index in range(params.n)
+            for index, reader in enumerate(self._reading.readers(request, token_ids=token_ids))
         ]
 
     def _echo_text(self, request: GenerateRequest, *, token_ids: list[int]) -> str:
@@ -308,6 +316,7 @@ def _check_request(request: GenerateRequest, *, vocab_size: int) -> None:
     validate_sampling(request.params, vocab_size=vocab_size, allow_zero_max_tokens=request.echo)
     if request.grammar is not None:
         validate_grammar(request.grammar)
+    validate_tools(request)
     if not request.echo:
         return
     if request.messages is not None:

@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Final
 
+from msgspec.structs import replace
+
 from penstock.core.error_info import info_to_error
 from penstock.core.errors import GenerateError, PenstockError
 from penstock.core.ids import ModelName
@@ -238,16 +240,7 @@ class TextStream(AsyncGenerator[TextDelta, None]):
             self._num_cached_tokens = max(self._num_cached_tokens, stats.num_cached_tokens)
         usage = self._usage()
         await self._end(delta.finish_reason, stats=stats)
-        return TextDelta(
-            request_id=delta.request_id,
-            index=delta.index,
-            text=delta.text,
-            token_ids=delta.token_ids,
-            logprobs=delta.logprobs,
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason,
-            usage=usage,
-        )
+        return replace(delta, usage=usage)
 
     def _usage(self) -> Usage:
         return Usage(

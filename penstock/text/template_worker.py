@@ -49,6 +49,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tools: list[dict[str, Any]] | None  # JSON schemas
     add_generation_prompt: bool
     continue_final_message: bool
+    variables: dict[str, Any] = {}  # JSON values
+    """More variables, none of which has a name of ours."""
 
 
 class Rendered(msgspec.Struct, frozen=True, tag=True):
@@ -177,7 +179,7 @@ class Renderer:
             tools=job.tools,
             documents=None,
             add_generation_prompt=job.add_generation_prompt,
-            **self._setup.special_tokens,
+            **(job.variables | self._setup.special_tokens),
         )
         for piece in pieces:
             num_chars_left -= len(piece)

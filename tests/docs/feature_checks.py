@@ -11,7 +11,7 @@ import msgspec
 
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
-from penstock.core.text import FinishReason, GenerateRequest, Message, Priority
+from penstock.core.text import FinishReason, GenerateRequest, Message, Priority, ToolChoice, ToolMode
 from tests.docs.feature_engines import CHUNK, NATIVE, FeatureEngine, Run
 from tests.docs.tiny_model import CHARACTERS, EOS_IDS, SPECIALS, VOCAB_SIZE
 
@@ -270,6 +270,37 @@ def _echo(run: Run, _: Run, case: Case) -> None:
             assert run.text(index).startswith(PROMPT)
 
 
+def _check_nothing_lost(run: Run, case: Case) -> None:
+    """What is shown is what the tokens spell, whatever it looks like."""
+    for index in range(case.request.params.n):
+        shown = run.text(index)
+        ids = [token for token in run.tokens(index) if token >= len(SPECIALS) or "specials" in case.names]
+        spelled = "".join([*SPECIALS, *CHARACTERS][token] for token in ids)
+        if case.is_cut or case.names & {"stop", "include_stop"}:
+            assert spelled.startswith(shown)
+        else:
+            assert spelled == shown
+
+
+def _tools(run: Run, _: Run, case: Case) -> None:
+    """The model hears of the tools; an answer that calls none loses nothing."""
+    assert not any(delta.tool_calls for delta in run.deltas)
+    _check_nothing_lost(run, case)
+    if not case.is_cut and "continue" not in case.names:
+        assert run.usage is not None
+        silent = msgspec.structs.replace(case.request, tool_choice=ToolChoice(ToolMode.NONE))
+        assert run.usage.prompt_tokens == case.engine.num_prompt_tokens(silent) + len("<tool_call>")
+
+
+def _reasoning(run: Run, _: Run, case: Case) -> None:
+    """A prompt that opens a thought is answered by one; an answer that goes on is not."""
+    _check_nothing_lost(run, case)
+    if "continue" in case.names:
+        assert not any(delta.reasoning for delta in run.deltas)
+    else:
+        assert not any(delta.text for delta in run.deltas)
+
+
 def _priority(run: Run, alone: Run, case: Case) -> None:
     assert run.tokens() == alone.tokens()
 
@@ -297,6 +328,17 @@ def _same(request: GenerateRequest, _: Run) -> GenerateRequest:
 
 def _chat_request(request: GenerateRequest, _: Run) -> GenerateRequest:
     return msgspec.structs.replace(request, prompt=None, messages=(Message(role="user", content="Hi"),))
+
+
+def _tools_request(request: GenerateRequest, alone: Run) -> GenerateRequest:
+    tool = {"type": "function", "function": {"name": "f"}}
+    chat = request if request.messages else _chat_request(request, alone)
+    return msgspec.structs.replace(chat, tools=(tool,))
+
+
+def _reasoning_request(request: GenerateRequest, alone: Run) -> GenerateRequest:
+    chat = request if request.messages else _chat_request(request, alone)
+    return msgspec.structs.replace(chat, chat_template_kwargs={"enable_thinking": True})
 
 
 def _continue_request(request: GenerateRequest, _: Run) -> GenerateRequest:
@@ -379,6 +421,8 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "cache_salt": Behaviour(
         apply=lambda request, _: msgspec.structs.replace(request, cache_salt="mine"), check=_cache_salt
     ),
+    "tools": Behaviour(apply=_tools_request, check=_tools),
+    "reasoning": Behaviour(apply=_reasoning_request, check=_reasoning),
     "cancel": Behaviour(apply=_same, check=_cancel),
 }
 

@@ -46,7 +46,8 @@ class Run:
     num_owned_after: int = 0
 
     def text(self, index: int = 0) -> str:
-        return "".join(delta.text for delta in self.deltas if delta.index == index)
+        """All that was shown, thoughts and answer."""
+        return "".join(delta.reasoning + delta.text for delta in self.deltas if delta.index == index)
 
     def tokens(self, index: int = 0) -> list[int]:
         return [token for delta in self.deltas if delta.index == index for token in delta.token_ids]
@@ -129,7 +130,7 @@ class FeatureEngine:
     async def _order(self, request: GenerateRequest) -> list[Priority]:
         params = SamplingParams(n=NUM_SEATS, max_tokens=2, ignore_eos=True)
         kept = msgspec.structs.replace(request, prompt="x", messages=None, params=params, echo=False)
-        kept = msgspec.structs.replace(kept, continue_final_message=False)
+        kept = msgspec.structs.replace(kept, continue_final_message=False, tools=())
         ended: list[Priority] = []
 
         async def read(stream, priority: Priority) -> None:  # type: ignore[no-untyped-def]

@@ -115,7 +115,6 @@ def test_refused_pair(pair: RefusedPair, engines: Engines) -> None:
 ON = {
     "response_format": {"type": "json_object"},
     "guided_json": {"type": "object"},
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "reasoning_effort": "low",
     "use_beam_search": True,
     "prompt_embeds": "AAAA",
@@ -146,6 +145,8 @@ WIRE: dict[str, dict[str, object]] = {
     "specials": {"skip_special_tokens": False},
     "priority": {},
     "cache_salt": {"cache_salt": "s"},
+    "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "reasoning": {"include_reasoning": True, "chat_template_kwargs": {"enable_thinking": True}},
     "cancel": {},
 }
 

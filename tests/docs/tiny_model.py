@@ -13,8 +13,9 @@ VOCAB_SIZE = len(SPECIALS) + len(CHARACTERS)
 EOS_IDS = [2, *range(3, VOCAB_SIZE, 8)]
 """A good part of the vocabulary ends an answer, so that short answers meet it."""
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 32, 2, 4, 2, 8, 48
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ".replace(
-    "\n", " "
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    "{% if tools %}<tool_call>{% endif %}assistant: {% if enable_thinking %}<think>{% endif %}"
 )
 
 

@@ -12,7 +12,7 @@ const refused = (change, kind) =>
 
 await refused({ temperature: 3 }, OpenAI.BadRequestError);
 await refused({ messages: [] }, OpenAI.BadRequestError);
-await refused({ tools: [{ type: "function", function: { name: "f" } }] }, OpenAI.BadRequestError);
+await refused({ tools: [{ type: "function", function: { name: "no spaces" } }] }, OpenAI.BadRequestError);
 await refused({ model: "nope" }, OpenAI.NotFoundError);
 
 const stranger = new OpenAI({ baseURL: client.baseURL, apiKey: "sk-wrong", maxRetries: 0 });

@@ -82,7 +82,7 @@ async def test_the_key_names_the_tenant(client, server):
     ("change", "raised"),
     [
         ({"temperature": 3}, openai.BadRequestError),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, openai.BadRequestError),
         ({"model": "nope"}, openai.NotFoundError),
         ({"extra_headers": {"authorization": "Bearer wrong"}}, openai.AuthenticationError),
     ],

@@ -9,7 +9,14 @@ from penstock.server.validation import AnswerModel
 _LOGPROB_MIN: Final = -9999.0
 """JSON has no minus infinity."""
 
-Finish = Literal["stop", "length", "content_filter"]
+Finish = Literal["stop", "length", "tool_calls", "content_filter"]
+
+_FINISH: Final[dict[FinishReason, Finish]] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.TOOL_CALLS: "tool_calls",
+    FinishReason.CONTENT_FILTER: "content_filter",
+}
 
 
 class PromptTokensDetails(AnswerModel):
@@ -76,12 +83,9 @@ def finish_word(reason: FinishReason) -> Finish:
     Raises:
         GenerateError: the answer did not end by itself, so it has no such word.
     """
-    if reason is FinishReason.STOP:
-        return "stop"
-    if reason is FinishReason.LENGTH:
-        return "length"
-    if reason is FinishReason.CONTENT_FILTER:
-        return "content_filter"
+    word = _FINISH.get(reason)
+    if word is not None:
+        return word
     raise GenerateError(f"the answer ended with {reason}", code=str(reason))
 
 

@@ -1,16 +1,17 @@
 """`POST /v1/chat/completions`: wire to `GenerateRequest`, `TextDelta`s to an answer or a stream."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX
 from penstock.core.text import GenerateRequest, Message, TextDelta, Usage
+from penstock.core.tools import validate_tools
 from penstock.server.body import parse_json
 from penstock.server.collect import Answer, Deltas, close_all, collect, submit
 from penstock.server.dialects.openai.answers import (
@@ -30,6 +31,16 @@ from penstock.server.dialects.openai.fields import (
     default_sampling,
     sampling_params,
 )
+from penstock.server.dialects.openai.tools import (
+    AnsweredToolCall,
+    FunctionCall,
+    OmitsNull,
+    ToolChoiceField,
+    Tools,
+    encode_call_delta,
+    to_tool_choice,
+    to_tools,
+)
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.services import Call
 from penstock.server.sse import DONE, encode, encode_text
@@ -39,6 +50,7 @@ MAX_MESSAGES: Final = 1024
 MAX_PARTS: Final = 256
 MAX_TOOL_CALLS: Final = 128
 MAX_NAME_CHARS: Final = 256
+MAX_VARIABLES: Final = 16
 
 
 class TextPart(WireModel):
@@ -89,6 +101,11 @@ class ChatMessage(WireModel):
         description="The call that this message answers, for role tool. Handed to the model's chat template; "
         "it changes the prompt only if the template reads it.",
     )
+    reasoning_content: Text | None = Field(
+        default=None,
+        description="Of an earlier answer, for role assistant. Handed to the model's chat template; it "
+        "changes the prompt only if the template reads it.",
+    )
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -112,15 +129,31 @@ class ChatRequest(SamplingFields):
         default=None, description="Go on with the last message; needs add_generation_prompt false."
     )
     echo: Literal[False] | None = None
-    parallel_tool_calls: Flag | None = Field(default=None, description="Means nothing without tools.")
+    tools: Tools | None = Field(default=None, description="What the model may call.")
+    tool_choice: ToolChoiceField | None = Field(
+        default=None,
+        description="Default auto. With none the model does not hear of the tools; needs tools unless none.",
+    )
+    parallel_tool_calls: Flag | None = Field(
+        default=None,
+        description="Default true; false ends the answer with its first call. Means nothing without tools.",
+    )
+    include_reasoning: Flag | None = Field(
+        default=None, description="Default true; false leaves reasoning_content out of the answer."
+    )
+    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=MAX_VARIABLES)] | None = Field(
+        default=None, description="Variables for the model's chat template, which must read them."
+    )
 
 
-class ChatAnswerMessage(AnswerModel):
-    """The model's turn."""
+class ChatAnswerMessage(OmitsNull):
+    """The model's turn; `content` is null if it only calls tools."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[AnsweredToolCall] | None = None
 
 
 class ChatChoice(AnswerModel):
@@ -179,9 +212,15 @@ def _message(message: ChatMessage, *, index: int) -> Message:
             f"{path}.tool_call_id is given for role {message.role}, it belongs to tool",
             param=f"{path}.tool_call_id",
         )
+    if message.reasoning_content is not None and message.role != "assistant":
+        raise InvalidParameterError(
+            f"{path}.reasoning_content is given for role {message.role}, it belongs to assistant",
+            param=f"{path}.reasoning_content",
+        )
     return Message(
         role="system" if message.role == "developer" else message.role,
         content=_joined(message.content),
+        reasoning_content=message.reasoning_content,
         name=message.name,
         tool_calls=tuple(
             _tool_call(each, path=f"{path}.tool_calls.{i}.function.arguments") for i, each in enumerate(calls)
@@ -243,11 +282,30 @@ def to_request(body: ChatRequest, *, call: Call) -> GenerateRequest:
     )
     add_generation_prompt, continue_final_message = _turns(body)
     base = base_request(body, call=call, params=params)
-    return replace(
+    request = replace(
         base,
         messages=to_messages(body.messages),
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
+        tools=to_tools(body.tools),
+        tool_choice=to_tool_choice(body.tool_choice, has_tools=bool(body.tools)),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        include_reasoning=body.include_reasoning is not False,
+        chat_template_kwargs=dict(body.chat_template_kwargs or {}),
+    )
+    validate_tools(request)
+    return request
+
+
+def _answer_message(answer: Answer) -> ChatAnswerMessage:
+    calls = [
+        AnsweredToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+        for call in answer.calls
+    ]
+    return ChatAnswerMessage(
+        content=answer.text or (None if calls else ""),
+        reasoning_content=answer.reasoning or None,
+        tool_calls=calls or None,
     )
 
 
@@ -255,7 +313,7 @@ def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> ChatChoice:
     assert answer.finish_reason is not None
     return ChatChoice(
         index=index,
-        message=ChatAnswerMessage(content=answer.text),
+        message=_answer_message(answer),
         logprobs=chat_logprobs(tuple(answer.logprobs)) if with_logprobs else None,
         finish_reason=finish_word(answer.finish_reason),
         stop_reason=answer.stop_reason,
@@ -332,6 +390,27 @@ class ChatChunks:
             + b"}\n\n"
         )
 
+    def part(self, index: int, name: bytes, value: bytes) -> bytes:
+        """A chunk with one part of the answer that is not content; `value` is JSON."""
+        return self._head + b'{"index":%d,"delta":{%b:%b' % (index, name, value) + self._tail
+
+    def pieces(self, delta: TextDelta, *, with_logprobs: bool) -> Iterator[bytes]:
+        """The chunks of one delta: thought, content with logprobs, calls, end."""
+        if delta.reasoning:
+            yield self.part(delta.index, b'"reasoning_content"', encode_text(delta.reasoning))
+        is_end = delta.finish_reason is not None
+        if not delta.tool_calls and (is_end or delta.logprobs):
+            yield self.full(delta, with_logprobs=with_logprobs)
+            return
+        if delta.logprobs:
+            yield self.full(replace(delta, finish_reason=None), with_logprobs=with_logprobs)
+        elif delta.text:
+            yield self.text(delta.index, delta.text)
+        for call in delta.tool_calls:
+            yield self.part(delta.index, b'"tool_calls"', encode_call_delta(call))
+        if is_end:
+            yield self.full(replace(delta, text="", logprobs=None), with_logprobs=False)
+
     def usage(self, usage: Usage) -> bytes:
         """Last chunk, without choices."""
         answer: UsageAnswer = usage_answer([usage])
@@ -345,11 +424,8 @@ class ChatChunks:
                 if delta.index not in started:
                     started.add(delta.index)
                     yield self.role(delta.index)
-                if delta.finish_reason is None and not delta.logprobs:
-                    if delta.text:
-                        yield self.text(delta.index, delta.text)
-                else:
-                    yield self.full(delta, with_logprobs=with_logprobs)
+                for piece in self.pieces(delta, with_logprobs=with_logprobs):
+                    yield piece
                 if delta.usage is not None and self._include_usage:
                     yield self.usage(delta.usage)
         yield DONE

@@ -40,7 +40,6 @@ _NOTHING: Final = (None,)
 REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "audio": _NOTHING,
     "chat_template": _NOTHING,
-    "chat_template_kwargs": (None, {}),
     "documents": (None, []),
     "early_stopping": (None, False),
     "extra_args": (None, {}),
@@ -66,8 +65,6 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "store": (None, False),
     "structured_outputs": _NOTHING,
     "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
     "truncate_prompt_tokens": _NOTHING,
     "use_beam_search": (None, False),
     "verbosity": _NOTHING,
