@@ -41,7 +41,7 @@ void pin_this_thread(const std::vector<int>& cpus, int id) {
 
 }  // namespace
 
-void Worker::barrier() {
+void Worker::barrier(const std::vector<Memory>* reads) {
     if (count == 1) return;
     Pool& pool = pool_;
     const std::uint32_t phase = pool.phase_.load(std::memory_order_acquire);
@@ -52,8 +52,11 @@ void Worker::barrier() {
         pool.phase_.notify_all();
         return;
     }
+    ahead_.aim(reads);
     for (int spins = 0; pool.phase_.load(std::memory_order_acquire) == phase; ++spins) {
-        if (spins < spins_before_sleep) {
+        if (ahead_.ask()) {
+            continue;
+        } else if (spins < spins_before_sleep) {
             pause();
         } else {
             pool.phase_.wait(phase, std::memory_order_acquire);
@@ -91,19 +94,28 @@ void Pool::run(const std::function<void(Worker&)>& job) {
     workers_[0]->barrier();  // nobody leaves a job while another is still in it
 }
 
+void Pool::read_between_jobs(std::shared_ptr<SharedReads> reads) {
+    if (reads) reads->restart();
+    reads_ = std::move(reads);
+}
+
 void Pool::serve(int id) {
     pin_this_thread(cpus_, id);
     std::uint32_t seen = 0;
-    while (wait_for_job(seen)) {
+    std::shared_ptr<SharedReads> reads;
+    while (wait_for_job(seen, reads.get())) {
         ++seen;
         (*job_)(*workers_[static_cast<std::size_t>(id)]);
+        reads = reads_;  // before the barrier, behind which the caller may change it
         workers_[static_cast<std::size_t>(id)]->barrier();
     }
 }
 
 // True when the job after number `seen` is there, false to stop.
-bool Pool::wait_for_job(std::uint32_t seen) {
+bool Pool::wait_for_job(std::uint32_t seen, SharedReads* reads) {
     using Clock = std::chrono::steady_clock;
+    while (reads && epoch_.load(std::memory_order_acquire) == seen && reads->ask()) {
+    }
     const auto until = Clock::now() + std::chrono::microseconds(linger_us_);
     while (epoch_.load(std::memory_order_acquire) == seen) {
         if (Clock::now() < until) {

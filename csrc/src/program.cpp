@@ -1,6 +1,7 @@
 // See program.h.
 #include "penstock/program.h"
 
+#include <algorithm>
 #include <chrono>
 
 namespace penstock {
@@ -13,6 +14,14 @@ constexpr std::int64_t row_alignment = 128;
 constexpr std::int64_t bad_stride = 1024;
 // Buffers grow to a multiple of this many rows, so that slowly growing batches do not allocate each time.
 constexpr std::int64_t row_granularity = 16;
+
+// A waiting thread asks for at most so much of the next operation's weights: a quarter of a usual L2 cache. Between two
+// small operations it manages some 100 KiB.
+constexpr std::size_t thread_read_bytes = std::size_t{256} << 10;
+// Between two programs it asks for at most so much, which must stay in the L3 cache until it is read.
+constexpr std::size_t first_read_bytes = std::size_t{16} << 20;
+// Steps of more rows leave the cores to whoever else wants them between programs (the API process), and wait for less.
+constexpr std::int64_t most_rows_for_first_reads = 8;
 
 std::int64_t padded_row_bytes(DType dtype, int cols) {
     const auto bytes = static_cast<std::int64_t>(item_bytes(dtype)) * cols;
@@ -42,6 +51,40 @@ Ref Program::add_buffer(DType dtype, int cols) {
 Ref Program::add_external(DType dtype, int cols) {
     buffers_.push_back({dtype, cols, 0, true});
     return {static_cast<int>(buffers_.size()) - 1, 0, cols, dtype};
+}
+
+void Program::add(std::unique_ptr<Op> op) {
+    auto reads = std::make_unique<ThreadReads>();
+    for (int task = 0; task < pool_->num_threads(); ++task) {
+        std::size_t bytes = 0;
+        reads->emplace_back();
+        for (const Memory& memory : op->reads(task)) {
+            if (bytes >= thread_read_bytes) break;
+            reads->back().push_back({memory.data, std::min(memory.bytes, thread_read_bytes - bytes)});
+            bytes += memory.bytes;
+        }
+    }
+    const bool has_any = std::any_of(reads->begin(), reads->end(), [](const auto& of) { return !of.empty(); });
+    for (auto after = reads_after_.rbegin(); has_any && after != reads_after_.rend() && !*after; ++after) {
+        *after = reads.get();
+    }
+    reads_.push_back(has_any ? std::move(reads) : nullptr);
+    reads_after_.push_back(nullptr);
+    ops_.push_back(std::move(op));
+}
+
+std::shared_ptr<SharedReads> Program::first_reads() const {
+    std::vector<Memory> pieces;
+    std::size_t bytes = 0;
+    for (const auto& op : ops_) {
+        for (int task = 0; bytes < first_read_bytes; ++task) {
+            const std::vector<Memory> reads = op->reads(task);
+            if (reads.empty()) break;
+            for (const Memory& memory : reads) bytes += memory.bytes;
+            pieces.insert(pieces.end(), reads.begin(), reads.end());
+        }
+    }
+    return std::make_shared<SharedReads>(std::move(pieces));
 }
 
 bool Program::is_padded(const Ref& ref) const {
@@ -88,24 +131,27 @@ Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
 void Program::run(std::int64_t num_rows, std::span<const External> externals,
                   std::span<const AttentionInputs> groups) {
     const Step step = bind(num_rows, externals, groups);
+    pool_->read_between_jobs(num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     pool_->run([&](Worker& worker) {
-        for (const auto& op : ops_) {
-            op->run(step, worker);
-            worker.barrier();
-        }
+        for (std::size_t i = 0; i < ops_.size(); ++i) run_op(i, step, worker);
     });
+}
+
+void Program::run_op(std::size_t i, const Step& step, Worker& worker) const {
+    ops_[i]->run(step, worker);
+    worker.barrier(reads_after_[i] ? &(*reads_after_[i])[static_cast<std::size_t>(worker.id)] : nullptr);
 }
 
 void Program::profile(std::int64_t num_rows, std::span<const External> externals,
                       std::span<const AttentionInputs> groups, std::vector<double>& seconds) {
     using Clock = std::chrono::steady_clock;
     const Step step = bind(num_rows, externals, groups);
+    pool_->read_between_jobs(num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     seconds.resize(ops_.size());
     pool_->run([&](Worker& worker) {
         auto began = Clock::now();
         for (std::size_t i = 0; i < ops_.size(); ++i) {
-            ops_[i]->run(step, worker);
-            worker.barrier();
+            run_op(i, step, worker);
             const auto ended = Clock::now();
             if (worker.id == 0) seconds[i] += std::chrono::duration<double>(ended - began).count();
             began = ended;

@@ -133,10 +133,13 @@ class RecordedModel:
             rewrite(record_logits(model, kernels, dtype=dtype)),
         )
         self._forward, self._logits = (emit(tape, kernels.machine) for tape in self._tapes)
+        self._forward.set_next(self._logits)
+        self._logits.set_next(self._forward)
         self._dtype = dtype
         self._buffers = LogitsBuffers()
         self.program_seconds = 0.0
         """Time inside the programs so far: the rest of a step is the host's."""
+        self._op_seconds: tuple[list[float], list[float]] | None = None
         self._slabs: tuple[KvSlab, ...] = ()
         self.config: ModelConfig = model.config
         self.layer_windows = model.layer_windows
@@ -158,6 +161,16 @@ class RecordedModel:
     def programs(self) -> tuple[_native.Program, _native.Program]:
         """Of the layers and of the head, for profiles."""
         return self._forward, self._logits
+
+    @contextmanager
+    def profiling(self) -> Iterator[tuple[list[float], list[float]]]:
+        """Sums up the seconds of each operation of both `programs` while it is open; a little slower."""
+        layers, head = self.programs
+        self._op_seconds = ([0.0] * len(layers.op_names), [0.0] * len(head.op_names))
+        try:
+            yield self._op_seconds
+        finally:
+            self._op_seconds = None
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As `CausalLM.forward`."""
@@ -195,7 +208,12 @@ class RecordedModel:
         groups: list[_native.AttentionInputs],
     ) -> None:
         began_s = time.perf_counter()
-        program.run(rows, externals, groups)
+        if self._op_seconds is None:
+            program.run(rows, externals, groups)
+        else:
+            totals = self._op_seconds[program is self._logits]
+            spent = program.profile(rows, externals, groups, rounds=1)
+            totals[:] = [total + seconds for total, seconds in zip(totals, spent, strict=True)]
         self.program_seconds += time.perf_counter() - began_s
 
     def _bind(self, batch: ForwardBatch) -> None:

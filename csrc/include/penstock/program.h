@@ -87,6 +87,8 @@ public:
     virtual ~Op() = default;
     virtual std::string_view name() const = 0;  // for profiles
     virtual void run(const Step& step, Worker& worker) const = 0;
+    // What task `task` of its `share` reads, where that is known and the rows are few; empty past the last task.
+    virtual std::vector<Memory> reads(int) const { return {}; }
 };
 
 class Program {
@@ -109,7 +111,7 @@ public:
     // Whether every row of the columns is followed by zeros up to a multiple of 64 values: what the linear kernels read.
     bool is_padded(const Ref& ref) const;
     // Appends an operation; it must refer to buffers of this program only.
-    void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+    void add(std::unique_ptr<Op> op);
 
     // At least so many bytes at `Step::shared`, for whichever operation runs: all its threads see the same memory, and what
     // it left there is lost to the next. 64-byte aligned; a page costs memory only once it is touched.
@@ -125,6 +127,9 @@ public:
 
     // Run all operations over `num_rows` rows.
     void run(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups);
+
+    // The program that runs after this one, complete: between the two, idle threads ask for what it reads first.
+    void set_next(const Program& next) { next_reads_ = next.first_reads(); }
 
     // The same, one operation at a time: nanoseconds of each in the order of `ops`, added to what stood there.
     void profile(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
@@ -145,11 +150,20 @@ private:
     void reserve(std::int64_t num_rows);
     Step bind(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups);
 
+    std::shared_ptr<SharedReads> first_reads() const;
+    void run_op(std::size_t i, const Step& step, Worker& worker) const;
+
+    // By thread, what its first task of an operation reads.
+    using ThreadReads = std::vector<std::vector<Memory>>;
+
     std::shared_ptr<Pool> pool_;
     Isa isa_;
     bool is_deterministic_;
     std::vector<Buffer> buffers_;
     std::vector<std::unique_ptr<Op>> ops_;
+    std::vector<std::unique_ptr<ThreadReads>> reads_;    // of each operation, null for none
+    std::vector<const ThreadReads*> reads_after_;        // of the next operation that has any; null for none
+    std::shared_ptr<SharedReads> next_reads_;
     std::vector<LayerKv> layers_;
     std::vector<Rows> bound_;
     HugeBuffer arena_;

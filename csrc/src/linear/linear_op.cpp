@@ -46,6 +46,12 @@ struct PanelRef {
 // Tasks per thread at which one task's length hardly matters to when the last thread ends.
 constexpr int tasks_per_thread = 4;
 
+void add_panel(const Matrix& matrix, int panel, std::vector<Memory>& reads) {
+    const auto i = static_cast<std::size_t>(panel), scales = matrix.scales.size() / static_cast<std::size_t>(matrix.num_panels);
+    if (scales > 0) reads.push_back({matrix.scales.data() + i * scales, scales});
+    reads.push_back({matrix.values.data() + i * matrix.panel_bytes(), matrix.panel_bytes()});
+}
+
 struct RowBlocks {
     int size;
     std::int64_t count;
@@ -197,7 +203,18 @@ public:
         });
     }
 
+    std::vector<Memory> reads(int task) const final {
+        std::vector<Memory> reads;
+        const auto i = static_cast<std::size_t>(task);
+        if (i + 1 >= runs_.size()) return reads;
+        for (int at = runs_[i]; at < runs_[i + 1]; ++at) add_reads(panels_[static_cast<std::size_t>(at)], reads);
+        return reads;
+    }
+
 protected:
+    // What `run_tile` reads of the weights.
+    virtual void add_reads(const PanelRef& at, std::vector<Memory>& reads) const = 0;
+
     // The panel's results for at most `tile_rows` rows.
     virtual void run_tile(const Step& step, const Operand& x, const PanelRef& at, std::int64_t first_row,
                           int num_rows) const = 0;
@@ -305,6 +322,10 @@ protected:
         finish(step, at, first_row, num_rows, tile.values);
     }
 
+    void add_reads(const PanelRef& at, std::vector<Memory>& reads) const override {
+        add_panel(*projections_[static_cast<std::size_t>(at.projection)].matrix, at.panel, reads);
+    }
+
     void finish(const Step& step, const PanelRef& at, std::int64_t first_row, int num_rows,
                 const float* sums) const override {
         const auto i = static_cast<std::size_t>(at.projection);
@@ -355,6 +376,11 @@ protected:
         multiply_up_(x, first_row, num_rows, *up_.matrix, at.panel, up.values);
         epilogue_.gate(kind_, {gate.values, gate_.panel_bias(at.panel)}, {up.values, up_.panel_bias(at.panel)},
                        {step.at(out_), first_row, num_rows, at.panel * panel_features, gate_.cols(at.panel)});
+    }
+
+    void add_reads(const PanelRef& at, std::vector<Memory>& reads) const override {
+        add_panel(*gate_.matrix, at.panel, reads);
+        add_panel(*up_.matrix, at.panel, reads);
     }
 
 private:
