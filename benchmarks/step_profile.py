@@ -1,7 +1,7 @@
 """Where the time of a decode step goes: each kind of operation, the programs together, and the host.
 
-Three figures of the same steps, taken in turns: the whole step as the engine makes it, the two native programs alone
-in a row, and the time of each kind of operation inside them (barrier included; reading clocks adds about 1 %).
+The whole step as the engine makes it and the two native programs in it, with waiting threads reading ahead
+and without, in turns; then the mean time of each kind of operation inside them (its barrier included).
 Operations of one kind at different places have different sizes, so a kind is named by what comes before it.
 All are beside the time that reading the weights takes at the read bandwidth of the same run.
 """
@@ -26,6 +26,8 @@ from penstock.engine.runner.rank_group import LocalRank
 from penstock.models.recorded import RecordedModel
 
 PRECISIONS: Final = ("none", "int8", "int4")
+TURN: Final = 5
+"""Steps in a row of one kind, before those of the other: short, since the machine's bandwidth moves."""
 
 
 def make_core(folder: Path, *, quantization: str, batch_size: int, num_tokens: int) -> EngineCore:
@@ -60,18 +62,31 @@ def kinds(names: list[str]) -> list[str]:
     return found
 
 
+def timed_steps(core: EngineCore, model: RecordedModel, *, num_steps: int) -> dict[str, list[float]]:
+    """Seconds of whole steps and of their programs, with waiting threads reading ahead or not, in turns."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for i in range(2 * num_steps):
+        reads_ahead = i // TURN % 2 == 0
+        for program in model.programs:
+            program.set_reads_ahead(reads_ahead)
+        before_s, began_s = model.program_seconds, time.perf_counter()
+        core.step()
+        wall_s = time.perf_counter() - began_s
+        if i % TURN:  # the first of a turn still has the other kind before it
+            kind = "" if reads_ahead else "_without_reading_ahead"
+            seconds[f"step{kind}"].append(wall_s)
+            seconds[f"programs{kind}"].append(model.program_seconds - before_s)
+    for program in model.programs:
+        program.set_reads_ahead(True)
+    return seconds
+
+
 def profile(core: EngineCore, *, num_steps: int, weight_s: float) -> dict[str, Any]:
     """Medians of whole steps in ms, and means of each kind of operation in us."""
     assert isinstance(core.ranks, LocalRank)
     model = core.ranks.runner.model
     assert isinstance(model, RecordedModel), "the model was not recorded"
-    walls_s: list[float] = []
-    programs_s: list[float] = []
-    for _ in range(num_steps):
-        before_s, began_s = model.program_seconds, time.perf_counter()
-        core.step()
-        walls_s.append(time.perf_counter() - began_s)
-        programs_s.append(model.program_seconds - before_s)
+    medians_s = {name: median(each) for name, each in timed_steps(core, model, num_steps=num_steps).items()}
     with model.profiling() as seconds:
         for _ in range(num_steps):
             core.step()
@@ -81,12 +96,9 @@ def profile(core: EngineCore, *, num_steps: int, weight_s: float) -> dict[str, A
             totals[kind] += second / num_steps
     ranked = sorted(totals.items(), key=lambda item: -item[1])
     return {
-        "step_ms": round(median(walls_s) * 1e3, 3),
-        "programs_ms": round(median(programs_s) * 1e3, 3),
-        "host_ms": round((median(walls_s) - median(programs_s)) * 1e3, 3),
         "weights_ms": round(weight_s * 1e3, 3),
-        "step_of_bandwidth": round(weight_s / median(walls_s), 3),
-        "programs_of_bandwidth": round(weight_s / median(programs_s), 3),
+        **{f"{name}_ms": round(each * 1e3, 3) for name, each in medians_s.items()},
+        **{f"{name}_of_bandwidth": round(weight_s / each, 3) for name, each in medians_s.items()},
         "operations_us": {kind: round(second * 1e6, 1) for kind, second in ranked},
     }
 
@@ -99,8 +111,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     options = parser.parse_args()
-    num_steps = 3 if options.tiny else 60
-    num_tokens = options.prompt_tokens + 2 * num_steps + 32
+    num_steps = 2 * TURN if options.tiny else 20 * TURN
+    num_tokens = options.prompt_tokens + 4 * num_steps + 32
     results: dict[str, Any] = {}
     limits = measure_limits(num_threads=torch.get_num_threads())
     with torch.inference_mode():  # as around the engine's loop

@@ -109,6 +109,7 @@ void bind_program(nb::module_& m) {
         .def("add_external", &Program::add_external, "dtype"_a, "cols"_a)
         .def("set_layers", &Program::set_layers, "layers"_a)
         .def("set_next", &Program::set_next, "next"_a)
+        .def("set_reads_ahead", &Program::set_reads_ahead, "reads_ahead"_a)
         .def("run", &run, "num_rows"_a, "externals"_a, "groups"_a)
         .def("profile", &profile, "num_rows"_a, "externals"_a, "groups"_a, "rounds"_a)
         .def("shrink", &Program::shrink)

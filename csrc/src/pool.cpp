@@ -43,6 +43,7 @@ void pin_this_thread(const std::vector<int>& cpus, int id) {
 
 void Worker::barrier(const std::vector<Memory>* reads) {
     if (count == 1) return;
+    ahead_.aim(reads);
     Pool& pool = pool_;
     const std::uint32_t phase = pool.phase_.load(std::memory_order_acquire);
     if (pool.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
@@ -52,7 +53,6 @@ void Worker::barrier(const std::vector<Memory>* reads) {
         pool.phase_.notify_all();
         return;
     }
-    ahead_.aim(reads);
     for (int spins = 0; pool.phase_.load(std::memory_order_acquire) == phase; ++spins) {
         if (ahead_.ask()) {
             continue;

@@ -23,6 +23,15 @@ constexpr std::size_t first_read_bytes = std::size_t{16} << 20;
 // Steps of more rows leave the cores to whoever else wants them between programs (the API process), and wait for less.
 constexpr std::int64_t most_rows_for_first_reads = 8;
 
+// A thread finishes its piece before it begins the next job: less than a microsecond.
+constexpr std::size_t piece_bytes = std::size_t{16} << 10;
+
+void add_pieces(const Memory& memory, std::vector<Memory>& pieces) {
+    for (std::size_t at = 0; at < memory.bytes; at += piece_bytes) {
+        pieces.push_back({memory.data + at, std::min(piece_bytes, memory.bytes - at)});
+    }
+}
+
 std::int64_t padded_row_bytes(DType dtype, int cols) {
     const auto bytes = static_cast<std::int64_t>(item_bytes(dtype)) * cols;
     const std::int64_t padded = (bytes + row_alignment - 1) / row_alignment * row_alignment;
@@ -80,8 +89,10 @@ std::shared_ptr<SharedReads> Program::first_reads() const {
         for (int task = 0; bytes < first_read_bytes; ++task) {
             const std::vector<Memory> reads = op->reads(task);
             if (reads.empty()) break;
-            for (const Memory& memory : reads) bytes += memory.bytes;
-            pieces.insert(pieces.end(), reads.begin(), reads.end());
+            for (const Memory& memory : reads) {
+                bytes += memory.bytes;
+                add_pieces(memory, pieces);
+            }
         }
     }
     return std::make_shared<SharedReads>(std::move(pieces));
@@ -131,7 +142,7 @@ Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
 void Program::run(std::int64_t num_rows, std::span<const External> externals,
                   std::span<const AttentionInputs> groups) {
     const Step step = bind(num_rows, externals, groups);
-    pool_->read_between_jobs(num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
+    pool_->read_between_jobs(reads_ahead_ && num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     pool_->run([&](Worker& worker) {
         for (std::size_t i = 0; i < ops_.size(); ++i) run_op(i, step, worker);
     });
@@ -139,14 +150,15 @@ void Program::run(std::int64_t num_rows, std::span<const External> externals,
 
 void Program::run_op(std::size_t i, const Step& step, Worker& worker) const {
     ops_[i]->run(step, worker);
-    worker.barrier(reads_after_[i] ? &(*reads_after_[i])[static_cast<std::size_t>(worker.id)] : nullptr);
+    const ThreadReads* reads = reads_ahead_ ? reads_after_[i] : nullptr;
+    worker.barrier(reads ? &(*reads)[static_cast<std::size_t>(worker.id)] : nullptr);
 }
 
 void Program::profile(std::int64_t num_rows, std::span<const External> externals,
                       std::span<const AttentionInputs> groups, std::vector<double>& seconds) {
     using Clock = std::chrono::steady_clock;
     const Step step = bind(num_rows, externals, groups);
-    pool_->read_between_jobs(num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
+    pool_->read_between_jobs(reads_ahead_ && num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     seconds.resize(ops_.size());
     pool_->run([&](Worker& worker) {
         auto began = Clock::now();

@@ -131,6 +131,9 @@ public:
     // The program that runs after this one, complete: between the two, idle threads ask for what it reads first.
     void set_next(const Program& next) { next_reads_ = next.first_reads(); }
 
+    // Whether threads that wait, in the program and after it, ask for what is read next. For measuring what that gives.
+    void set_reads_ahead(bool reads_ahead) { reads_ahead_ = reads_ahead; }
+
     // The same, one operation at a time: nanoseconds of each in the order of `ops`, added to what stood there.
     void profile(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
                  std::vector<double>& seconds);
@@ -163,7 +166,8 @@ private:
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<std::unique_ptr<ThreadReads>> reads_;    // of each operation, null for none
     std::vector<const ThreadReads*> reads_after_;        // of the next operation that has any; null for none
-    std::shared_ptr<SharedReads> next_reads_;
+    std::shared_ptr<SharedReads> next_reads_;            // of the program after this one
+    bool reads_ahead_ = true;
     std::vector<LayerKv> layers_;
     std::vector<Rows> bound_;
     HugeBuffer arena_;

@@ -151,43 +151,43 @@ PENSTOCK_INLINE I32 round_to_int(F32 v) { return (I32)(v + round_magic) - 0x4b40
 
 // e^v. v = n ln 2 + r, |r| <= ln(2) / 2; e^r by a polynomial of degree 7, times 2^n by the exponent's bits.
 // Source: Moshier, Cephes mathematical library, expf.
-PENSTOCK_INLINE F32 exp_of(F32 v) {
-    constexpr float lowest = -87.3365447f, highest = 88.7228394f;  // ln of the least normal and of the largest float
-    const F32 x = v < lowest ? splat(lowest) : (v > highest ? splat(highest) : v);
-    const F32 shifted = x * 1.44269504f + round_magic;
+// e^v = factor * 2^n, with n in the low bits of `shifted` (the magic number is added to it).
+struct Exponential {
+    F32 factor;
+    F32 shifted;
+};
+
+PENSTOCK_INLINE Exponential exponential_of(F32 v) {
+    const F32 shifted = v * 1.44269504f + round_magic;
     const F32 n = shifted - round_magic;
-    const F32 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    const F32 r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
     F32 p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    return {p * (r * r) + r + 1.0f, shifted};
+}
+
+constexpr float exp_lowest = -87.3365447f, exp_highest = 88.7228394f;  // ln of the least normal and the largest float
+
+PENSTOCK_INLINE F32 exp_of(F32 v) {
+    const F32 x = v < exp_lowest ? splat(exp_lowest) : (v > exp_highest ? splat(exp_highest) : v);
+    const Exponential e = exponential_of(x);
     // 2^n in two factors: 2^128 is no float, but e^88.7 is.
-    const I32 power = (I32)shifted - 0x4b400000;
+    const I32 power = (I32)e.shifted - 0x4b400000;
     const I32 half = power >> 1;
-    const F32 y = p * (F32)((half + 127) << 23) * (F32)((power - half + 127) << 23);
-    const F32 bounded = v > highest ? splat(__builtin_inff()) : y;
-    return v < lowest ? F32{} : bounded;
+    const F32 y = e.factor * (F32)((half + 127) << 23) * (F32)((power - half + 127) << 23);
+    const F32 bounded = v > exp_highest ? splat(__builtin_inff()) : y;
+    return v < exp_lowest ? F32{} : bounded;
 }
 
 // e^v for v <= 0, with half the instructions: no upper bound, and 2^n, a normal number, is added to the exponent.
 PENSTOCK_INLINE F32 exp_of_nonpositive(F32 v) {
-    constexpr float lowest = -87.3365447f;
-    const F32 x = v < lowest ? splat(lowest) : v;
-    const F32 shifted = x * 1.44269504f + round_magic;
-    const F32 n = shifted - round_magic;
-    const F32 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    F32 p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const F32 y = (F32)((U32)p + ((U32)shifted << 23));  // what the magic number adds is shifted out
-    return v < lowest ? F32{} : y;
+    const Exponential e = exponential_of(v < exp_lowest ? splat(exp_lowest) : v);
+    const F32 y = (F32)((U32)e.factor + ((U32)e.shifted << 23));  // what the magic number adds is shifted out
+    return v < exp_lowest ? F32{} : y;
 }
 
 PENSTOCK_INLINE F32 sigmoid_of(F32 v) { return 1.0f / (1.0f + exp_of(-v)); }

@@ -58,13 +58,38 @@ float rounded_up(double value) {
     return static_cast<double>(nearest) < value ? std::nextafterf(nearest, 2.0f) : nearest;
 }
 
-// A block maximum that at least k tokens reach, or -inf.
-float candidate_bound(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k, float* blocks) {
+// Groups of blocks of which the k-th highest maximum is looked for, for each candidate: so many that few groups hold two
+// of the k likeliest tokens, whose number the bound then misses by little.
+constexpr std::int64_t groups_per_candidate = 8;
+
+// A maximum of some blocks that at least k tokens reach, or -inf.
+float candidate_bound(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k, float* groups) {
     const std::int64_t num_blocks = row.num_blocks(kernels);
     if (k > num_blocks) return minus_infinity;
-    std::copy_n(row.maxima, num_blocks, blocks);
-    std::nth_element(blocks, blocks + k - 1, blocks + num_blocks, [](float a, float b) { return a > b; });
-    return blocks[k - 1];
+    const std::int64_t num_groups = std::min(num_blocks, groups_per_candidate * k);
+    std::copy_n(row.maxima, num_groups, groups);
+    for (std::int64_t start = num_groups; start < num_blocks; start += num_groups) {
+        const std::int64_t here = std::min(num_groups, num_blocks - start);
+        for (std::int64_t i = 0; i < here; ++i) groups[i] = std::max(groups[i], row.maxima[start + i]);
+    }
+    std::nth_element(groups, groups + k - 1, groups + num_groups, [](float a, float b) { return a > b; });
+    return groups[k - 1];
+}
+
+// The ids of the tokens from `low` up, rising; only strips with such a maximum are read.
+std::int64_t collect_from(const SamplingKernels& kernels, const SampledRow& row, float low, std::int64_t* ids) {
+    std::int64_t found = 0;
+    for (std::int64_t strip = 0; strip < row.num_strips(kernels); ++strip) {
+        const float* maxima = row.maxima + strip * kernels.strip_blocks;
+        bool has_any = false;
+        for (std::int64_t i = 0; i < kernels.strip_blocks; ++i) has_any |= maxima[i] >= low;
+        if (!has_any) continue;
+        const std::int64_t start = strip * kernels.strip_tokens;
+        const std::int64_t end = std::min<std::int64_t>(row.vocab, start + kernels.strip_tokens);
+        const std::int64_t here = kernels.collect(row.logits + start, end - start, low, infinity, ids + found);
+        for (std::int64_t i = 0; i < here; ++i) ids[found++] += start;
+    }
+    return found;
 }
 
 // First the column that holds the target, then the token in it, whose weights `weights_in(column, out)` gives.
@@ -326,7 +351,7 @@ Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row,
     k = std::min(k, row.vocab);
     const float bound = candidate_bound(kernels, row, k, scratch.blocks);
     const float low = with_impossible ? bound : std::max(bound, -std::numeric_limits<float>::max());
-    const std::int64_t found = kernels.collect(row.logits, row.vocab, low, infinity, scratch.ids);
+    const std::int64_t found = collect_from(kernels, row, low, scratch.ids);
     for (std::int64_t i = 0; i < found; ++i) scratch.keys[i] = order_key(row.logits[scratch.ids[i]], scratch.ids[i]);
     const std::int64_t num = std::min(k, found);
     if (num < found) std::nth_element(scratch.keys, scratch.keys + num, scratch.keys + found);

@@ -57,6 +57,8 @@ class Program:
     def set_layers(self, layers: list[LayerKv]) -> None: ...
     def set_next(self, next: Program) -> None:
         """Say which complete program runs after this one: idle threads ask for its weights meanwhile."""
+    def set_reads_ahead(self, reads_ahead: bool) -> None:
+        """False: waiting threads ask for nothing; for measuring what it gives."""
     def run(self, num_rows: int, externals: list[tuple[int, int]], groups: list[AttentionInputs]) -> None:
         """externals: (address, bytes from row to row) in the order of `add_external`."""
     def profile(

@@ -6,7 +6,7 @@ The tape must outlive the program, which holds addresses of its constants.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
-from typing import Final
+from typing import Final, TypedDict
 
 from penstock.kernels.batch import AttentionBatch, KvShape
 from penstock.kernels.cpu import _native
@@ -67,7 +67,24 @@ def emit(tape: t.Tape, machine: Machine) -> _native.Program:
     return program
 
 
-_KV_FIELDS: Final = ("num_kv_heads", "head_dim", "block_size")
+class _KvArguments(TypedDict):
+    """What every operation on a layer's cache is told about it."""
+
+    layer: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    kv_format: str
+
+
+def _kv_arguments(layer: int, kv: KvShape) -> _KvArguments:
+    return {
+        "layer": layer,
+        "num_kv_heads": kv.num_kv_heads,
+        "head_dim": kv.head_dim,
+        "block_size": kv.block_size,
+        "kv_format": kv_format(kv),
+    }
 
 
 class _Emission:
@@ -270,11 +287,7 @@ class _Emission:
             self._program,
             keys=self._ref(operation.keys),
             values=self._ref(operation.values),
-            layer=operation.layer,
-            num_kv_heads=operation.kv.num_kv_heads,
-            head_dim=operation.kv.head_dim,
-            block_size=operation.kv.block_size,
-            kv_format=kv_format(operation.kv),
+            **_kv_arguments(operation.layer, operation.kv),
         )
 
     @add.register
@@ -285,11 +298,7 @@ class _Emission:
             keys=self._ref(operation.keys),
             values=self._ref(operation.values),
             angles=self._ref(operation.angles),
-            layer=operation.layer,
-            num_kv_heads=operation.kv.num_kv_heads,
-            head_dim=operation.kv.head_dim,
-            block_size=operation.kv.block_size,
-            kv_format=kv_format(operation.kv),
+            **_kv_arguments(operation.layer, operation.kv),
         )
 
     @add.register
@@ -297,12 +306,8 @@ class _Emission:
         _native.add_attention(
             self._program,
             query=self._ref(operation.query),
-            layer=operation.layer,
             num_heads=operation.num_heads,
-            num_kv_heads=operation.kv.num_kv_heads,
-            head_dim=operation.kv.head_dim,
-            block_size=operation.kv.block_size,
-            kv_format=kv_format(operation.kv),
+            **_kv_arguments(operation.layer, operation.kv),
             scale=operation.scale,
             window=operation.window,
             softcap=operation.softcap,
