@@ -8,6 +8,7 @@ What it refuses it refuses before the engine hears of it. Not the wire (`server`
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from functools import cached_property
 from typing import Final, TypeVar
 
 from msgspec.structs import replace
@@ -77,7 +78,6 @@ class TextService:
         """
         self._engine = engine
         self._tokenizer = tokenizer
-        self._words = WordRules(tokenizer, vocab_size=engine.info.vocab_size)
         self._template = template
         self._name = name
         self._events = events
@@ -86,6 +86,11 @@ class TextService:
         self._created_unix_s = int(clock.wall()) if created_unix_s is None else created_unix_s
         self._default_sampling = default_sampling or SamplingParams()
         self._reading = reading or Reading(tools=None, reasoning=None, tokenizer=tokenizer)
+
+    @cached_property
+    def _words(self) -> WordRules:
+        """Made at the first request: this service is put together while the engine still loads."""
+        return WordRules(self._tokenizer, vocab_size=self._engine.info.vocab_size)
 
     async def start(self) -> None:
         """Start what rendering needs and wait until it is ready; without it the first conversation waits.

@@ -638,3 +638,22 @@ async def test_the_card_and_readiness_are_the_engines():
     assert service.not_ready_reason is None
     engine.not_ready_reason = "draining"
     assert service.not_ready_reason == "draining"
+
+
+async def test_it_is_put_together_while_the_engine_still_loads():
+    class LoadingEngine(ScriptedEngine):
+        is_started = False
+
+        @property
+        def info(self):
+            assert self.is_started, "start() has returned"
+            return make_info()
+
+        @info.setter
+        def info(self, _value):
+            pass
+
+    engine = LoadingEngine([*one_by_one("hello"), last()])
+    service = TextService(engine, TOKENIZER, None, name="m", events=Sink(), clock=TickingClock())
+    engine.is_started = True
+    assert text_of(await collect(service, make_request())) == "hello"
