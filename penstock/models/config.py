@@ -162,6 +162,14 @@ class ConfigReader:
             raise self.wrong(name, "an object")
         return ConfigReader(value, source=f"{self.source}: {name}")
 
+    def sections(self, name: str, *, most: int) -> "list[ConfigReader]":
+        """The objects of an object of objects, 1 to `most` of them, in the file's order."""
+        value = self._fields.get(name)
+        if not isinstance(value, dict) or not 1 <= len(value) <= most:
+            raise self.wrong(name, f"an object of 1 to {most} objects")
+        whole = self.section(name)
+        return [whole.section(each) for each in value]
+
 
 def _is_index(item: Json) -> bool:
     return isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_SIZE

@@ -45,7 +45,7 @@ class Awq:
     group_size: int | None
     """Inputs that share a scale; None for all of a weight."""
 
-    marker: ClassVar[str] = ".qweight"
+    markers: ClassVar[tuple[str, ...]] = (".qweight",)
     suffixes: ClassVar[tuple[str, ...]] = (".qweight", ".qzeros", ".scales")
 
     @property

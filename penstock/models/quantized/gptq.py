@@ -47,7 +47,7 @@ class Gptq:
     zero_offset: int
     """What the stored zero points lack: 1 in the first format."""
 
-    marker: ClassVar[str] = ".qweight"
+    markers: ClassVar[tuple[str, ...]] = (".qweight",)
     suffixes: ClassVar[tuple[str, ...]] = (".qweight", ".qzeros", ".scales", ".g_idx")
 
     @property

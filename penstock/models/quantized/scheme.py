@@ -27,8 +27,8 @@ class Scheme(Protocol):
         ...
 
     @property
-    def marker(self) -> str:
-        """The suffix that tells a quantized module: `module + marker` is one of its tensors."""
+    def markers(self) -> tuple[str, ...]:
+        """Suffixes that tell a quantized module: `module + marker` is one of its tensors."""
         ...
 
     @property
@@ -59,8 +59,9 @@ class QuantizedCheckpoint:
     def __init__(self, files: Checkpoint, scheme: Scheme) -> None:
         self._files = files
         self._scheme = scheme
-        marker = scheme.marker
-        self._modules = {name.removesuffix(marker) for name in files if name.endswith(marker)}
+        self._modules = {
+            name.removesuffix(marker) for name in files for marker in scheme.markers if name.endswith(marker)
+        }
         inner = {module + suffix for module in self._modules for suffix in scheme.suffixes}
         self._plain = dict.fromkeys(name for name in files if name not in inner)
         self.label = scheme.label

@@ -8,6 +8,9 @@ from penstock.core.errors import UnsupportedModelError
 from penstock.models.checkpoint import open_checkpoint
 from penstock.models.config import ConfigReader
 from penstock.models.quantized.awq import read_awq
+from penstock.models.quantized.bitsandbytes import read_bitsandbytes
+from penstock.models.quantized.compressed_tensors import read_compressed_tensors
+from penstock.models.quantized.fp8 import read_fp8
 from penstock.models.quantized.gptq import read_gptq
 from penstock.models.quantized.scheme import QuantizedCheckpoint, Scheme
 from penstock.models.stored import TensorSource
@@ -16,6 +19,9 @@ FIELD: Final = "quantization_config"
 METHODS: Final[dict[str, Callable[[ConfigReader], Scheme]]] = {
     "awq": read_awq,
     "gptq": read_gptq,
+    "compressed-tensors": read_compressed_tensors,
+    "bitsandbytes": read_bitsandbytes,
+    "fp8": read_fp8,
 }
 """By `quant_method`: reads the rest of the section."""
 
