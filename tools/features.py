@@ -62,6 +62,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _request("bad_words", "bad_words"),
     _request("allowed_token_ids", "allowed_token_ids"),
     _request("best_of", "best_of > n"),
+    _request("beam_search", "beam search"),
     _request("logit_bias", "logit_bias"),
     _request("seed", "seed"),
     _request("stop", "stop strings"),
@@ -93,6 +94,23 @@ FEATURES: Final[tuple[Feature, ...]] = (
 """Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
 
 REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
+    *(
+        RefusedPair(
+            first=first,
+            second=second,
+            words=("use_beam_search", field),
+            reason="beams are ranked by the model's own probabilities",
+        )
+        for first, second, field in (
+            ("mirostat", "beam_search", "mirostat"),
+            ("penalties", "beam_search", "presence_penalty"),
+            ("dry", "beam_search", "dry_multiplier"),
+            ("bad_words", "beam_search", "bad_words"),
+            ("allowed_token_ids", "beam_search", "allowed_token_ids"),
+            ("beam_search", "logit_bias", "logit_bias"),
+            ("beam_search", "min_tokens", "min_tokens"),
+        )
+    ),
     RefusedPair(
         first="chat",
         second="echo",
@@ -148,7 +166,6 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="response_format", label="JSON output (response_format)", kind="request"),
     RefusedFeature(name="guided_json", label="guided decoding", kind="request"),
     RefusedFeature(name="reasoning_effort", label="how much to think", kind="request"),
-    RefusedFeature(name="use_beam_search", label="beam search", kind="request"),
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),
     RefusedFeature(name="speculative_config", label="speculative decoding", kind="engine"),

@@ -1,7 +1,7 @@
 """Sampling parameters and the one function that checks them, whatever door a request came in by."""
 
 import math
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -38,6 +38,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Number of answers, 1 to 8; they share the prompt's blocks."""
     best_of: int | None = None
     """n to 8: so many answers are made, and the n with the highest mean log-probability given. None: n."""
+    use_beam_search: bool = False
+    """Look for the likeliest answers instead of drawing, with `best_of` (or `n`) beams; `n` are given.
+    Nothing is drawn, so temperature, filters and seed do not act, as at temperature 0."""
+    length_penalty: float = 1.0
+    """-10 to 10, beams only: an answer's score is its log-probability over its length to this power."""
+    early_stopping: bool | Literal["never"] = False
+    """Beams only. True: stop at as many answers as beams; False: once none is likely to be better; `never`:
+    once none can be better."""
     temperature: float = 1.0
     """0 to 2; divides the logits. Below 0.00001 it is greedy."""
     top_p: float = 1.0
@@ -106,6 +114,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt is computed whole: it does not use cached blocks."""
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences that the engine computes side by side: answers, or beams."""
+        return max(self.n, self.best_of or 0) if self.use_beam_search else self.n
+
+    @property
     def is_greedy(self) -> bool:
         """True if no random number is drawn."""
         return self.temperature < GREEDY_TEMPERATURE
@@ -113,12 +126,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def can_speculate(self) -> bool:
         """False if a draw depends on earlier draws in other ways than by their tokens."""
-        return not self.mirostat
+        return not self.mirostat and not self.use_beam_search
 
     @property
     def has_penalties(self) -> bool:
         """True if logits depend on the tokens seen so far."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+NEUTRAL: Final = SamplingParams()
+NOT_WITH_BEAMS: Final = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "bad_words",
+    "allowed_token_ids",
+    "dry_multiplier",
+    "mirostat",
+)
+"""What changes logits, or is about draws."""
 
 
 def _require(ok: bool, *, param: str, value: object, limit: str) -> None:
@@ -167,6 +195,21 @@ def _check_dry(params: SamplingParams) -> None:
     _in_range(params, "dry_allowed_length", 1, 4096)
     _in_range(params, "dry_penalty_last_n", -1, INT64_MAX)
     _check_texts(params, "dry_sequence_breakers", num_max=MAX_DRY_BREAKERS, num_chars_max=MAX_STOP_CHARS)
+
+
+def _check_beams(params: SamplingParams) -> None:
+    _in_range(params, "length_penalty", -10, 10)
+    if not params.use_beam_search:
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+            value = getattr(params, name)
+            _require(value == neutral, param=name, value=value, limit=f"{neutral} without use_beam_search")
+        return
+    for name in NOT_WITH_BEAMS:
+        if getattr(params, name) != getattr(NEUTRAL, name):
+            raise InvalidParameterError(
+                f"{name} cannot be used with use_beam_search, which ranks by the model's own probabilities",
+                param=name,
+            )
 
 
 def _check_texts(params: SamplingParams, param: str, *, num_max: int, num_chars_max: int) -> None:
@@ -238,6 +281,7 @@ def validate_sampling(
     """
     _check_numbers(params)
     _check_dry(params)
+    _check_beams(params)
     _check_lists(params, vocab_size=vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(params, name) is not None:

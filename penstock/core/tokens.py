@@ -57,7 +57,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     @property
     def num_tokens_max(self) -> int:
         """Most tokens that all answers and the prompt can hold together, sharing not counted."""
-        return self.params.n * (len(self.prompt_token_ids) + self.max_tokens)
+        return self.params.num_sequences * (len(self.prompt_token_ids) + self.max_tokens)
 
 
 class RequestStats(msgspec.Struct, frozen=True, array_like=True):

@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Iterable
 
 from penstock.core.errors import GenerateError
-from penstock.core.text import FinishReason
+from penstock.core.text import FinishReason, TokenLogprobs
 from penstock.core.tokens import EngineRequest, StepStats, TokenDelta
 from penstock.engine.kv.block_table import SequenceBlocks
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.kv.prefix_tree import NO_BLOCK, PrefixTree, TreeNode
+from penstock.engine.scheduler.beams import BeamSearch, Hypothesis
 from penstock.engine.scheduler.policy import PROMPT_WEIGHT, FairPolicy
 from penstock.engine.scheduler.request import GroupState, SequenceGroup, derive_seed
 from penstock.engine.scheduler.scheduler import Scheduler
-from penstock.sim.runner import START, draw_token, next_digest, require
+from penstock.sim.runner import START, draw_token, likeliest, next_digest, require
 
 
 def check_pool(kv: KvManager, tables: Iterable[SequenceBlocks], *, held: Iterable[int]) -> None:
@@ -170,6 +171,9 @@ class AnswerBook:
         seed = self.request.params.seed
         if seed is None:
             return
+        if self.request.params.use_beam_search:
+            self._check_search(vocab_size=vocab_size)
+            return
         for index, token_ids in enumerate(self.token_ids):
             expected, reason = uncontended_answer(
                 self.request,
@@ -182,6 +186,32 @@ class AnswerBook:
                 require(token_ids == expected, f"{self.request.request_id} has other tokens than when alone")
             else:
                 require(token_ids == expected[: len(token_ids)], "a cut answer began with other tokens")
+
+    def _check_search(self, *, vocab_size: int) -> None:
+        """All answers of a search come at its end, whole."""
+        if any(reason not in (FinishReason.STOP, FinishReason.LENGTH) for reason in self.reasons):
+            require(not any(self.token_ids), "a search that was cut tells nothing")
+            return
+        found = uncontended_search(self.request, vocab_size=vocab_size)
+        told = [(answer.finish_reason, list(answer.token_ids)) for answer in found]
+        require(
+            told == list(zip(self.reasons, self.token_ids, strict=True)),
+            f"{self.request.request_id} found other answers than when alone",
+        )
+
+
+def uncontended_search(request: EngineRequest, *, vocab_size: int) -> list[Hypothesis]:
+    """What a search over the fake model finds when every beam is computed from its first token on."""
+    search = BeamSearch(request=request, max_tokens=request.max_tokens)
+    while True:
+        for place, beam in enumerate(search.beams):
+            digest = START
+            for token_id in (*request.prompt_token_ids, *beam.token_ids):
+                digest = next_digest(digest, token_id)
+            top = likeliest(digest, num_top=search.num_candidates, vocab_size=vocab_size)
+            search.offer(place, TokenLogprobs(top[0], top))
+        if search.advance() is None:
+            return search.finished[: request.params.n]
 
 
 def uncontended_answer(

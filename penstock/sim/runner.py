@@ -45,6 +45,16 @@ def next_digest(digest: int, token_id: int) -> int:
     return (digest * MULTIPLIER + token_id + 7) & MASK
 
 
+def likeliest(digest: int, *, num_top: int, vocab_size: int) -> tuple[TokenLogprob, ...]:
+    """The likeliest tokens after a text, best first, as a pure function."""
+    scored = sorted(
+        (-1.0 - draw_token(digest, seed=token_id, output_idx=0, vocab_size=997) / 997, token_id)
+        for token_id in range(vocab_size)
+    )
+    best = scored[::-1][:num_top]
+    return tuple(TokenLogprob(token_id, logprob, rank) for rank, (logprob, token_id) in enumerate(best, 1))
+
+
 def draw_token(digest: int, *, seed: int, output_idx: int, vocab_size: int) -> int:
     """The token that follows, as a pure function; well mixed in its low bits."""
     mixed = (digest ^ (seed & MASK)) + output_idx * 0x9E3779B97F4A7C15
@@ -94,6 +104,7 @@ class FakeRunner:
         self.digests = [EMPTY] * (num_blocks * block_size)
         self.seeds: dict[SequenceId, int] = {}
         """Seed of every sequence that the runner knows."""
+        self._num_top: dict[SequenceId, int] = {}
         self.failed: set[SequenceId] = set()
         """Sequences that were made to fail."""
 
@@ -120,10 +131,11 @@ class FakeRunner:
     def _prepare(self, plan: StepPlan) -> None:
         for seq_id in plan.finished_seq_ids:
             require(seq_id in self.seeds, f"sequence {seq_id} finished but was never announced")
-            del self.seeds[seq_id]
+            del self.seeds[seq_id], self._num_top[seq_id]
         for new in plan.new_sequences:
             require(new.seq_id not in self.seeds, f"sequence {new.seq_id} announced twice")
             self.seeds[new.seq_id] = new.seed
+            self._num_top[new.seq_id] = new.params.logprobs or 0
         for block in plan.blocks_to_zero:
             self._write_block(block, [0] * self._block_size, [EMPTY] * self._block_size)
         sources = [(copy.dst, *self.read_block(copy.src)) for copy in plan.block_copies]
@@ -213,7 +225,10 @@ class FakeRunner:
                 output_idx=spec.output_idx,
                 vocab_size=self._vocab_size,
             )
-            logprobs = TokenLogprobs(TokenLogprob(token_id, 0.0, 1))
+            top = likeliest(
+                self.digests[last], num_top=self._num_top[spec.seq_id], vocab_size=self._vocab_size
+            )
+            logprobs = TokenLogprobs(TokenLogprob(token_id, 0.0, 1), top)
             sampled.append(SampledToken(spec.seq_id, token_id, logprobs))
         return sampled
 

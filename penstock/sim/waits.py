@@ -47,7 +47,9 @@ class Life:
 
     def work(self, *, num_failures: int) -> int:
         """Tokens to compute, with all that had to be computed again."""
-        num_tokens = len(self.request.prompt_token_ids) + self.request.params.n * self.request.max_tokens
+        num_tokens = (
+            len(self.request.prompt_token_ids) + self.request.params.num_sequences * self.request.max_tokens
+        )
         return (1 + self.num_preemptions + num_failures) * num_tokens
 
 

@@ -32,6 +32,9 @@ SIZES: Final = ((12, 6), (24, 8), (40, 12), (8, 30))
 STORM_SIZES: Final = (4, 40)
 """Many short prompts start together and outgrow the pool together."""
 STORM_RATE: Final = 0.3
+SEARCH_RATE: Final = 0.2
+CANDIDATES_PER_BEAM: Final = 3
+"""With one end-of-sequence and one stop token."""
 IMPOSSIBLE_RATE: Final = 0.05
 
 
@@ -119,7 +122,7 @@ def _make_setting(
         layout=layout,
         num_blocks=num_blocks,
         block_size=block_size,
-        vocab_size=rng.choice((2, 3, 8)),
+        vocab_size=rng.choice((2, 3, 8, 24)),
         times=StepTimes(),
         faults=FaultRates(numerical_error=0.01, step_error=0.005) if has_faults else FaultRates(),
         overlaps=rng.random() < 0.3,
@@ -147,6 +150,7 @@ def _make_arrivals(
             idx=idx,
             prompt=prompt[:max_prompt],
             max_tokens=10 * setting.config.max_model_len if is_impossible else rng.randint(1, max_outputs),
+            vocab_size=setting.vocab_size,
         )
         arrivals.append(_make_arrival(rng, time_s=time_s, request=request, is_impossible=is_impossible))
     return arrivals
@@ -164,12 +168,19 @@ def _make_arrival(
     )
 
 
-def _make_request(rng: random.Random, *, idx: int, prompt: list[int], max_tokens: int) -> EngineRequest:
+def _make_request(
+    rng: random.Random, *, idx: int, prompt: list[int], max_tokens: int, vocab_size: int
+) -> EngineRequest:
+    n = rng.choice((1, 1, 1, 2, 3))
+    width = n + rng.randrange(3)
+    is_search = rng.random() < SEARCH_RATE and vocab_size >= CANDIDATES_PER_BEAM * width
     params = SamplingParams(
-        n=rng.choice((1, 1, 1, 2, 3)),
+        n=n,
+        use_beam_search=is_search,
+        best_of=width if is_search else None,
         seed=rng.getrandbits(63) if rng.random() < 0.9 else None,
         max_tokens=max_tokens,
-        min_tokens=rng.choice((0, 0, min(2, max_tokens))),
+        min_tokens=0 if is_search else rng.choice((0, 0, min(2, max_tokens))),
         ignore_eos=rng.random() < 0.7,
         stop_token_ids=rng.choice(((), (), (), (1,))),
     )

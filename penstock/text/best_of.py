@@ -15,7 +15,7 @@ from penstock.core.text import GenerateRequest, TextDelta, TextLogprob
 
 def widened(params: SamplingParams) -> SamplingParams:
     """What the engine is asked for: all the answers, and the logprobs that rank them."""
-    if params.best_of is None or params.best_of <= params.n:
+    if params.best_of is None or params.best_of <= params.n or params.use_beam_search:
         return params
     return replace(params, n=params.best_of, logprobs=params.logprobs or 0)
 

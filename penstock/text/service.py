@@ -141,8 +141,8 @@ class TextService:
         except BaseException:
             meter.done(FinishReason.CANCELLED, usage=_NOTHING)
             raise
-        best_of = request.params.best_of or 0
-        return BestAnswers(stream, request=request) if best_of > request.params.n else stream
+        is_widened = widened(request.params) is not request.params
+        return BestAnswers(stream, request=request) if is_widened else stream
 
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         """Token ids of the prompt or of the rendered conversation.

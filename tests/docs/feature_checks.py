@@ -70,7 +70,7 @@ def check_complete(run: Run, case: Case) -> None:
 
 
 def _streaming(run: Run, _: Run, case: Case) -> None:
-    if not case.is_cut and len(run.tokens()) > 1:
+    if not case.is_cut and len(run.tokens()) > 1 and "beam_search" not in case.names:  # told at its end
         assert sum(delta.index == 0 for delta in run.deltas) > 1
 
 
@@ -155,6 +155,8 @@ def _best_of(run: Run, alone: Run, case: Case) -> None:
         return
     assert {delta.index for delta in run.deltas} == set(range(case.request.params.n))
     assert run.usage is not None
+    if "beam_search" in case.names:  # it is the number of beams then, which are not billed
+        return
     shown = sum(len(run.tokens(index)) for index in range(case.request.params.n))
     assert run.usage.completion_tokens > shown or case.names & {
         "stop",
@@ -162,6 +164,14 @@ def _best_of(run: Run, alone: Run, case: Case) -> None:
         "stop_token_ids",
         "eos",
     }
+
+
+def _beam_search(run: Run, alone: Run, case: Case) -> None:
+    """Each answer comes whole, and is not less likely than the one that goes from best to best."""
+    again = case.again()
+    assert [run.tokens(index) for index in (0, 1)] == [again.tokens(index) for index in (0, 1)]
+    for index in range(case.request.params.n):
+        assert sum(bool(delta.token_ids) for delta in run.deltas if delta.index == index) <= 1
 
 
 def _penalties(run: Run, alone: Run, case: Case) -> None:
@@ -176,7 +186,7 @@ def _logit_bias(run: Run, _: Run, case: Case) -> None:
 
 def _seed(run: Run, alone: Run, case: Case) -> None:
     assert run.tokens() == case.again().tokens()
-    ends = {"stop", "include_stop", "stop_token_ids", "eos", "min_tokens"}
+    ends = {"stop", "include_stop", "stop_token_ids", "eos", "min_tokens", "beam_search"}
     if not case.is_cut and not case.names & {"filters", *ends}:
         assert run.tokens() != alone.tokens()
 
@@ -389,6 +399,12 @@ BEHAVIOURS: dict[str, Behaviour] = {
         apply=lambda request, _: _with(request, allowed_token_ids=ALLOWED), check=_allowed
     ),
     "best_of": Behaviour(apply=lambda request, _: _with(request, best_of=4), check=_best_of),
+    "beam_search": Behaviour(
+        apply=lambda request, _: _with(
+            request, use_beam_search=True, best_of=max(3, request.params.best_of or 0)
+        ),
+        check=_beam_search,
+    ),
     "logit_bias": Behaviour(apply=lambda request, _: _with(request, logit_bias=BANNED), check=_logit_bias),
     "seed": Behaviour(apply=lambda request, _: _with(request, seed=29), check=_seed),
     "stop": Behaviour(apply=lambda request, alone: _with(request, stop=(_stop_from(alone),)), check=_stop),
@@ -411,7 +427,9 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "echo": Behaviour(apply=lambda request, _: msgspec.structs.replace(request, echo=True), check=_echo),
     "specials": Behaviour(
         apply=lambda request, _: _with(
-            request, skip_special_tokens=False, logit_bias={**request.params.logit_bias, 0: 3.0}
+            request,
+            skip_special_tokens=False,
+            logit_bias={} if request.params.use_beam_search else {**request.params.logit_bias, 0: 3.0},
         ),
         check=_specials,
     ),

@@ -153,7 +153,7 @@ class FeatureEngine:
         if "preemption" not in self._features:
             return
         params = msgspec.structs.replace(
-            request.params, n=1, best_of=None, max_tokens=20, ignore_eos=True, stop=(), logprobs=None
+            request.params, n=1, best_of=None, use_beam_search=False, max_tokens=20, ignore_eos=True, stop=(), logprobs=None
         )
         params = msgspec.structs.replace(params, stop_token_ids=(), min_tokens=0)
         for number in range(NUM_NEIGHBOURS):

@@ -116,7 +116,6 @@ ON = {
     "response_format": {"type": "json_object"},
     "guided_json": {"type": "object"},
     "reasoning_effort": "low",
-    "use_beam_search": True,
     "prompt_embeds": "AAAA",
 }
 WIRE: dict[str, dict[str, object]] = {
@@ -133,6 +132,7 @@ WIRE: dict[str, dict[str, object]] = {
     "bad_words": {"bad_words": ["x"]},
     "allowed_token_ids": {"allowed_token_ids": [5, 6]},
     "best_of": {"best_of": 4},
+    "beam_search": {"use_beam_search": True, "best_of": 3, "length_penalty": 0.5, "early_stopping": "never"},
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
     "logit_bias": {"logit_bias": {"5": 1.0}},
     "seed": {"seed": 1},
@@ -198,7 +198,7 @@ def test_every_sampling_field_is_in_the_table() -> None:
         "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "max_tokens",
         "ignore_eos", "logprobs", "prompt_logprobs", "best_of", "typical_p", "top_n_sigma", "xtc_probability",
         "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-        "dry_sequence_breakers", "mirostat", "mirostat_tau", "mirostat_eta", "bad_words", "allowed_token_ids",
+        "use_beam_search", "length_penalty", "early_stopping", "dry_sequence_breakers", "mirostat", "mirostat_tau", "mirostat_eta", "bad_words", "allowed_token_ids",
         "include_stop_str_in_output", "skip_special_tokens",
     }  # fmt: skip
     assert set(msgspec.structs.asdict(BASE.params)) == covered

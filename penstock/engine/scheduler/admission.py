@@ -13,7 +13,10 @@ from penstock.core.errors import InvalidParameterError, QueueFullError
 from penstock.core.params import validate_sampling
 from penstock.core.tokens import EngineInfo, EngineRequest
 from penstock.engine.kv.kv_manager import num_blocks_needed
+from penstock.engine.scheduler.beams import BeamSearch
 
+MAX_CANDIDATES: Final = 256
+"""Continuations of a beam that a search may look at."""
 MAX_TOKEN_IDS: Final = 1 << 32
 """Keys of the prefix tree take 4 bytes for a token."""
 
@@ -58,7 +61,7 @@ def num_blocks_max(request: EngineRequest, *, limits: AdmissionLimits) -> int:
     return num_blocks_needed(
         num_prompt_tokens + max(0, request.max_tokens - 1),
         num_shared_tokens=num_prompt_tokens,
-        n=request.params.n,
+        n=request.params.num_sequences,
         windows=limits.windows,
         block_size=limits.block_size,
     )
@@ -73,20 +76,44 @@ def check_admissible(request: EngineRequest, *, limits: AdmissionLimits) -> None
     validate_sampling(request.params, vocab_size=limits.vocab_size, allow_zero_max_tokens=True)
     _check_prompt(request, limits=limits)
     _check_length(request, limits=limits)
-    if request.params.n > limits.max_num_seqs:
+    if request.params.num_sequences > limits.max_num_seqs:
         raise InvalidParameterError(
-            f"n is {request.params.n}, it must be at most max_num_seqs, which is {limits.max_num_seqs}",
+            f"{_word_for_n(request)} is {request.params.num_sequences}, it must be at most max_num_seqs, "
+            f"which is {limits.max_num_seqs}",
             param="n",
         )
+    _check_search(request, limits=limits)
     needed = num_blocks_max(request, limits=limits)
     if needed > limits.num_blocks:
         raise InvalidParameterError(
             f"the request may need {needed} KV blocks (prompt of {len(request.prompt_token_ids)} tokens, "
-            f"max_tokens {request.max_tokens}, n {request.params.n}), the pool has {limits.num_blocks}; "
-            "ask for fewer tokens",
+            f"max_tokens {request.max_tokens}, n {request.params.num_sequences}), the pool has "
+            f"{limits.num_blocks}; ask for fewer tokens",
             code="context_length_exceeded",
             param="max_tokens",
         )
+
+
+def _check_search(request: EngineRequest, *, limits: AdmissionLimits) -> None:
+    if not request.params.use_beam_search:
+        return
+    if request.grammar is not None:
+        raise InvalidParameterError(
+            "use_beam_search cannot be used with guided decoding: a grammar follows one answer at a time",
+            param="use_beam_search",
+        )
+    num_candidates = BeamSearch(request=request, max_tokens=request.max_tokens).num_candidates
+    if limits.vocab_size is not None and num_candidates > min(limits.vocab_size, MAX_CANDIDATES):
+        raise InvalidParameterError(
+            f"a search with {request.params.num_sequences} beams and so many stop tokens looks at "
+            f"{num_candidates} candidates a beam, the limit is {min(limits.vocab_size, MAX_CANDIDATES)}",
+            param="stop_token_ids",
+        )
+
+
+def _word_for_n(request: EngineRequest) -> str:
+    """The field that says how many sequences there are."""
+    return "n" if request.params.num_sequences == request.params.n else "best_of"
 
 
 def _check_prompt(request: EngineRequest, *, limits: AdmissionLimits) -> None:

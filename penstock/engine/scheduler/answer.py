@@ -135,20 +135,42 @@ def token_delta(
     )
 
 
+def beam_deltas(group: SequenceGroup, *, stats: RequestStats) -> list[TokenDelta]:
+    """The answers of a search that is over, best first, each whole in one delta."""
+    assert group.beams is not None
+    best = group.beams.finished[: group.request.params.n]
+    told = group.take_prompt_logprobs()
+    return [
+        TokenDelta(
+            group.request.request_id,
+            index,
+            answer.token_ids,
+            answer.logprobs or None,
+            answer.finish_reason,
+            answer.stop_token_id,
+            group.num_cached_tokens,
+            stats if index == len(best) - 1 else None,
+            prompt_logprobs=told if index == 0 else None,
+        )
+        for index, answer in enumerate(best)
+    ]
+
+
 def closing_delta(
-    seq: Sequence,
+    group: SequenceGroup,
     reason: FinishReason,
     *,
+    index: int,
     stats: RequestStats | None,
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
     pooled: tuple[float, ...] | None = None,
 ) -> TokenDelta:
     """The last delta of an answer that gains no token: cancelled, or asked for none."""
     return TokenDelta(
-        seq.group.request.request_id,
-        seq.index,
+        group.request.request_id,
+        index,
         finish_reason=reason,
-        num_cached_tokens=seq.group.num_cached_tokens,
+        num_cached_tokens=group.num_cached_tokens,
         stats=stats,
         prompt_logprobs=prompt_logprobs,
         pooled=pooled,

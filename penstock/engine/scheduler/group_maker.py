@@ -7,6 +7,7 @@ from penstock.core.ids import SequenceId
 from penstock.core.ports import Clock, Rng
 from penstock.core.tokens import EngineRequest
 from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler.beams import BeamSearch
 from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.request import Sequence, SequenceGroup, derive_seed
 
@@ -41,9 +42,12 @@ class GroupMaker:
             num_blocks_max=num_blocks_max,
             prompt_logprobs=None if request.params.prompt_logprobs is None else [],
         )
+        if request.params.use_beam_search:
+            group.beams = BeamSearch(request=request, max_tokens=request.max_tokens)
         self._num_arrivals += 1
         seed = self._rng.getrandbits(64) if request.params.seed is None else request.params.seed
-        group.sequences = [self._make_sequence(group, index, seed) for index in range(request.params.n)]
+        num_sequences = request.params.num_sequences
+        group.sequences = [self._make_sequence(group, index, seed) for index in range(num_sequences)]
         if constraint is not None:
             for seq in group.sequences:
                 seq.constraint = constraint.fork() if seq.index else constraint

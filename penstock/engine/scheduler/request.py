@@ -30,6 +30,7 @@ from penstock.core.ids import SequenceId
 from penstock.core.text import FinishReason, TokenLogprobs
 from penstock.core.tokens import EngineRequest, RequestStats
 from penstock.engine.kv.block_table import SequenceBlocks
+from penstock.engine.scheduler.beams import BeamSearch
 from penstock.engine.scheduler.constraint import Constraint
 
 MASK_64: Final = (1 << 64) - 1
@@ -147,6 +148,8 @@ class SequenceGroup:
     """Length of its prefix hit, in blocks, when it was last held back."""
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    beams: BeamSearch | None = None
+    """Its search, if it is one; its sequences are the beams then, in the order of the search."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt from its second token on, as far as computed; None if not asked for, or told."""
     first_scheduled_s: float | None = None
@@ -175,6 +178,11 @@ class SequenceGroup:
     def target(self, seq: Sequence) -> int:
         """Number of tokens to compute before something else must happen to `seq`."""
         return self.num_prompt_tokens if self.needs_fork else len(seq.token_ids)
+
+    @property
+    def open_answers(self) -> list[int]:
+        """Indices of the answers that are yet to end; a search ends all of its answers at once."""
+        return [seq.index for seq in self.live] if self.beams is None else list(range(self.request.params.n))
 
     @property
     def lacks_prompt_logprobs(self) -> bool:

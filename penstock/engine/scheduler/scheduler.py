@@ -34,11 +34,13 @@ from penstock.engine.scheduler.admission import (
 )
 from penstock.engine.scheduler.answer import (
     Gain,
+    beam_deltas,
     closing_delta,
     failure_delta,
     take_tokens,
     token_delta,
 )
+from penstock.engine.scheduler.beam_sequences import regroup
 from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
 from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
@@ -221,10 +223,11 @@ class Scheduler:
         return deltas
 
     def _close_answers(self, group: SequenceGroup, reason: FinishReason) -> None:
-        live = list(group.live)
-        for seq in live:
-            stats = group.stats(now_s=self._clock.monotonic()) if seq is live[-1] else None
-            self._deltas.append(closing_delta(seq, reason, stats=stats))
+        *_, last = group.open_answers
+        for index in group.open_answers:
+            stats = group.stats(now_s=self._clock.monotonic()) if index == last else None
+            self._deltas.append(closing_delta(group, reason, index=index, stats=stats))
+        for seq in group.live:
             seq.finish_reason = reason
 
     # -- planning a step -----------------------------------------------------------------------------------
@@ -346,6 +349,8 @@ class Scheduler:
             return ()
         if not group.needs_fork:
             return (SampleSpec(seq.seq_id, seq.num_outputs),)
+        if group.beams is not None:
+            return () if seq.num_outputs else (SampleSpec(seq.seq_id, 0),)
         # After a preemption the prompt is computed once more for all, but each has a next token already.
         return tuple(SampleSpec(each.seq_id, 0) for each in group.live if each.num_outputs == 0)
 
@@ -375,6 +380,8 @@ class Scheduler:
             self._kv.free(seq.blocks, taint=taint)
             seq.restart()
         group.is_forked = False
+        if group.beams is not None:
+            group.beams.forget_offers()
         draft.num_promised_blocks = None
         self._running.leave(group)
         group.move_to(GroupState.WAITING)
@@ -559,7 +566,7 @@ class Scheduler:
             return False
         is_last = len(seq.group.live) == 1
         stats = seq.group.stats(now_s=self._clock.monotonic()) if is_last else None
-        self._deltas.append(closing_delta(seq, FinishReason.STOP, stats=stats))
+        self._deltas.append(closing_delta(seq.group, FinishReason.STOP, index=seq.index, stats=stats))
         self._end_answer(seq, FinishReason.STOP)
         return True
 
@@ -599,19 +606,20 @@ class Scheduler:
 
     def _end_with_prompt(self, group: SequenceGroup, *, pooled: tuple[float, ...] | None) -> None:
         assert (pooled is None) == (group.request.pooling is None), "the runner pools what it is asked to"
-        live = list(group.live)
         reason = FinishReason.LENGTH if pooled is None else FinishReason.STOP
-        for seq in live:
-            first, last = seq is live[0], seq is live[-1]
+        first, *_, last = (*group.open_answers, group.open_answers[-1])
+        for index in group.open_answers:
             self._deltas.append(
                 closing_delta(
-                    seq,
+                    group,
                     reason,
-                    stats=group.stats(now_s=self._clock.monotonic()) if last else None,
-                    prompt_logprobs=group.take_prompt_logprobs() if first else None,
+                    index=index,
+                    stats=group.stats(now_s=self._clock.monotonic()) if index == last else None,
+                    prompt_logprobs=group.take_prompt_logprobs() if index == first else None,
                     pooled=pooled,
                 )
             )
+        for seq in group.live:
             seq.finish_reason = reason
         self._end(group)
 
@@ -621,6 +629,9 @@ class Scheduler:
         if seq is None or seq.finish_reason is not None:
             return
         group = seq.group
+        if group.beams is not None:
+            self._take_beam(seq, next(iter(drawn)))
+            return
         is_first = group.num_generated_tokens == 0
         gain = take_tokens(
             seq,
@@ -645,6 +656,31 @@ class Scheduler:
         )
         if gain.ending.finish_reason is not None:
             self._end_answer(seq, gain.ending.finish_reason)
+
+    def _take_beam(self, seq: Sequence, sampled: SampledToken) -> None:
+        """Note how one beam may go on; once that is known of all, fork and prune them, or end the search."""
+        group = seq.group
+        assert group.beams is not None
+        assert sampled.logprobs is not None
+        if not group.beams.offer(group.live.index(seq), sampled.logprobs):
+            return
+        beams = group.beams.advance()
+        if beams is None:
+            self._end_search(group)
+            return
+        self.policy.charge(group, num_output_tokens=len(beams))
+        for left_over in regroup(group, beams, kv=self._kv):
+            self._running.num_seqs -= 1
+            self._forget(left_over)
+
+    def _end_search(self, group: SequenceGroup) -> None:
+        assert group.beams is not None
+        best = group.beams.finished[: group.request.params.n]
+        group.num_generated_tokens = sum(len(answer.token_ids) for answer in best)
+        self._deltas.extend(beam_deltas(group, stats=group.stats(now_s=self._clock.monotonic())))
+        for seq in group.live:
+            seq.finish_reason = FinishReason.STOP
+        self._end(group)
 
     def _count_gain(self, seq: Sequence, gain: Gain, counts: StepCounts) -> None:
         num_tokens = len(gain.token_ids)

@@ -5,7 +5,10 @@ Made anew for each `schedule()`; becomes a `StepPlan`. It decides nothing.
 
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from penstock.core.ids import SequenceId
+from penstock.core.params import SamplingParams
 from penstock.engine.kv.prefix_tree import Namespace, TreeNode
 from penstock.engine.scheduler.figures import StepCounts
 from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence
@@ -87,6 +90,13 @@ def prompt_targets(seq: Sequence, *, start: int, end: int) -> tuple[int, ...]:
     return tuple(seq.token_ids[start + 1 : min(end + 1, group.num_prompt_tokens)])
 
 
+def _sampling_of(group: SequenceGroup) -> SamplingParams:
+    """A search draws nothing: it asks for the likeliest continuations of each of its beams."""
+    if group.beams is None:
+        return group.request.params
+    return replace(group.request.params, temperature=0.0, logprobs=group.beams.num_candidates)
+
+
 def new_sequence(seq: Sequence) -> NewSequence:
     """What the runner's sampler must know of a sequence that it meets for the first time."""
     request = seq.group.request
@@ -96,7 +106,7 @@ def new_sequence(seq: Sequence) -> NewSequence:
         banned = tuple(dict.fromkeys((*eos, *request.params.stop_token_ids)))
     return NewSequence(
         seq_id=seq.seq_id,
-        params=request.params,
+        params=_sampling_of(seq.group),
         seed=seq.seed,
         prompt_token_ids=request.prompt_token_ids,
         banned_until_min_tokens=banned,

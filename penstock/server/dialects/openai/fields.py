@@ -41,7 +41,6 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "audio": _NOTHING,
     "chat_template": _NOTHING,
     "documents": (None, []),
-    "early_stopping": (None, False),
     "extra_args": (None, {}),
     "function_call": (None, "none"),
     "functions": (None, []),
@@ -50,7 +49,6 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "guided_json": _NOTHING,
     "guided_regex": _NOTHING,
     "kv_transfer_params": _NOTHING,
-    "length_penalty": (None, 1.0),
     "logits_processors": (None, []),
     "mm_processor_kwargs": _NOTHING,
     "modalities": (None, ["text"]),
@@ -66,7 +64,6 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "structured_outputs": _NOTHING,
     "suffix": (None, ""),
     "truncate_prompt_tokens": _NOTHING,
-    "use_beam_search": (None, False),
     "verbosity": _NOTHING,
     "vllm_xargs": (None, {}),
     "web_search_options": _NOTHING,
@@ -129,6 +126,16 @@ class SamplingFields(WireModel):
         default=None,
         description="At least n: so many answers are made and billed, and the n likeliest given. More than n "
         "only without stream.",
+    )
+    use_beam_search: Flag | None = Field(
+        default=None,
+        description="Look for the likeliest answers, with best_of (or n) beams; nothing is drawn.",
+    )
+    length_penalty: Annotated[Number, Field(ge=-10, le=10)] | None = Field(
+        default=None, description="Beams only: above 1 favours longer answers."
+    )
+    early_stopping: Flag | Literal["never"] | None = Field(
+        default=None, description="Beams only: true stops at as many answers as there are beams."
     )
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -231,6 +238,9 @@ class SamplingFields(WireModel):
 _SAME_NAME: Final = (
     "n",
     "best_of",
+    "use_beam_search",
+    "length_penalty",
+    "early_stopping",
     "temperature",
     "top_p",
     "top_k",
@@ -271,7 +281,7 @@ def _check_combinations(fields: SamplingFields) -> None:
         raise InvalidParameterError(
             f"best_of is {best_of}, it must be at least n, which is {n}", param="best_of"
         )
-    if best_of is not None and best_of > n and fields.stream is True:
+    if best_of is not None and best_of > n and fields.stream is True and not fields.use_beam_search:
         raise InvalidParameterError(
             f"best_of is {best_of}, with stream it must equal n, which is {n}: the best is known at the end",
             param="best_of",
