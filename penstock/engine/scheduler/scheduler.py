@@ -244,12 +244,7 @@ class Scheduler:
             self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
         prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
-        num_seats = self._config.max_num_seqs - self._running.num_seqs
-        self._limit_chunks(
-            draft,
-            chunk_start=prefills[0].next_position if prefills else 0,
-            num_prompts=len(prefills) + min(self.num_waiting, max(0, num_seats)),
-        )
+        self._limit_chunks(draft, chunk_start=prefills[0].next_position if prefills else 0)
         self._schedule_prefills(draft, prefills)
         self._admit(draft)
         return self._finish_plan(draft)
@@ -282,16 +277,12 @@ class Scheduler:
                     draft.decodes.add(seq.seq_id)
         return prefills
 
-    def _limit_chunks(self, draft: StepDraft, *, chunk_start: int, num_prompts: int) -> None:
+    def _limit_chunks(self, draft: StepDraft, *, chunk_start: int) -> None:
         """With decodes in the step, cut the budget to what ends within the target; one block at least.
-
-        Where more requests wait for their first token than get their next one, a longer step is the smaller
-        loss: the stretch grows with their ratio (`step_time_target_ms` stays the limit).
 
         Args:
             draft: with all decodes of the step.
             chunk_start: where the first prompt goes on.
-            num_prompts: requests that have a prompt to compute and a seat.
         """
         num_decodes = len(draft.decodes)
         if not num_decodes or not self._config.enable_chunked_prefill:
@@ -300,7 +291,7 @@ class Scheduler:
         target_s = step_target_s(
             self._config.step_time_target_ms / 1000,
             decodes_s=self.cost.predict(decodes),
-            stretch=self._config.decode_stretch * max(1.0, num_prompts / num_decodes),
+            stretch=self._config.decode_stretch,
         )
         budget = self.cost.token_budget(
             target_s=target_s / self.cost.caution,
