@@ -27,6 +27,7 @@ from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
+from penstock.engine.runner.pooling import PoolPart, Pools, pool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
 from penstock.engine.sampling.masks import MaskSource
@@ -69,6 +70,8 @@ class ForwardPass:
     logits: torch.Tensor
     """[sequences with samples, vocab] float32"""
     prompt_logprobs: Sequence[PromptLogprobs] = ()
+    """Of sound sequences."""
+    pools: Sequence[PoolPart] = ()
     """Of sound sequences."""
 
 
@@ -129,6 +132,7 @@ class Runner:
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._kernels = loaded.kernels
         self._sampler = Sampler(native=_native_sampler(loaded.kernels))
+        self._pools = Pools()
 
     @property
     def model(self) -> CausalLM:
@@ -188,6 +192,7 @@ class Runner:
     def _collect(self, handle: StepHandle, *, masks: MaskSource | None) -> StepResult:
         began_s = time.perf_counter()
         self._sampler.forget(handle.finished_seq_ids)
+        self._pools.forget(handle.finished_seq_ids)
         outcomes: list[Outcome] = list(handle.failures)
         for done in handle.passes:
             outcomes.extend(self._sample(done, masks=masks))
@@ -198,6 +203,7 @@ class Runner:
             tokens=tokens,
             failures=[outcome for outcome in outcomes if isinstance(outcome, SequenceFailure)],
             prompt_logprobs=[part for done in handle.passes for part in done.prompt_logprobs],
+            pooled=[self._pools.take(part) for done in handle.passes for part in done.pools],
             step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
         )
 
@@ -270,6 +276,23 @@ class Runner:
             is_sound=is_sound,
             logits=logits,
             prompt_logprobs=self._prompt_logprobs(sequences, hidden=hidden, ends=ends, is_sound=is_sound),
+            pools=self._pool_parts(sequences, hidden=hidden, ends=ends, is_sound=is_sound),
+        )
+
+    def _pool_parts(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        *,
+        hidden: torch.Tensor,
+        ends: Sequence[int],
+        is_sound: Sequence[bool],
+    ) -> Sequence[PoolPart]:
+        asking = [i for i, seq in enumerate(sequences) if seq.pooling is not None and is_sound[i]]
+        return pool(
+            [sequences[i] for i in asking],
+            hidden=hidden,
+            ends=[ends[i] for i in asking],
+            logits=self._model.logits,
         )
 
     def _prompt_logprobs(

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
+from penstock.core.tokens import Pooling
 from penstock.engine.kv.prefix_tree import Namespace, TreeNode
 from penstock.engine.scheduler.figures import StepCounts
 from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence
@@ -49,7 +50,7 @@ class StepDraft:
             samples,
             prompt_targets=prompt_targets(seq, start=start, end=start + num_tokens),
             num_prompt_logprobs=seq.group.request.params.prompt_logprobs or 0,
-            pooling=seq.group.request.pooling,
+            pooling=pooling_of(seq, end=start + num_tokens),
         )
         self.num_tokens_left -= num_tokens
         self.num_kv_tokens += start + num_tokens
@@ -80,6 +81,14 @@ class StepDraft:
                 if not tiers:
                     del self.being_computed[place]
                 return
+
+
+def pooling_of(seq: Sequence, *, end: int) -> Pooling | None:
+    """What is asked of the chunk that ends at `end`: a mean needs all of them, the others the last."""
+    pooling = seq.group.request.pooling
+    if pooling is None or pooling.kind == "mean":
+        return pooling
+    return pooling if end == seq.num_prompt_tokens else None
 
 
 def prompt_targets(seq: Sequence, *, start: int, end: int) -> tuple[int, ...]:
