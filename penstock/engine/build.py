@@ -22,6 +22,9 @@ from penstock.engine.config import (
     validate_engine_config,
 )
 from penstock.engine.core import EngineCore
+from penstock.engine.grammar.bitmask import MaskFiller
+from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.compile_pool import CompilePool
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.runner.faults import FaultPoints
@@ -113,8 +116,11 @@ def _join(
         loaded, layout=layout, num_blocks=num_blocks, block_size=config.kv.block_size, faults=faults
     )
     ranks = LocalRank(runner)
+    grammars = CompilePool(GrammarCompiler(Path(config.model_path)), vocab_size=loaded.model.vocab_size)
     began_s = time.monotonic()
     warm_steps = _warm_up(ranks, limits) if config.warmup else []
+    if config.warmup:
+        grammars.compiler.warm_up()
     warmup_time_s = time.monotonic() - began_s
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = Scheduler(
@@ -129,6 +135,8 @@ def _join(
         scheduler=scheduler,
         kv=kv,
         ranks=ranks,
+        grammars=grammars,
+        masks=MaskFiller(num_words=-(-loaded.model.vocab_size // 32)),
         info=_info(
             config,
             loaded,

@@ -6,9 +6,11 @@ is driven by `loop`; it knows no processes, no asyncio and no text.
 
 from dataclasses import dataclass
 
-from penstock.core.errors import InvalidParameterError
+from penstock.core.errors import PenstockError
 from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport
+from penstock.engine.grammar.bitmask import MaskFiller
+from penstock.engine.grammar.compile_pool import CompiledRequest, CompilePool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.runner.rank_group import RankGroup
 from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
@@ -23,6 +25,8 @@ class EngineCore:
     kv: KvManager
     ranks: RankGroup
     info: EngineInfo
+    grammars: CompilePool
+    masks: MaskFiller
 
     @property
     def has_work(self) -> bool:
@@ -30,21 +34,28 @@ class EngineCore:
         return self.scheduler.has_work
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request.
+        """Queue a request; a grammar is compiled here and now. The loop uses `add_compiled`.
 
         Raises:
             QueueFullError: the queue is at its limit.
-            InvalidParameterError: the request can never fit.
+            InvalidParameterError: the request can never fit, or its grammar cannot be enforced.
         """
-        if request.grammar is not None:
-            raise InvalidParameterError(
-                f"structured_outputs is a {request.grammar.kind}, this engine has no grammar compiler",
-                param="structured_outputs",
-            )
-        self.scheduler.add(request)
+        constraint = None if request.grammar is None else self.grammars.compile_now(request)
+        self.scheduler.add(request, constraint=constraint)
+
+    def add_compiled(self, done: CompiledRequest) -> None:
+        """Queue a request whose grammar has been through `grammars`.
+
+        Raises:
+            PenstockError: its grammar was refused, or `add` would refuse it.
+        """
+        if isinstance(done.outcome, PenstockError):
+            raise done.outcome
+        self.scheduler.add(done.request, constraint=done.outcome)
 
     def abort(self, request_id: RequestId) -> None:
         """Forget a request; its blocks are free after the step under way. Unknown ids are ignored."""
+        self.grammars.abort(request_id)
         self.scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
@@ -54,8 +65,9 @@ class EngineCore:
             EngineDeadError: the fault is in no single request.
         """
         plan = self.scheduler.schedule()
+        masks = self.masks.fill(plan, self.scheduler.constraints)
         handle = self.ranks.launch(plan)
-        result = self.ranks.collect(handle)
+        result = self.ranks.collect(handle, masks=masks)
         return self.scheduler.apply(plan, result)
 
     def requests(self) -> list[RequestReport]:
@@ -74,6 +86,6 @@ class EngineCore:
             kv_bytes_owned=usage.num_owned * per_block,
             prefix_tree_nodes=usage.num_tree_nodes,
             prefix_tree_bytes=usage.tree_bytes,
-            buffer_bytes=self.ranks.buffer_bytes,
+            buffer_bytes=self.ranks.buffer_bytes + self.masks.num_bytes + self.grammars.compiler.num_bytes,
             process_rss_bytes=resident_bytes(),
         )

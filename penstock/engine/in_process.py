@@ -23,17 +23,22 @@ class _QueueChannel:
     """Messages between the event loop's thread and the engine's thread."""
 
     def __init__(self, deliver: Callable[[FromEngine], None]) -> None:
-        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._deliver = deliver
 
     def receive(self, *, block: bool) -> Iterable[ToEngine]:
-        if block:
-            yield self.inbox.get()
+        message = self.inbox.get() if block else None
         while True:
+            if message is not None:
+                yield message
             try:
-                yield self.inbox.get_nowait()
+                message = self.inbox.get_nowait()
             except queue.Empty:
                 return
+
+    def wake(self) -> None:
+        """See `loop.Channel`."""
+        self.inbox.put(None)
 
     def send(self, message: FromEngine) -> None:
         self._deliver(message)

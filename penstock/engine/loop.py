@@ -5,11 +5,14 @@ difference is the `Channel`. It knows no asyncio.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from penstock.core.error_info import error_to_info
 from penstock.core.errors import GenerateError, PenstockError
+from penstock.core.ids import RequestId
+from penstock.core.tokens import EngineRequest
 from penstock.engine.core import EngineCore
 from penstock.engine.wire import (
     Abort,
@@ -41,6 +44,10 @@ class Channel(Protocol):
         """Hand over a message; waits if the other side is far behind."""
         ...
 
+    def wake(self) -> None:
+        """Let a blocked `receive` return, or the next one; called from any thread."""
+        ...
+
 
 class EngineLoop:
     """Steps the engine while there is work and sleeps in `receive` while there is none."""
@@ -49,6 +56,7 @@ class EngineLoop:
         self._core = core
         self._channel = channel
         self._stopped = False
+        core.grammars.wake = channel.wake
 
     def run(self) -> None:
         """Turn until `Shutdown`.
@@ -59,6 +67,8 @@ class EngineLoop:
         while not self._stopped:
             for message in self._channel.receive(block=not self._core.has_work):
                 self._handle(message)
+            for done in self._core.grammars.take_done():
+                self._answer_submit(done.request.request_id, partial(self._core.add_compiled, done))
             if self._core.has_work and not self._stopped:
                 output = self._core.step()
                 self._channel.send(Output(output.deltas, output.stats))
@@ -66,7 +76,7 @@ class EngineLoop:
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._submit(message)
+                self._submit(message.request)
             case Abort(request_id=request_id):
                 self._core.abort(request_id)
             case Ping():
@@ -78,10 +88,18 @@ class EngineLoop:
             case Start():
                 raise AssertionError("Start is only valid as the first message")
 
-    def _submit(self, message: Submit) -> None:
-        request_id = message.request.request_id
+    def _submit(self, request: EngineRequest) -> None:
+        if request.grammar is None:
+            self._answer_submit(request.request_id, partial(self._core.add, request))
+            return
         try:
-            self._core.add(message.request)
+            self._core.grammars.submit(request)  # answered when it is compiled
+        except PenstockError as error:
+            self._channel.send(Refused(request.request_id, error_to_info(error)))
+
+    def _answer_submit(self, request_id: RequestId, add: Callable[[], None]) -> None:
+        try:
+            add()
         except PenstockError as error:
             self._channel.send(Refused(request_id, error_to_info(error)))
         except Exception:

@@ -4,6 +4,7 @@ A direct child of the API process. It connects to ADDRESS (`ipc://` in a 0700 fo
 from the first message, loads, warms up, reports `Started` and turns the loop. It ends with its parent.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -36,6 +37,8 @@ IDLE_POLL_MS: Final = 10_000
 """An engine that hears nothing for so long, not even a ping, looks whether its parent is alive."""
 START_POLL_MS: Final = 30_000
 """The config must arrive within this time."""
+MAX_RINGS: Final = 4096
+"""Wake-ups taken at once."""
 PR_SET_PDEATHSIG: Final = 1
 
 log = logging.getLogger("penstock.engine")
@@ -49,17 +52,32 @@ class ZmqChannel:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
+        self._alarm, self._bell = os.pipe()
+        os.set_blocking(self._alarm, False)
+        os.set_blocking(self._bell, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._alarm, zmq.POLLIN)
 
     def receive(self, *, block: bool) -> Iterable[ToEngine]:
         """See `loop.Channel`."""
-        if block and not self._socket.poll(IDLE_POLL_MS):
-            self._end_with_parent()
-            return
+        if block:
+            ready = dict(self._poller.poll(IDLE_POLL_MS))
+            if not ready:
+                self._end_with_parent()
+                return
+            if self._alarm in ready:
+                os.read(self._alarm, MAX_RINGS)
         while True:
             try:
                 yield decode_to_engine(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
+
+    def wake(self) -> None:
+        """See `loop.Channel`."""
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._bell, b"!")
 
     def receive_start(self) -> Start:
         """Wait for the first message, while there is a parent that could send it."""

@@ -126,6 +126,8 @@ class Scheduler:
         self._running = RunningSet(config, kv=kv)
         self._closing: list[SequenceGroup] = []
         self._sequences: dict[SequenceId, Sequence] = {}
+        self.constraints: dict[SequenceId, Constraint] = {}
+        """Of the answers that have not ended, for the masks of a step."""
         self._deltas: list[TokenDelta] = []
         self._finished_seq_ids: list[SequenceId] = []
         self._forced_tokens: list[ForcedTokens] = []
@@ -174,7 +176,10 @@ class Scheduler:
             constraint=constraint,
         )
         self._groups[request.request_id] = group
-        self._sequences.update((seq.seq_id, seq) for seq in group.sequences)
+        for seq in group.sequences:
+            self._sequences[seq.seq_id] = seq
+            if seq.constraint is not None:
+                self.constraints[seq.seq_id] = seq.constraint
         self._num_waiting_tokens += num_prompt_tokens
         self.policy.add(group)
         if group.ends_with_prompt and request.pooling is None and group.prompt_logprobs is None:
@@ -731,6 +736,7 @@ class Scheduler:
     def _forget(self, seq: Sequence) -> None:
         self._kv.free(seq.blocks, taint=seq.group.is_tainted)
         del self._sequences[seq.seq_id]
+        self.constraints.pop(seq.seq_id, None)
         if seq.is_known_to_runner:
             self._finished_seq_ids.append(seq.seq_id)
 

@@ -1,0 +1,197 @@
+"""Compiles grammars in threads beside the step loop.
+
+llguidance releases the GIL while it compiles, so that a step is not held up; fuel and a time limit bound each
+compilation. The loop submits requests and takes back what is done; it never waits.
+
+```
+submit --> cached? --------------------------------> done --> take_done
+             |  no                                    ^
+             +--> a thread compiles (once for equal grammars), or the time is over
+```
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from penstock.core.errors import GenerateError, PenstockError, QueueFullError
+from penstock.core.grammar import GrammarSpec
+from penstock.core.ids import RequestId
+from penstock.core.tokens import EngineRequest
+from penstock.engine.grammar.compile import Compiled, GrammarCompiler, refusal
+from penstock.engine.grammar.matcher import Matcher, start_matcher
+
+NUM_THREADS: Final = 2
+MAX_PENDING: Final = 256
+"""Requests whose grammars are being compiled; beyond it 429."""
+COMPILE_TIME_MAX_S: Final = 0.25
+"""A grammar that takes longer is refused; if it compiles later it is in the cache for a second attempt."""
+RETRY_AFTER_S: Final = 1.0
+
+log = logging.getLogger("penstock.engine.grammar")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledRequest:
+    """A request whose grammar is compiled, or refused."""
+
+    request: EngineRequest
+    outcome: Matcher | PenstockError
+    compile_s: float
+    """0 if it was in the cache."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Job:
+    """One grammar under way and the requests that wait for it."""
+
+    spec: GrammarSpec
+    waiting: list[EngineRequest] = field(default_factory=list)
+    began_s: float = 0.0
+
+
+class CompilePool:
+    """See the module. `wake` and the threads aside, one step loop owns it."""
+
+    def __init__(
+        self,
+        compiler: GrammarCompiler,
+        *,
+        vocab_size: int,
+        compile_time_max_s: float = COMPILE_TIME_MAX_S,
+    ) -> None:
+        """Start no thread yet.
+
+        Args:
+            compiler: shared by the threads.
+            vocab_size: of the model.
+            compile_time_max_s: a longer compilation is refused.
+        """
+        self.compiler = compiler
+        self._vocab_size = vocab_size
+        self._time_max_s = compile_time_max_s
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="penstock-grammar")
+        self._lock = threading.Lock()
+        self._jobs: dict[GrammarSpec, _Job] = {}
+        self._num_waiting = 0
+        self._done: list[CompiledRequest] = []
+        self.wake: Callable[[], None] = _nobody_waits
+        """Called from a thread when something is done; must return at once."""
+
+    def compile_now(self, request: EngineRequest) -> Matcher:
+        """Compile in the caller's thread, for callers without a loop.
+
+        Raises:
+            InvalidParameterError: the grammar cannot be enforced.
+        """
+        assert request.grammar is not None, "the request has a grammar"
+        spec = request.grammar
+        compiled = self.compiler.cached(spec) or self.compiler.compile(spec)
+        return start_matcher(compiled, request, vocab_size=self._vocab_size)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Let the request's grammar be compiled; it will be in `take_done`, whatever comes of it.
+
+        Raises:
+            QueueFullError: `MAX_PENDING` requests wait.
+        """
+        assert request.grammar is not None, "the request has a grammar"
+        try:
+            compiled = self.compiler.cached(request.grammar)
+        except PenstockError as error:
+            self._finish([request], error, compile_s=0.0)
+            return
+        if compiled is not None:
+            self._finish([request], compiled, compile_s=0.0)
+        else:
+            self._enqueue(request, request.grammar)
+
+    def abort(self, request_id: RequestId) -> None:
+        """Forget a request that is not done yet; unknown ids are ignored."""
+        with self._lock:
+            for job in self._jobs.values():
+                kept = [request for request in job.waiting if request.request_id != request_id]
+                self._num_waiting -= len(job.waiting) - len(kept)
+                job.waiting = kept
+            self._done = [done for done in self._done if done.request.request_id != request_id]
+
+    def take_done(self) -> list[CompiledRequest]:
+        """What has been compiled or refused since the last call."""
+        if not self._done:  # read without the lock: a step pays nothing
+            return []
+        with self._lock:
+            done, self._done = self._done, []
+            return done
+
+    def close(self) -> None:
+        """Let the threads end; what is under way is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _enqueue(self, request: EngineRequest, spec: GrammarSpec) -> None:
+        with self._lock:
+            if self._num_waiting >= MAX_PENDING:
+                raise QueueFullError(
+                    f"{self._num_waiting} requests wait for their grammars, the limit is {MAX_PENDING}",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            self._num_waiting += 1
+            job = self._jobs.get(spec)
+            if job is not None:
+                job.waiting.append(request)
+                return
+            job = self._jobs[spec] = _Job(spec=spec, waiting=[request])
+        self._threads.submit(self._run, job)
+
+    def _run(self, job: _Job) -> None:
+        """In a thread: compile, or be too late."""
+        job.began_s = time.monotonic()
+        timer = threading.Timer(self._time_max_s, self._end_late, (job,))
+        timer.daemon = True
+        timer.start()
+        outcome: Compiled | PenstockError
+        try:
+            outcome = self.compiler.compile(job.spec)
+        except PenstockError as error:
+            outcome = error
+        except Exception:
+            log.exception("a grammar could not be compiled")
+            outcome = GenerateError("the grammar of this request could not be compiled")
+        timer.cancel()
+        self._end(job, outcome)
+
+    def _end_late(self, job: _Job) -> None:
+        limit = f"it takes longer than {self._time_max_s:g} s to compile"
+        self._end(job, refusal(job.spec, limit))
+
+    def _end(self, job: _Job, outcome: Compiled | PenstockError) -> None:
+        with self._lock:
+            if self._jobs.get(job.spec) is not job:
+                return  # ended before, late or in time
+            del self._jobs[job.spec]
+            self._num_waiting -= len(job.waiting)
+        self._finish(job.waiting, outcome, compile_s=time.monotonic() - job.began_s)
+
+    def _finish(
+        self, requests: list[EngineRequest], outcome: Compiled | PenstockError, *, compile_s: float
+    ) -> None:
+        done = [
+            CompiledRequest(
+                request=request,
+                outcome=start_matcher(outcome, request, vocab_size=self._vocab_size)
+                if isinstance(outcome, Compiled)
+                else outcome,
+                compile_s=compile_s,
+            )
+            for request in requests
+        ]
+        with self._lock:
+            self._done = [*self._done, *done]
+        self.wake()
+
+
+def _nobody_waits() -> None:
+    """`wake` of a pool whose owner asks by itself."""

@@ -1,0 +1,67 @@
+"""Every kind of grammar as llguidance's own text. Pure: it compiles nothing. Called by `compile`."""
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
+
+from penstock.core.grammar import GrammarKind, GrammarSpec
+
+if TYPE_CHECKING:  # a name of the stub file
+    from llguidance._lib import JsonCompileOptions
+
+JSON_FORM: "Final[JsonCompileOptions]" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
+"""JSON is written as Python's `json.dumps` does, the form that models and chat templates know best: one form,
+so that keys are forced and a model cannot go on with blanks for ever. What cannot be enforced is refused."""
+ANY_OBJECT: Final = '{"type":"object"}'
+
+
+def to_llguidance(spec: GrammarSpec) -> str:
+    """The text that `LLMatcher` takes.
+
+    Args:
+        spec: validated.
+
+    Raises:
+        ValueError: it is malformed; says how.
+    """
+    match spec.kind:
+        case GrammarKind.JSON_SCHEMA:
+            return _json_schema(spec.source)
+        case GrammarKind.JSON_OBJECT:
+            return _json_schema(ANY_OBJECT)
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(spec.source)
+        case GrammarKind.CHOICE:
+            return LLMatcher.grammar_from_lark(_choice_to_lark(json.loads(spec.source)))
+        case GrammarKind.GRAMMAR:
+            return LLMatcher.grammar_from_lark(_lark(spec.source))
+        case GrammarKind.STRUCTURAL_TAG:
+            raise ValueError("structural tags are not known here")
+
+
+def _json_schema(source: str) -> str:
+    return LLMatcher.grammar_from_json_schema(source, overrides=JSON_FORM)
+
+
+def _choice_to_lark(choices: list[str]) -> str:
+    """One terminal, so that the lexer alone decides: a rule of many literals compiles twice as long."""
+    return "start: CHOICE\nCHOICE: " + " | ".join(
+        json.dumps(choice, ensure_ascii=False) for choice in choices
+    )
+
+
+def _lark(source: str) -> str:
+    """A grammar in Lark's dialect as it is, one in GBNF converted."""
+    try:
+        return any_to_lark(source)
+    except Exception as error:  # noqa: BLE001  the converter raises bare Exception
+        raise ValueError(
+            f"it is neither Lark (with a rule start:) nor GBNF (with root ::=): {error}"
+        ) from None

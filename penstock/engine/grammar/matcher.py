@@ -1,0 +1,118 @@
+"""`Constraint` over llguidance's matcher: one answer's place in its grammar."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher
+
+from penstock.core.tokens import EngineRequest
+from penstock.engine.grammar.compile import Compiled
+
+NO_BITS: Final = np.int32(0)
+
+
+class Matcher:
+    """See `Constraint` for who calls what. Not thread-safe."""
+
+    def __init__(
+        self, matcher: LLMatcher, *, vocab_size: int, num_words: int, avoided_ids: tuple[int, ...]
+    ) -> None:
+        """Take over a matcher.
+
+        Args:
+            matcher: nobody else moves it.
+            vocab_size: of the model; greater ids are never forced.
+            num_words: of llguidance's masks, 32 tokens each.
+            avoided_ids: end-of-sequence tokens that come only where nothing else may (`ignore_eos`).
+        """
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._num_words = num_words
+        self._avoided_ids = avoided_ids
+        self._failure: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """See `Constraint`."""
+        return self._failure is None and self._matcher.is_stopped()
+
+    @property
+    def may_end(self) -> bool:
+        """See `Constraint`."""
+        return self._failure is None and self._matcher.is_accepting()
+
+    @property
+    def failure(self) -> str | None:
+        """See `Constraint`."""
+        return self._failure
+
+    def accept(self, token_id: int) -> None:
+        """See `Constraint`."""
+        self._matcher.consume_token(token_id)
+        self._look_for_failure()
+
+    def forced(self) -> tuple[int, ...]:
+        """See `Constraint`."""
+        token_ids = self._matcher.compute_ff_tokens()
+        known = next((i for i, each in enumerate(token_ids) if each >= self._vocab_size), len(token_ids))
+        return tuple(token_ids[:known])
+
+    def num_valid(self, draft_token_ids: Sequence[int]) -> int:
+        """See `Constraint`."""
+        return self._matcher.validate_tokens(list(draft_token_ids))
+
+    def fill(self, rows: npt.NDArray[np.int32], *, draft_token_ids: Sequence[int] = ()) -> None:
+        """See `Constraint`; releases the GIL while llguidance works."""
+        self._fill(rows[0])
+        for depth, token_id in enumerate(draft_token_ids, 1):
+            self._matcher.consume_token(token_id)
+            self._fill(rows[depth])
+        if draft_token_ids:
+            self._matcher.rollback(len(draft_token_ids))
+        self._look_for_failure()
+
+    def fork(self) -> "Matcher":
+        """See `Constraint`."""
+        return Matcher(
+            self._matcher.deep_copy(),
+            vocab_size=self._vocab_size,
+            num_words=self._num_words,
+            avoided_ids=self._avoided_ids,
+        )
+
+    def _fill(self, row: npt.NDArray[np.int32]) -> None:
+        words = row if len(row) >= self._num_words else np.empty(self._num_words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, 4 * self._num_words)
+        if words is row:
+            row[self._num_words :] = NO_BITS  # the model has more tokens than the tokenizer
+        else:
+            row[:] = words[: len(row)]
+        if self._avoided_ids:
+            _avoid(row, token_ids=self._avoided_ids)
+
+    def _look_for_failure(self) -> None:
+        if self._failure is None and self._matcher.is_error():
+            self._failure = (
+                f"the grammar cannot go on ({self._matcher.stop_reason()}): it is too complex for its limits"
+            )
+
+
+def start_matcher(compiled: Compiled, request: EngineRequest, *, vocab_size: int) -> Matcher:
+    """A matcher at the beginning of an answer to `request`."""
+    return Matcher(
+        compiled.start.deep_copy(),
+        vocab_size=vocab_size,
+        num_words=-(-compiled.tokenizer.vocab_size // 32),
+        avoided_ids=request.eos_token_ids if request.params.ignore_eos else (),
+    )
+
+
+def _avoid(row: npt.NDArray[np.int32], *, token_ids: Sequence[int]) -> None:
+    """Forbid tokens, unless the row allows no others."""
+    rest = row.copy().view(np.uint32)
+    for token_id in token_ids:
+        rest[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
+    if rest.any():
+        row[:] = rest.view(np.int32)
