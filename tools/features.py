@@ -76,6 +76,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _request("cache_salt", "cache_salt"),
     _request("tools", "tool calls (tools, tool_choice auto)"),
     _request("reasoning", "reasoning_content"),
+    _request("grammar", "guided decoding (response_format, structured_outputs)"),
     _request("cancel", "cancellation"),
     _engine("prefix_caching", "prefix caching"),
     _engine("chunked_prefill", "chunked prefill"),
@@ -163,8 +164,6 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
 )
 
 REFUSED: Final[tuple[RefusedFeature, ...]] = (
-    RefusedFeature(name="response_format", label="JSON output (response_format)", kind="request"),
-    RefusedFeature(name="guided_json", label="guided decoding", kind="request"),
     RefusedFeature(name="reasoning_effort", label="how much to think", kind="request"),
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),

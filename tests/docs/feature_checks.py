@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from penstock.core.grammar import GrammarKind, GrammarSpec
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Message, Priority, ToolChoice, ToolMode
@@ -21,6 +22,10 @@ PROMPT = "Hello, world"
 ALLOWED = tuple(range(4, VOCAB_SIZE, 2))
 """Not among `BANNED`; without end of sequence."""
 BANNED = dict.fromkeys(range(3, VOCAB_SIZE, 2), -100.0)
+FREE = 2
+FORCED = "KKM"
+GRAMMAR = GrammarSpec(kind=GrammarKind.REGEX, source="[^\\n]{2}KKM[^\\n]*")
+"""Two characters of the model's choice, three that are forced, and then any."""
 BASE = GenerateRequest(
     request_id=RequestId("base"),
     model=ModelName("tiny"),
@@ -93,7 +98,7 @@ def _logprobs(run: Run, _: Run, case: Case) -> None:
             continue
         assert len(entries) == len(delta.token_ids)
         assert [entry.token_id for entry in entries] == list(delta.token_ids)
-        assert all(entry.logprob <= 0 and len(entry.top) == 2 for entry in entries)
+        assert all(entry.logprob <= 0 and len(entry.top) in {2, 1 + (entry.logprob < 0)} for entry in entries)
 
 
 def _prompt_logprobs(run: Run, _: Run, case: Case) -> None:
@@ -311,6 +316,14 @@ def _reasoning(run: Run, _: Run, case: Case) -> None:
         assert not any(delta.text for delta in run.deltas)
 
 
+def _grammar(run: Run, alone: Run, case: Case) -> None:
+    """The text matches, as far as it goes; what is forced was not drawn and comes all the same."""
+    for index in range(case.request.params.n):
+        text = run.text(index).removeprefix(PROMPT if "echo" in case.names else "")
+        assert text[FREE : FREE + len(FORCED)] == FORCED[: max(0, len(text) - FREE)]
+        assert not set(run.tokens(index)) & set(range(len(SPECIALS)))
+
+
 def _priority(run: Run, alone: Run, case: Case) -> None:
     assert run.tokens() == alone.tokens()
 
@@ -441,6 +454,9 @@ BEHAVIOURS: dict[str, Behaviour] = {
     ),
     "tools": Behaviour(apply=_tools_request, check=_tools),
     "reasoning": Behaviour(apply=_reasoning_request, check=_reasoning),
+    "grammar": Behaviour(
+        apply=lambda request, _: msgspec.structs.replace(request, grammar=GRAMMAR), check=_grammar
+    ),
     "cancel": Behaviour(apply=_same, check=_cancel),
 }
 

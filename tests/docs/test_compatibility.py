@@ -113,8 +113,6 @@ def test_refused_pair(pair: RefusedPair, engines: Engines) -> None:
 
 
 ON = {
-    "response_format": {"type": "json_object"},
-    "guided_json": {"type": "object"},
     "reasoning_effort": "low",
     "prompt_embeds": "AAAA",
 }
@@ -147,6 +145,7 @@ WIRE: dict[str, dict[str, object]] = {
     "cache_salt": {"cache_salt": "s"},
     "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "reasoning": {"include_reasoning": True, "chat_template_kwargs": {"enable_thinking": True}},
+    "grammar": {"response_format": {"type": "json_object"}},
     "cancel": {},
 }
 

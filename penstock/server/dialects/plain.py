@@ -15,6 +15,7 @@ from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX, validate_sampling
 from penstock.core.text import GenerateRequest, Usage
 from penstock.server.collect import Deltas, close_all, collect, submit
+from penstock.server.dialects.openai.guided import StructuredOutputs, of_structured_outputs, only_one
 from penstock.server.replies import Reply, StreamReply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call
@@ -33,6 +34,9 @@ class PlainRequest(WireModel):
         default=None, description="Absent: as many as the context holds."
     )
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = Field(default=None, description="Default 1.")
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="What the answer must look like; only in a JSON body."
+    )
 
 
 class PlainUsage(AnswerModel):
@@ -90,12 +94,14 @@ def _to_request(call: Call) -> GenerateRequest:
     if body.temperature is not None:
         params = replace(params, temperature=body.temperature)
     validate_sampling(params)
+    wanted = body.structured_outputs
     return GenerateRequest(
         request_id=call.new_engine_id(),
         client_request_id=call.request_id,
         model=card.name,
         prompt=body.prompt,
         params=params,
+        grammar=only_one({} if wanted is None else of_structured_outputs(wanted)),
         tenant_id=call.tenant_id,
         arrival_s=call.arrival_s,
     )

@@ -28,6 +28,7 @@ from penstock.core.params import (
     validate_sampling,
 )
 from penstock.core.text import GenerateRequest, Priority
+from penstock.server.dialects.openai.guided import GuidedFields, grammar_of
 from penstock.server.services import Call
 from penstock.server.validation import WHOLE, Flag, Number, Text, WireModel
 
@@ -44,10 +45,6 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "extra_args": (None, {}),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
     "kv_transfer_params": _NOTHING,
     "logits_processors": (None, []),
     "mm_processor_kwargs": _NOTHING,
@@ -58,10 +55,8 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "prompt_cache_retention": _NOTHING,
     "prompt_embeds": _NOTHING,
     "reasoning_effort": _NOTHING,
-    "response_format": (None, {"type": "text"}),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
-    "structured_outputs": _NOTHING,
     "suffix": (None, ""),
     "truncate_prompt_tokens": _NOTHING,
     "verbosity": _NOTHING,
@@ -113,7 +108,7 @@ BadWord = Annotated[Text, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 
 
-class SamplingFields(WireModel):
+class SamplingFields(GuidedFields):
     """Fields with the same meaning on both endpoints; null is the same as absent everywhere."""
 
     model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = Field(
@@ -342,6 +337,7 @@ def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) 
 
     Raises:
         NotFoundError: no such model.
+        InvalidParameterError: the grammar is malformed, or there are two.
     """
     catalog = call.services.catalog
     wanted = None if fields.model is None else ModelName(fields.model)
@@ -351,6 +347,7 @@ def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) 
         client_request_id=call.request_id,
         model=client.card.name if wanted is None else wanted,
         params=params,
+        grammar=grammar_of(fields),
         priority=Priority[(fields.priority or "interactive").upper()],
         tenant_id=call.tenant_id,
         cache_salt=fields.cache_salt or "",
