@@ -70,6 +70,12 @@ class Tokenizer:
         eos_token_ids = _eos_token_ids(folder, backend=backend, special_tokens=special_tokens)
         return cls(backend, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
 
+    @property
+    def added_ids_by_text(self) -> dict[str, int]:
+        """The added tokens, special ones and others, by what they are written as."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items()}
+
     def to_json(self) -> str:
         """The whole tokenizer as a `tokenizer.json`, with what was added to it; 11 MB for 150k tokens."""
         text: str = self._backend.to_str()

@@ -73,6 +73,7 @@ class GrammarCompiler:
         self._folder = folder
         self._max_cache_bytes = max_cache_bytes
         self._tokenizer: LLTokenizer | None = None
+        self._special_ids: dict[str, int] = {}
         self._lock = threading.Lock()
         self._cache: OrderedDict[GrammarSpec, Compiled] = OrderedDict()
         self._refused: OrderedDict[GrammarSpec, InvalidParameterError] = OrderedDict()
@@ -93,7 +94,11 @@ class GrammarCompiler:
         with self._lock:
             if self._tokenizer is None:
                 tokenizer = Tokenizer.from_folder(self._folder)
-                self._tokenizer = LLTokenizer(tokenizer.to_json(), eos_token=list(tokenizer.eos_token_ids))
+                made = LLTokenizer(tokenizer.to_json(), eos_token=list(tokenizer.eos_token_ids))
+                added = tokenizer.added_ids_by_text
+                # Not only those marked special: what is written <so> is a token of its own to llguidance.
+                self._special_ids = {text: i for text, i in added.items() if made.is_special_token(i)}
+                self._tokenizer = made
             return self._tokenizer
 
     def warm_up(self) -> None:
@@ -141,7 +146,7 @@ class GrammarCompiler:
         validate_grammar(spec)
         try:
             tokenizer = self.prepare()
-            source = to_llguidance(spec)
+            source = to_llguidance(spec, special_ids=self._special_ids)
         except CheckpointError as error:
             raise refusal(spec, f"the model has no tokenizer for it: {error.message}") from None
         except ValueError as error:

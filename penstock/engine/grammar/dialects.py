@@ -1,12 +1,14 @@
 """Every kind of grammar as llguidance's own text. Pure: it compiles nothing. Called by `compile`."""
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from penstock.core.grammar import GrammarKind, GrammarSpec
+from penstock.engine.grammar.structural_tag import structural_tag_to_lark
 
 if TYPE_CHECKING:  # a name of the stub file
     from llguidance._lib import JsonCompileOptions
@@ -20,13 +22,16 @@ JSON_FORM: "Final[JsonCompileOptions]" = {
 """JSON is written as Python's `json.dumps` does, the form that models and chat templates know best: one form,
 so that keys are forced and a model cannot go on with blanks for ever. What cannot be enforced is refused."""
 ANY_OBJECT: Final = '{"type":"object"}'
+ANYTHING: Final = "{}"
+"""What the schema true means; llguidance takes objects only."""
 
 
-def to_llguidance(spec: GrammarSpec) -> str:
+def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int]) -> str:
     """The text that `LLMatcher` takes.
 
     Args:
         spec: validated.
+        special_ids: the tokenizer's special tokens by their text.
 
     Raises:
         ValueError: it is malformed; says how.
@@ -43,10 +48,14 @@ def to_llguidance(spec: GrammarSpec) -> str:
         case GrammarKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(_lark(spec.source))
         case GrammarKind.STRUCTURAL_TAG:
-            raise ValueError("structural tags are not known here")
+            lark = structural_tag_to_lark(json.loads(spec.source), form=JSON_FORM, special_ids=special_ids)
+            return LLMatcher.grammar_from_lark(lark)
 
 
 def _json_schema(source: str) -> str:
+    if source.strip() == "false":
+        raise ValueError("the schema is false, which nothing satisfies")
+    source = ANYTHING if source.strip() == "true" else source
     return LLMatcher.grammar_from_json_schema(source, overrides=JSON_FORM)
 
 

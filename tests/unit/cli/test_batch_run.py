@@ -77,7 +77,7 @@ def test_simple_rows_need_neither_id_nor_url(tmp_path: Path) -> None:
         ("[1]", None),
         ({"prompt": "x", "n": 100}, "n"),
         ({"prompt": "x", "stream": True}, "stream"),
-        ({"prompt": "x", "guided_json": {"type": "object"}}, "guided_json"),
+        ({"prompt": "x", "guided_json": {"type": "object"}, "guided_regex": "a"}, "guided_regex"),
         ({"prompt": "x", "model": "other"}, "model"),
         ({"body": []}, "body"),
         ({"body": {"prompt": "x"}, "url": "/admin"}, "url"),
