@@ -137,6 +137,12 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         reason="a conversation has no prompt text to repeat",
     ),
     RefusedPair(
+        first="beam_search",
+        second="grammar",
+        words=("use_beam_search", "guided decoding"),
+        reason="a grammar follows one answer at a time",
+    ),
+    RefusedPair(
         first="chunked_prefill",
         second="whole_prompts",
         words=("max_num_batched_tokens", "enable_chunked_prefill"),
