@@ -12,11 +12,13 @@ from typing import Final
 
 import msgspec
 
-from penstock.core.errors import CheckpointError
+from penstock.core.errors import CheckpointError, StartupError
 from penstock.core.ids import ModelName
 from penstock.models.embedded_model import EMBEDDED_MODEL_NAME, embedded_path
+from penstock.models.gguf.families import FAMILIES
 from penstock.models.hub import resolve_model
 from penstock.models.registry import check_architecture
+from penstock.text.gguf.header import is_gguf, read_header
 
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100_000_000
 
@@ -26,7 +28,7 @@ class ModelSource:
     """A checkpoint on disk."""
 
     path: Path
-    """Folder with config, tokenizer and weights."""
+    """Folder with config, tokenizer and weights, or a GGUF file, which holds all three."""
     name: ModelName
     """What clients write in `model`."""
     root: str
@@ -41,7 +43,7 @@ def find_model(
     """The checkpoint that `model` names.
 
     Args:
-        model: a folder, a hub id (`owner/name`), the embedded model's name, or None for the latter.
+        model: a folder, a `.gguf` file, a hub id (`owner/name`), the embedded model's name, or None for that.
         revision: branch, tag or commit; hub ids only.
         on_progress: told of bytes (done, in all) while the hub is asked.
 
@@ -52,6 +54,8 @@ def find_model(
     if model is None or model == EMBEDDED_MODEL_NAME:
         path = resolve_model(str(embedded_path()), revision, on_progress)
         name, commit = EMBEDDED_MODEL_NAME, folder_revision(path)
+    elif is_gguf(Path(model).expanduser()):
+        return find_gguf(Path(model).expanduser(), revision=revision)
     elif Path(model).expanduser().is_dir():
         path = resolve_model(model, revision, on_progress)
         name, commit = path.resolve().name, folder_revision(path)
@@ -60,6 +64,22 @@ def find_model(
         name, commit = model, path.name  # the hub's cache names a snapshot by its commit
     check_folder(path, name=name)
     return ModelSource(path=path, name=ModelName(name), root=name, revision=commit)
+
+
+def find_gguf(path: Path, *, revision: str | None = None) -> ModelSource:
+    """A GGUF file as a model; its header is checked against its size here, before a process is started.
+
+    Raises:
+        CheckpointError: it is damaged.
+        UnsupportedModelError: its architecture, or a type of its tensors, is not known.
+        StartupError: a `revision` is given.
+    """
+    if revision is not None:
+        raise StartupError(f"revision is {revision!r}, but {path.name!r} is a local file", param="revision")
+    read_header(path).metadata.supported("general.architecture", tuple(FAMILIES), "")
+    status = path.stat()
+    digest = hashlib.blake2b(f"{path.name}:{status.st_size}:{status.st_mtime_ns}".encode(), digest_size=16)
+    return ModelSource(path=path, name=ModelName(path.stem), root=path.name, revision=digest.hexdigest())
 
 
 def folder_revision(folder: Path) -> str:

@@ -170,8 +170,10 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[Path]]:
         return {}, [folder / "model.safetensors"]
     if (folder / "model.safetensors.index.json").is_file():
         return _indexed_shards(folder / "model.safetensors.index.json")
-    others = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.gguf"))
+    others = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
     hint = f"; {others[0].name} is there, but only safetensors are read" if others else ""
+    for name in sorted(path.name for path in folder.glob("*.gguf"))[:1]:
+        hint = f"; {name} is there: give the path of the file itself"
     raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}")
 
 

@@ -37,6 +37,10 @@ class ConfigReader:
         """True if the field is there and not null."""
         return self._fields.get(name) is not None
 
+    def having(self, fields: Mapping[str, Json]) -> "ConfigReader":
+        """The same with some fields added or replaced."""
+        return ConfigReader({**self._fields, **fields}, source=self.source)
+
     def wrong(self, name: str, expected: str) -> CheckpointError:
         """The error that says that field `name` is not what it must be."""
         value = repr(self._fields.get(name))[:80]

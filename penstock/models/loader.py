@@ -1,4 +1,4 @@
-"""A checkpoint folder in, a model out.
+"""A checkpoint in, a model out.
 
 Order: config, architecture, headers, a check of every tensor, then the data. The engine process calls
 `load_model` once at start. Quantized checkpoints are read by `quantized`.
@@ -12,17 +12,17 @@ from typing import Final
 
 import torch
 
-from penstock.core.errors import CheckpointError, StartupError
+from penstock.core.errors import StartupError
 from penstock.kernels.batch import KvShape
 from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.kernels.registry import select_kernels
-from penstock.models.config import ConfigReader, read_json_config
+from penstock.models.config import ConfigReader
+from penstock.models.formats import open_model
 from penstock.models.interface import CausalLM, LoadedModel
 from penstock.models.parts import Parts, Weights
-from penstock.models.quantized.select import open_source
 from penstock.models.registry import find_model
 from penstock.models.stored import TensorSource
 
@@ -77,7 +77,7 @@ def load_model(
     """Load a checkpoint.
 
     Args:
-        path: folder with `config.json` and safetensors.
+        path: folder with `config.json` and safetensors, or a `.gguf` file.
         dtype: `auto` (float32 if all weights are, else bfloat16), `float32` or `bfloat16`.
         kernels: a name of `kernels.registry`, or `auto`.
         device: `cpu`.
@@ -93,10 +93,9 @@ def load_model(
         UnsupportedModelError: the architecture or an option of it is not built here.
         StartupError: an argument is out of range.
     """
-    reader = read_json_config(path / "config.json") if path.is_dir() else _missing(path)
+    reader, checkpoint = open_model(path)
     architecture = read_architecture(reader)
     build = find_model(architecture)
-    checkpoint = open_source(path, reader)
     torch_dtype = _resolve_dtype(dtype, checkpoint)
     check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
     shape = build(reader, Parts(weights=check, kernels=ReferenceKernels())).config.shape
@@ -174,10 +173,6 @@ def _describe(asked: Quantization, weights: Weights) -> str:
     if weights.num_dequantized:
         kept.append(f"{weights.num_dequantized} dequantized to {str(weights.dtype).removeprefix('torch.')}")
     return f"{label}: {'; '.join(kept) or 'no weight'}"
-
-
-def _missing(path: Path) -> ConfigReader:
-    raise CheckpointError(f"{path}: no such folder")
 
 
 def _tracked_weights(

@@ -81,7 +81,8 @@ class Weights:
         if self.is_check or not self.checkpoint.is_quantized(name):
             return self.take(name, shape, is_kept=is_kept)
         stored = self._find(name, shape)
-        assert isinstance(stored, StoredMatrix), stored
+        if not isinstance(stored, StoredMatrix):
+            return self.take(name, shape, is_kept=is_kept)
         weight = stored.kept(self.dtype)
         if isinstance(weight, RoundedWeight):
             kind = str(weight.quantization)

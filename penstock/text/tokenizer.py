@@ -11,7 +11,7 @@ from typing import Final
 import tokenizers
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
-from penstock.text.model_files import read_bytes, read_object
+from penstock.text.model_files import has_file, read_bytes, read_object
 from penstock.text.token_table import LeadingSpace, TokenTable, make_token_table
 
 NAMED_SPECIAL_TOKENS: Final = (
@@ -136,7 +136,7 @@ class Tokenizer:
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if not has_file(path):
         raise CheckpointError(
             f"the model folder {folder.name!r} has no tokenizer.json, "
             "other tokenizer formats are not supported"

@@ -71,6 +71,11 @@ class Scorer:
         )
 
     @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[count, vocab_size] after each of at most `WINDOW` tokens."""
+        return self._model.logits(self._model.forward(self._batch(tokens))).clone()
+
+    @torch.inference_mode()
     def losses(self, tokens: Tensor) -> Tensor:
         """Nats of `tokens[1:]`, each given what precedes it; at most `WINDOW` tokens."""
         logits = self._model.logits(self._model.forward(self._batch(tokens)))[:-1]
