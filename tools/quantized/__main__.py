@@ -4,8 +4,8 @@
     python -m tools.quantized write --form Q4_0 --model FOLDER --out FILE.gguf
     python -m tools.quantized perplexity --corpus ../shared/corpus > benchmarks/results/quantized.json
 
-Perplexity is that of `tools/embedded/quantized`: the same windows, the native kernels, bfloat16. Beside it stand
-the errors of logits on the first window, against the model as it is on the same kernels.
+Perplexity is that of `tools/embedded/quantized`: the same windows, the native kernels, bfloat16. Beside it
+stand the errors of logits on the first window, against the model as it is on the same kernels.
 """
 
 import argparse
