@@ -54,7 +54,7 @@ def _type_text(hint: Any) -> str:  # Any: what typing gives
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
     names = {int: "integer", float: "number", bool: "yes or no", str: "text", Path: "file"}
-    return " or ".join(names[kind] for kind in kinds)
+    return " or ".join("mapping" if get_origin(kind) is dict else names[kind] for kind in kinds)
 
 
 def _parameter(hint: Any) -> Parameter:  # Any: what typing gives

@@ -63,6 +63,9 @@ class StepTotals:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     slots_owned_s: float = 0.0
     """Token slots in owned blocks, times seconds."""
     slots_used_s: float = 0.0
@@ -80,6 +83,9 @@ class StepTotals:
         self.num_prefix_query_tokens += stats.num_prefix_query_tokens
         self.num_prefix_hit_tokens += stats.num_prefix_hit_tokens
         self.num_preemptions += stats.num_preemptions
+        self.num_drafts += stats.num_drafts
+        self.num_draft_tokens += stats.num_draft_tokens
+        self.num_accepted_tokens += sum(stats.num_accepted_tokens)
         self.slots_owned_s += stats.num_slots_owned * stats.step_time_s
         self.slots_used_s += stats.num_slots_used * stats.step_time_s
         self.last = stats

@@ -33,7 +33,7 @@ from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import GenerateRequest, Message
 from penstock.core.tokens import EngineInfo
-from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig, read_speculative
 from penstock.text.service import TextService
 
 DEFAULT_MAX_TOKENS: Final = 16
@@ -74,6 +74,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "num_threads": (int, NONE),
     "chat_template": (str, Path, NONE),
     "tensor_parallel_size": (int,),
+    "speculative_config": (Mapping, NONE),
 }
 ENGINE_ARGUMENTS: Final = (
     "dtype",
@@ -87,7 +88,7 @@ ENGINE_ARGUMENTS: Final = (
     "max_model_len",
 )
 """Those that `EngineConfig` calls the same."""
-TYPE_WORDS: Final = {str: "text", Path: "a path", int: "a whole number", bool: "True or False", NONE: "None"}
+TYPE_WORDS: Final = {str: "text", Path: "a path", int: "a whole number", bool: "True or False", NONE: "None", Mapping: "a mapping"}
 
 
 class LLM:
@@ -117,6 +118,7 @@ class LLM:
         isa: instruction set of the native kernels; auto takes `PENSTOCK_ISA` or the best.
         chat_template: file with a Jinja template in place of the model's.
         tensor_parallel_size: 1; this version computes on one rank.
+        speculative_config: who guesses tokens ahead, as `{"method": "ngram"}`; None for nobody.
         unknown: every other argument is refused by name.
 
     Raises:
@@ -149,6 +151,7 @@ class LLM:
         isa: str = "auto",
         chat_template: str | Path | None = None,
         tensor_parallel_size: int = 1,
+        speculative_config: Mapping[str, object] | None = None,
         **unknown: object,
     ) -> None:
         given = dict(locals())  # the arguments and nothing else, as this is the first line
@@ -159,6 +162,7 @@ class LLM:
             model_path=str(source.path),
             model_revision=source.revision,
             quantization=quantization or "none",
+            speculative=read_speculative(speculative_config),
             **{name: given[name] for name in ENGINE_ARGUMENTS},
             scheduler=with_room(
                 SchedulerConfig(

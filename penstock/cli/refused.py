@@ -8,7 +8,7 @@ from penstock.core.errors import StartupError
 _ONE_RANK: Final = "this version computes on one rank"
 _NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-cache-memory-bytes"
 _NO_LORA: Final = "adapters are not served yet"
-_NO_SPEC: Final = "speculative decoding is not here yet"
+_SPEC: Final = "write it into --speculative-config"
 _NO_GUIDED: Final = "guided decoding is not here yet"
 
 REFUSED_OPTIONS: Final[dict[str, str]] = {
@@ -26,9 +26,8 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "lora_modules": _NO_LORA,
     "max_loras": _NO_LORA,
     "max_lora_rank": _NO_LORA,
-    "speculative_config": _NO_SPEC,
-    "speculative_model": _NO_SPEC,
-    "num_speculative_tokens": _NO_SPEC,
+    "speculative_model": _SPEC,
+    "num_speculative_tokens": _SPEC,
     "guided_decoding_backend": _NO_GUIDED,
     "structured_outputs_config": _NO_GUIDED,
     "tool_parser_plugin": "code from outside is never run; see the list of --tool-call-parser",

@@ -73,6 +73,7 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
         ),
         ("passes", info.execution.partition(":")[0], info.execution.partition(": ")[2] or "by the kernels"),
         ("quantization", info.quantization, _asked(settings.quantization, otherwise="the checkpoint's")),
+        ("speculation", info.speculation, _asked(info.speculation, otherwise="nobody guesses ahead")),
         ("weights", readable_bytes(info.weights_bytes), f"loaded in {info.load_time_s:.2f} s"),
         (
             "context",

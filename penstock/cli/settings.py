@@ -11,7 +11,13 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from penstock.cli.setting import PowerOfTwo, Range, setting
-from penstock.engine.config import MAX_BLOCK_SIZE, EngineConfig, KvConfig, SchedulerConfig
+from penstock.engine.config import (
+    MAX_BLOCK_SIZE,
+    EngineConfig,
+    KvConfig,
+    SchedulerConfig,
+    read_speculative,
+)
 from penstock.text.reading import ReadingConfig
 
 GIB = 1 << 30
@@ -130,6 +136,13 @@ class ServeSettings:
             "Bytes for the KV pool; otherwise a share of the free memory.", allowed=Range(low=1, high=1 << 50)
         ),
     ] = None
+    speculative_config: Annotated[
+        dict[str, str | int] | None,
+        setting(
+            "Guess tokens ahead and verify them together, as JSON or dotted flags: method (ngram, draft_model), "
+            "model, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max."
+        ),
+    ] = None
     num_threads: Annotated[
         int | None,
         setting(
@@ -211,6 +224,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         num_threads=settings.num_threads,
         max_model_len=settings.max_model_len,
         log_level=settings.log_level,
+        speculative=read_speculative(settings.speculative_config),
         scheduler=SchedulerConfig(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -142,6 +142,12 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Token slots in owned blocks, shared blocks counted once."""
     num_slots_used: int
     """Of those, slots that hold a token."""
+    num_drafts: int = 0
+    """Sequences whose guesses were verified."""
+    num_draft_tokens: int = 0
+    """Guesses that were verified."""
+    num_accepted_tokens: tuple[int, ...] = ()
+    """Guesses that stood, by their place in a draft."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +180,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     load_time_s: float
     warmup_time_s: float
+    speculation: str = "none"
+    """Who guesses tokens ahead, in words."""
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from penstock.core.tokens import EngineInfo
 from penstock.engine.config import (
     EngineConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     check_whole_prompts,
     read_affinity,
     validate_engine_config,
@@ -34,7 +35,9 @@ from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.runner import Runner
 from penstock.engine.scheduler.cost import TimedStep
+from penstock.engine.scheduler.drafting import Proposer
 from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.spec.ngram import NgramProposer
 from penstock.kernels.cpu.extension import default_num_threads
 from penstock.kernels.ops import kv_block
 from penstock.kernels.options import KernelOptions, KvCacheDtype
@@ -129,6 +132,7 @@ def _join(
         clock=SystemClock(),
         rng=random.SystemRandom(),
         vocab_size=loaded.model.vocab_size,
+        proposer=_proposer(config.speculative),
     )
     scheduler.cost.prime(warm_steps)
     return EngineCore(
@@ -156,6 +160,13 @@ def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> list[TimedStep]:
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
     )
+
+
+def _proposer(config: SpeculativeConfig | None) -> Proposer | None:
+    if config is None:
+        return None
+    low, high = config.lookup
+    return NgramProposer(num_min=low, num_max=high, num_tokens_max=config.num_tokens)
 
 
 def _block_bytes(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout) -> int:
@@ -210,4 +221,5 @@ def _info(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         load_time_s=load_time_s,
         warmup_time_s=warmup_time_s,
+        speculation="none" if config.speculative is None else str(config.speculative),
     )

@@ -1,6 +1,7 @@
 """What the engine is told at start, and the limits it lives by."""
 
 import re
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
@@ -17,6 +18,12 @@ KV_CACHE_DTYPES: Final = ("auto", "bfloat16", "int8")
 ISAS: Final = ("auto", "scalar", "avx2", "avx512", "amx_emulated", "amx")
 MAX_CPU: Final = 4095
 AFFINITY_PART: Final = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+NGRAM_TOKENS: Final = 12
+DRAFT_MODEL_TOKENS: Final = 6
+MAX_SPECULATIVE_TOKENS: Final = 32
+LOOKUP_MIN: Final = 3
+LOOKUP_MAX: Final = 8
+MAX_LOOKUP: Final = 64
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_MODEL_LEN: Final = 1 << 24
 MAX_BLOCK_SIZE: Final = MAX_MODEL_LEN
@@ -69,6 +76,43 @@ class KvConfig(msgspec.Struct, frozen=True, kw_only=True):
     contexts could use."""
 
 
+class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who guesses tokens ahead; names as in vLLM's `speculative_config`."""
+
+    method: Literal["ngram", "draft_model"]
+    """`ngram` looks the last tokens up in the text so far; `draft_model` asks a smaller model."""
+    model: str = ""
+    """Local folder of the draft model; for `draft_model` alone."""
+    num_speculative_tokens: int | None = None
+    """Most guesses for one sequence in a step, 1 to 32; each step takes as many as pay. None takes 12 for
+    `ngram`, whose guesses are free, and 6 for a model."""
+    prompt_lookup_min: int | None = None
+    """Tokens that must match at least, 1 to `prompt_lookup_max`; `ngram` alone. None takes 3, or
+    `prompt_lookup_max` where that is less."""
+    prompt_lookup_max: int | None = None
+    """Tokens beyond which a longer match counts no more, to 64; `ngram` alone. None takes 8, or
+    `prompt_lookup_min` where that is more."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Most guesses for one sequence in a step, resolved."""
+        if self.num_speculative_tokens is not None:
+            return self.num_speculative_tokens
+        return NGRAM_TOKENS if self.method == "ngram" else DRAFT_MODEL_TOKENS
+
+    @property
+    def lookup(self) -> tuple[int, int]:
+        """`prompt_lookup_min` and `prompt_lookup_max`, resolved."""
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        if low is None:
+            low = min(LOOKUP_MIN, high or LOOKUP_MIN)
+        return low, high or max(LOOKUP_MAX, low)
+
+    def __str__(self) -> str:
+        who = f"lookup of {self.lookup[0]} to {self.lookup[1]} tokens" if self.method == "ngram" else "a model"
+        return f"{self.method}, up to {self.num_tokens} drafts ({who})"
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All an engine process needs to start; serialisable, so that it crosses to the child process."""
 
@@ -101,6 +145,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """None takes the model's own context."""
     scheduler: SchedulerConfig = SchedulerConfig()
     kv: KvConfig = KvConfig()
+    speculative: SpeculativeConfig | None = None
+    """Speculative decoding, or None."""
     log_level: str = "info"
     """`debug`, `info`, `warning` or `error`."""
     warmup: bool = True
@@ -149,6 +195,40 @@ def validate_engine_config(config: EngineConfig) -> None:
     if config.num_threads is not None:
         _bound("num_threads", config.num_threads, 1, 1024)
     read_affinity(config.thread_affinity)
+    if config.speculative is not None:
+        _check_speculative(config.speculative)
+
+
+def read_speculative(given: Mapping[str, object] | None) -> SpeculativeConfig | None:
+    """The config that a user's mapping says; texts stand for numbers, as flags give them.
+
+    Raises:
+        StartupError: names the key that is unknown, missing or of a wrong kind.
+    """
+    if given is None:
+        return None
+    named = {key.replace("-", "_"): value for key, value in given.items()}
+    try:
+        return msgspec.convert(named, SpeculativeConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise StartupError(f"speculative_config: {error}", param="speculative_config") from error
+
+
+def _check_speculative(config: SpeculativeConfig) -> None:
+    _bound("num_speculative_tokens", config.num_tokens, 1, MAX_SPECULATIVE_TOKENS)
+    low, high = config.lookup
+    _bound("prompt_lookup_max", high, 1, MAX_LOOKUP)
+    _bound("prompt_lookup_min", low, 1, high)
+    is_ngram = config.method == "ngram"
+    if is_ngram == bool(config.model):
+        needed = "must be left out with" if is_ngram else "is needed for"
+        raise StartupError(f"speculative_config: model {needed} method {config.method}", param="model")
+    if not is_ngram and (config.prompt_lookup_min, config.prompt_lookup_max) != (None, None):
+        raise StartupError(
+            "speculative_config: prompt_lookup_min and prompt_lookup_max must be left out with method "
+            f"{config.method}",
+            param="prompt_lookup_min",
+        )
 
 
 def _check_quantization(config: EngineConfig) -> None:

@@ -86,6 +86,9 @@ class EngineCore:
             kv_bytes_owned=usage.num_owned * per_block,
             prefix_tree_nodes=usage.num_tree_nodes,
             prefix_tree_bytes=usage.tree_bytes,
-            buffer_bytes=self.ranks.buffer_bytes + self.masks.num_bytes + self.grammars.compiler.num_bytes,
+            buffer_bytes=self.ranks.buffer_bytes
+            + self.masks.num_bytes
+            + self.grammars.compiler.num_bytes
+            + self.scheduler.drafting_bytes,
             process_rss_bytes=resident_bytes(),
         )

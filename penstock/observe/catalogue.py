@@ -168,6 +168,14 @@ METRICS: Final[tuple[Spec, ...]] = (
     _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix tree."),
     _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix tree."),
     _counter("num_preemptions_total", "Times that a request gave its blocks back and started again."),
+    _counter("spec_decode_num_drafts_total", "Runs of guessed tokens that were verified."),
+    _counter("spec_decode_num_draft_tokens_total", "Guessed tokens that were verified."),
+    _counter("spec_decode_num_accepted_tokens_total", "Of those, tokens that stood."),
+    _counter(
+        "spec_decode_num_accepted_tokens_per_pos_total",
+        "Guessed tokens that stood, by their place in the run, 0 to 31.",
+        labels=("model_name", "position"),
+    ),
     _counter(
         "prompt_tokens_total", "Prompt tokens of ended requests.", otel="gen_ai.client.token.usage{input}"
     ),

@@ -99,6 +99,15 @@ def _bump(counts: dict[str, float], label: str) -> None:
     counts[label] = counts.get(label, 0.0) + 1
 
 
+def _add_drafts(numbers: _ModelNumbers, stats: StepStats) -> None:
+    numbers.values["spec_decode_num_drafts_total"] += stats.num_drafts
+    numbers.values["spec_decode_num_draft_tokens_total"] += stats.num_draft_tokens
+    numbers.values["spec_decode_num_accepted_tokens_total"] += sum(stats.num_accepted_tokens)
+    by_position = numbers.labelled["spec_decode_num_accepted_tokens_per_pos_total"]
+    for position, count in enumerate(stats.num_accepted_tokens):
+        by_position[str(position)] = by_position.get(str(position), 0.0) + count
+
+
 class Metrics:
     """Implements `core.ports.EngineEvents` and the server's `HttpEvents`; one per process.
 
@@ -144,6 +153,8 @@ class Metrics:
         values["num_preemptions_total"] += stats.num_preemptions
         values["generation_tokens_total"] += stats.num_generated_tokens
         values["engine_steps_total"] += 1
+        if stats.num_drafts:
+            _add_drafts(numbers, stats)
         numbers.buckets["iteration_tokens_total"].observe(stats.num_batched_tokens)
         numbers.buckets["batch_size"].observe(stats.num_seqs)
         numbers.buckets["step_time_seconds"].observe(stats.step_time_s)

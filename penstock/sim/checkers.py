@@ -87,9 +87,19 @@ def check_groups(scheduler: Scheduler, *, max_preemptions: int, max_num_seqs: in
     for group in scheduler.groups:
         require(group.num_preemptions <= max_preemptions, "a protected request was preempted")
         for seq in group.live:
-            require(seq.next_position <= seq.num_tokens, "computed beyond what is known")
+            num_known = seq.num_tokens + seq.num_inflight_drafts
+            require(seq.next_position <= num_known, "computed beyond what is known")
+            require(seq.num_inflight_drafts < max(1, seq.num_inflight_tokens), "drafts without a token before")
         if group.state is GroupState.WAITING:
             require(all(seq.blocks.num_blocks == 0 for seq in group.live), "a waiting request holds blocks")
+
+
+def check_tails(groups: Iterable[SequenceGroup], *, block_size: int) -> None:
+    """A running sequence has no block behind its last token: rejected drafts give theirs back."""
+    for group in groups:
+        for seq in group.live if group.state is GroupState.RUNNING else ():
+            num_filled = -(-seq.next_position // block_size)
+            require(seq.blocks.num_blocks <= num_filled, "a block is kept that holds no token")
 
 
 def check_order(
@@ -137,6 +147,9 @@ def check_stats(stats: StepStats) -> None:
     require(total == stats.num_blocks, "free + cached + owned = total in the figures")
     require(0 <= stats.num_slots_used <= stats.num_slots_owned, "more slots used than owned")
     require(stats.num_prompt_tokens <= stats.num_batched_tokens, "more prompt tokens than tokens")
+    accepted = stats.num_accepted_tokens
+    require(sum(accepted) <= stats.num_draft_tokens, "more drafts accepted than verified")
+    require(list(accepted) == sorted(accepted, reverse=True), "a draft stands only behind one that stands")
 
 
 class AnswerBook:

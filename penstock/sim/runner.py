@@ -15,6 +15,7 @@ from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
 from penstock.engine.scheduler.plan import (
     SampledToken,
+    SampleSpec,
     ScheduledSequence,
     SequenceFailure,
     StepPlan,
@@ -64,12 +65,13 @@ def draw_token(digest: int, *, seed: int, output_idx: int, vocab_size: int) -> i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of a step: base + per token + per sequence + per KV token read."""
+    """Seconds of a step: base + per token + per sequence + per KV token read + per draft."""
 
     base_s: float = 0.002
     token_s: float = 0.0002
     seq_s: float = 0.0001
     kv_token_s: float = 0.000001
+    draft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,30 +218,35 @@ class FakeRunner:
             )
 
     def _sample(self, entry: ScheduledSequence) -> list[SampledToken]:
-        last = self._slot(entry.block_tables[0], entry.start + len(entry.token_ids) - 1)
-        sampled = []
-        for spec in entry.samples:
-            token_id = draw_token(
-                self.digests[last],
-                seed=self.seeds[spec.seq_id],
-                output_idx=spec.output_idx,
-                vocab_size=self._vocab_size,
-            )
-            top = likeliest(
-                self.digests[last], num_top=self._num_top[spec.seq_id], vocab_size=self._vocab_size
-            )
-            logprobs = TokenLogprobs(TokenLogprob(token_id, 0.0, 1), top)
-            sampled.append(SampledToken(spec.seq_id, token_id, logprobs))
+        end = entry.start + len(entry.token_ids) - entry.num_drafts
+        sampled = [self._draw(entry, spec, position=end - 1) for spec in entry.samples]
+        drafts = entry.token_ids[len(entry.token_ids) - entry.num_drafts :]
+        require(not drafts or len(sampled) == 1, "drafts of several answers in one run")
+        for position, draft in enumerate(drafts, start=end):
+            if sampled[-1].token_id != draft:
+                break
+            spec = SampleSpec(sampled[0].seq_id, entry.samples[0].output_idx + len(sampled))
+            sampled.append(self._draw(entry, spec, position=position))
         return sampled
+
+    def _draw(self, entry: ScheduledSequence, spec: SampleSpec, *, position: int) -> SampledToken:
+        digest = self.digests[self._slot(entry.block_tables[0], position)]
+        token_id = draw_token(
+            digest, seed=self.seeds[spec.seq_id], output_idx=spec.output_idx, vocab_size=self._vocab_size
+        )
+        top = likeliest(digest, num_top=self._num_top[spec.seq_id], vocab_size=self._vocab_size)
+        return SampledToken(spec.seq_id, token_id, TokenLogprobs(TokenLogprob(token_id, 0.0, 1), top))
 
     def _step_time_s(self, plan: StepPlan) -> float:
         if not plan.sequences:
             return 0.0
         times = self._times
         num_kv_tokens = sum(entry.start + len(entry.token_ids) for entry in plan.sequences)
+        num_drafts = sum(entry.num_drafts for entry in plan.sequences)
         return (
             times.base_s
-            + times.token_s * plan.num_tokens
+            + times.draft_s * num_drafts
+            + times.token_s * (plan.num_tokens - num_drafts)
             + times.seq_s * len(plan.sequences)
             + times.kv_token_s * num_kv_tokens
         )

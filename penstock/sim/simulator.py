@@ -20,10 +20,12 @@ from penstock.sim.checkers import (
     check_pool,
     check_sharing,
     check_stats,
+    check_tails,
     check_tree,
 )
 from penstock.sim.clock import VirtualClock
 from penstock.sim.connector import FakeConnector
+from penstock.sim.proposer import make_proposer
 from penstock.sim.runner import FakeRunner, require
 from penstock.sim.waits import WaitBook
 from penstock.sim.workload import Arrival, Workload, make_workload
@@ -43,6 +45,8 @@ class Outcome:
     num_preemptions: int
     num_hit_tokens: int
     num_failures: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     virtual_time_s: float
 
 
@@ -72,7 +76,12 @@ class Simulator:
         )
         connector = self._make_connector() if setting.has_connector else None
         self._scheduler = Scheduler(
-            setting.config, kv=self._kv, clock=self._clock, rng=self._rng, connector=connector
+            setting.config,
+            kv=self._kv,
+            clock=self._clock,
+            rng=self._rng,
+            connector=connector,
+            proposer=make_proposer(setting, rng=self._rng),
         )
         self._books: dict[RequestId, AnswerBook] = {}
         self._waits = WaitBook(setting.config, overlaps=setting.overlaps)
@@ -83,6 +92,8 @@ class Simulator:
         self._num_refused = 0
         self._num_preemptions = 0
         self._num_hit_tokens = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
 
     def _make_connector(self) -> FakeConnector:
         return FakeConnector(
@@ -166,6 +177,8 @@ class Simulator:
         output = self._scheduler.apply(plan, result)
         self._num_preemptions += output.stats.num_preemptions
         self._num_hit_tokens += output.stats.num_prefix_hit_tokens
+        self._num_draft_tokens += output.stats.num_draft_tokens
+        self._num_accepted_tokens += sum(output.stats.num_accepted_tokens)
         check_stats(output.stats)
         self._take(output.deltas)
 
@@ -196,6 +209,8 @@ class Simulator:
         check_groups(
             self._scheduler, max_preemptions=config.max_preemptions, max_num_seqs=config.max_num_seqs
         )
+        if not self._setting.has_connector:  # a load may fill fewer blocks than it asked for
+            check_tails(groups, block_size=self._setting.block_size)
 
     def _check_end(self) -> None:
         while self._under_way:
@@ -219,6 +234,8 @@ class Simulator:
             num_preemptions=self._num_preemptions,
             num_hit_tokens=self._num_hit_tokens,
             num_failures=len(self._runner.failed),
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
             virtual_time_s=self._clock.monotonic(),
         )
 

@@ -6,7 +6,7 @@ slide within a few steps. Called by `simulator`.
 
 import random
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from penstock.core.ids import RequestId, TenantId
 from penstock.core.params import SamplingParams
@@ -52,6 +52,9 @@ class Setting:
     overlaps: bool
     """Plan step n + 1 before step n is applied."""
     has_connector: bool
+    speculation: Literal["none", "ngram", "wild"]
+    """Who guesses: nobody, the n-gram index, or chance."""
+    num_drafts_max: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,10 +126,12 @@ def _make_setting(
         num_blocks=num_blocks,
         block_size=block_size,
         vocab_size=rng.choice((2, 3, 8, 24)),
-        times=StepTimes(),
+        times=StepTimes(draft_s=rng.choice((0.0, 0.0, 0.0002))),
         faults=FaultRates(numerical_error=0.01, step_error=0.005) if has_faults else FaultRates(),
         overlaps=rng.random() < 0.3,
         has_connector=config.enable_prefix_caching and rng.random() < 0.3,
+        speculation=rng.choice(("none", "ngram", "wild", "wild")),
+        num_drafts_max=rng.choice((1, 3, 9)),
     )
 
 

@@ -203,6 +203,15 @@ class KvManager:
         end = (blocks.num_blocks + num_spare // self.num_groups) * self.block_size
         return min(num_tokens, end - start)
 
+    def num_drafts_allocatable(
+        self, blocks: SequenceBlocks, *, start: int, num_tokens: int, num_kept: int
+    ) -> int:
+        """How many of `num_tokens` from position `start` on can get slots and leave `num_kept` blocks to others."""
+        num_slots = blocks.num_blocks * self.block_size - start
+        if num_tokens > num_slots:
+            num_slots += max(0, self.num_available - num_kept) // self.num_groups * self.block_size
+        return min(num_tokens, num_slots)
+
     def allocate(self, blocks: SequenceBlocks, *, start: int, end: int) -> None:
         """Make slots for positions [start, end); `num_tokens_allocatable` has said that they fit.
 
@@ -236,6 +245,12 @@ class KvManager:
         if self.pool.num_free == 0:
             self.tree.evict_oldest()
         return self.pool.allocate()
+
+    def free_tail(self, blocks: SequenceBlocks, *, num_tokens: int) -> None:
+        """Release the blocks that hold none of the first `num_tokens`: drafts that did not stand filled them."""
+        for _ in range(blocks.num_blocks - -(-num_tokens // self.block_size)):
+            for table in blocks.tables:
+                self.pool.release(table.pop())
 
     def free_behind_window(self, blocks: SequenceBlocks, *, num_computed_tokens: int) -> None:
         """Let window groups release what the token at `num_computed_tokens` no longer attends to."""

@@ -44,6 +44,7 @@ from penstock.engine.scheduler.plan import (
     StepPlan,
     StepResult,
 )
+from penstock.engine.spec.verify import DraftRun, Draw, verify
 from penstock.kernels.ops import KernelSet, kv_block, rows_not_finite
 from penstock.models.interface import CausalLM, LoadedModel
 
@@ -68,7 +69,7 @@ class ForwardPass:
     is_sound: Sequence[bool]
     """[len(sequences)]: False if a hidden state of the sequence is NaN or infinite."""
     logits: torch.Tensor
-    """[sequences with samples, vocab] float32"""
+    """[sequences with samples and their drafts, vocab] float32"""
     prompt_logprobs: Sequence[PromptLogprobs] = ()
     """Of sound sequences."""
     pools: Sequence[PoolPart] = ()
@@ -87,14 +88,6 @@ class StepHandle:
     """Forgotten when the step is collected: the step before it, collected later than this step's launch, may
     still draw for them."""
     launch_time_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Draw:
-    """One sample to take: `spec` from row `row` of its pass's logits."""
-
-    spec: SampleSpec
-    row: int
 
 
 class Runner:
@@ -197,7 +190,6 @@ class Runner:
         for done in handle.passes:
             outcomes.extend(self._sample(done, masks=masks))
         tokens = [outcome for outcome in outcomes if isinstance(outcome, SampledToken)]
-        self._sampler.commit(tokens)
         return StepResult(
             step_id=handle.step_id,
             tokens=tokens,
@@ -263,13 +255,19 @@ class Runner:
         batch = self._inputs.build(sequences)
         hidden = self._model.forward(batch)
         ends = list(accumulate(batch.groups[0].query_lens_host))
-        rows = [end - 1 for end, seq in zip(ends, sequences, strict=True) if seq.samples]
+        rows = [
+            row
+            for end, seq in zip(ends, sequences, strict=True)
+            if seq.samples
+            for row in range(end - 1 - seq.num_drafts, end)
+        ]
         logits = NO_LOGITS
         if rows:  # without a copy where they are all, as in a step of decodes
             taken = hidden if len(rows) == ends[-1] else hidden.index_select(0, torch.tensor(rows))
             logits = self._model.logits(taken)
         if self._faults:
-            self._faults.after_logits(logits, [seq.seq_id for seq in sequences if seq.samples])
+            owners = [seq.seq_id for seq in sequences if seq.samples for _ in range(1 + seq.num_drafts)]
+            self._faults.after_logits(logits, owners)
         is_sound = _are_sound(rows_not_finite(self._kernels, hidden), ends)
         return ForwardPass(
             sequences=sequences,
@@ -335,41 +333,64 @@ class Runner:
     def _sample(self, done: ForwardPass, *, masks: MaskSource | None) -> list[Outcome]:
         """Every sequence of one pass: tokens, or failures."""
         outcomes: list[Outcome] = []
-        draws: list[_Draw] = []
+        runs: list[DraftRun] = []
         row = 0
         for seq, is_sound in zip(done.sequences, done.is_sound, strict=True):
             if is_sound:
-                draws.extend(_Draw(spec=spec, row=row) for spec in seq.samples)
+                runs.extend(self._runs(seq, row=row))
             else:
                 outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
-            row += bool(seq.samples)
-        return outcomes + self._draw_all(done.logits, draws=draws, masks=masks)
+            row += 1 + seq.num_drafts if seq.samples else 0
+        if not runs:
+            return outcomes
+        rows = done.logits.float().contiguous().numpy()
+
+        def draw(draws: Sequence[Draw]) -> list[Outcome]:
+            return self._draw_all(rows, draws=draws, masks=masks)
+
+        return outcomes + verify(runs, draw=draw, commit=self._sampler.commit)
+
+    def _runs(self, seq: ScheduledSequence, *, row: int) -> list[DraftRun]:
+        """The draws of one sequence whose logits begin at `row`."""
+        if not seq.num_drafts:
+            return [DraftRun(first=Draw(spec=spec, row=row)) for spec in seq.samples]
+        (spec,) = seq.samples
+        return [
+            DraftRun(
+                first=Draw(spec=spec, row=row),
+                drafts=seq.token_ids[-seq.num_drafts :],
+                is_free_of_history=self._sampler.is_free_of_history(spec.seq_id),
+            )
+        ]
 
     def _draw_all(
-        self, logits: torch.Tensor, *, draws: Sequence[_Draw], masks: MaskSource | None
+        self, logits: Floats, *, draws: Sequence[Draw], masks: MaskSource | None
     ) -> list[Outcome]:
-        if not draws:
-            return []
-        rows = logits.float().contiguous().numpy()
+        """The outcome of each draw, in order."""
 
-        def attempt(part: Sequence[_Draw]) -> list[Outcome]:
-            return self._draw(rows, draws=part, masks=masks)
+        def attempt(part: Sequence[Draw]) -> list[Outcome]:
+            return self._draw(logits, draws=part, masks=masks)
 
         taken = isolate(draws, attempt=attempt)
-        errors: list[Outcome] = [
-            _step_error(culprit.member.spec.seq_id, error=culprit.error, place="sampler")
-            for culprit in taken.culprits
+        drawn = chain.from_iterable(taken.parts)
+        if not taken.culprits:
+            return list(drawn)
+        errors = {culprit.member: culprit.error for culprit in taken.culprits}
+        return [
+            _step_error(each.spec.seq_id, error=errors[each], place="sampler")
+            if each in errors
+            else next(drawn)
+            for each in draws
         ]
-        return errors + list(chain.from_iterable(taken.parts))
 
-    def _draw(self, logits: Floats, *, draws: Sequence[_Draw], masks: MaskSource | None) -> list[Outcome]:
+    def _draw(self, logits: Floats, *, draws: Sequence[Draw], masks: MaskSource | None) -> list[Outcome]:
         specs = [draw.spec for draw in draws]
         if self._faults:
             self._faults.before_sample([spec.seq_id for spec in specs])
         rows = [draw.row for draw in draws]
         # The usual case, one draw per row, must not copy the batch's logits.
         part = logits if rows == list(range(len(logits))) else logits[rows]
-        allowed = None if masks is None else [masks.row(spec.seq_id) for spec in specs]
+        allowed = None if masks is None else [masks.row(draw.spec.seq_id, depth=draw.depth) for draw in draws]
         return self._sampler.sample(part, specs=specs, masks=allowed)
 
 

@@ -86,6 +86,10 @@ class Sampler:
         """Drop what is remembered of finished sequences."""
         self._states.forget(seq_ids)
 
+    def is_free_of_history(self, seq_id: SequenceId) -> bool:
+        """True if the tokens of an answer do not change how its later ones are drawn."""
+        return self._states[seq_id].is_free_of_history
+
     def sample(
         self,
         logits: Floats,

@@ -94,6 +94,11 @@ class SequenceState:
         mask = 0 if self._allowed_mask is None else self._allowed_mask.nbytes
         return self.prompt_ids.nbytes + history + mask + BYTES_PER_COUNT * len(self.output)
 
+    @property
+    def is_free_of_history(self) -> bool:
+        """True if `commit` changes nothing."""
+        return not (self.params.has_penalties or self.params.mirostat or self._history is not None)
+
     def alters_logits(self, *, output_idx: int) -> bool:
         """True if the logits change before the choice of token number `output_idx`."""
         banned = self.banned and output_idx < self.params.min_tokens

@@ -60,6 +60,8 @@ def take_tokens(
     """
     gain = Gain()
     for sampled in drawn:
+        # It was drawn after all that is known: what was a draft before it is confirmed, and computed.
+        seq.num_computed_tokens = seq.num_tokens
         _take(seq, sampled, gain, max_model_len=max_model_len)
         if gain.is_over:
             return gain

@@ -1,12 +1,13 @@
 """How long a step takes: a linear model, fitted online from the steps themselves.
 
-    step_time = a + b * tokens + c * sequences + d * kv_tokens_read + e * chunk_pairs;  a..e >= 0
+    step_time = a + b * tokens + c * sequences + d * kv_tokens_read + e * chunk_pairs + f * drafts;  a..f >= 0
 
 Decodes read the KV cache (d); a prompt's chunk multiplies each of its tokens with the whole context before it
-(e), which is what makes the end of a long prompt dearer than its beginning.
+(e), which is what makes the end of a long prompt dearer than its beginning. A draft (f) costs what guessing
+and verifying it takes: nearly nothing where a step waits for memory, as much as a token where it computes.
 
 It knows no requests. `scheduler` asks it for the token budget of a step under a time target and for the
-wait in the queue. Pure Python, about 20 microseconds an update.
+wait in the queue, `drafting` for the price of a draft. Pure Python, about 20 microseconds an update.
 """
 
 import math
@@ -15,14 +16,14 @@ from typing import Final, NamedTuple
 
 FORGETTING: Final = 0.98
 """Weight of a step against the next one: the last 50 steps or so count."""
-SCALES: Final = (1.0, 256.0, 16.0, 16384.0, 262144.0)
-"""Typical sizes of the five features, so that the ridge treats them alike."""
+SCALES: Final = (1.0, 256.0, 16.0, 16384.0, 262144.0, 16.0)
+"""Typical sizes of the six features, so that the ridge treats them alike."""
 RIDGE: Final = 1e-6
 SWEEPS: Final = 6
 FIRST_SWEEPS: Final = 40
 """While there are few observations each moves the solution far."""
 NUM_FIRST_STEPS: Final = 8
-SOLVE_ORDER: Final = (1, 0, 2, 3, 4)
+SOLVE_ORDER: Final = (1, 0, 2, 3, 4, 5)
 """The tokens first: what several features explain alike is laid on them. A first chunk that is too small is
 mended by the next step, one that is too large is a gap in every running answer."""
 CAUTION_MEMORY: Final = 0.85
@@ -45,11 +46,14 @@ class StepLoad(NamedTuple):
     """What a step's time depends on."""
 
     num_tokens: int
+    """Drafts not counted."""
     num_seqs: int
     num_kv_tokens: int
     """Sum of the context lengths that attention reads."""
     num_chunk_pairs: int = 0
     """Sum over prompt chunks of their tokens times the context after them; decodes have none."""
+    num_draft_tokens: int = 0
+    """Guesses that are verified beside the tokens."""
 
 
 class TimedStep(NamedTuple):
@@ -83,16 +87,21 @@ class CostModel:
         return self._caution
 
     @property
-    def coefficients(self) -> tuple[float, float, float, float, float]:
-        """Seconds: a, b per token, c per sequence, d per KV token read, e per chunk pair."""
-        a, b, c, d, e = (weight / scale for weight, scale in zip(self._weights, SCALES, strict=True))
-        return a, b, c, d, e
+    def coefficients(self) -> tuple[float, float, float, float, float, float]:
+        """Seconds: a, b per token, c per sequence, d per KV token read, e per chunk pair, f per draft."""
+        a, b, c, d, e, f = (weight / scale for weight, scale in zip(self._weights, SCALES, strict=True))
+        return a, b, c, d, e, f
+
+    @property
+    def draft_s(self) -> float:
+        """Seconds that a draft adds to a step."""
+        return self._weights[-1] / SCALES[-1]
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a step takes; 0 before the first observation."""
-        a, b, c, d, e = self.coefficients
+        a, b, c, d, e, f = self.coefficients
         decodes_s = a + b * load.num_tokens + c * load.num_seqs + d * load.num_kv_tokens
-        return decodes_s + e * load.num_chunk_pairs
+        return decodes_s + e * load.num_chunk_pairs + f * load.num_draft_tokens
 
     def observe(self, load: StepLoad, *, step_time_s: float) -> None:
         """Learn from one step; ignores times that are not positive."""
@@ -134,7 +143,13 @@ class CostModel:
                 weights[i] = max(0.0, weights[i] + gradient / row[i])
 
     def token_budget(
-        self, *, target_s: float, num_seqs: int, num_kv_tokens: int, chunk_start: int = 0
+        self,
+        *,
+        target_s: float,
+        num_seqs: int,
+        num_kv_tokens: int,
+        chunk_start: int = 0,
+        num_draft_tokens: int = 0,
     ) -> float:
         """Most tokens that a step may compute to end within `target_s`; infinite if tokens cost nothing.
 
@@ -144,9 +159,10 @@ class CostModel:
             num_kv_tokens: context that is read for all of them.
             chunk_start: tokens before the chunk; each of the chunk's tokens is multiplied with those, and
                 with the chunk itself.
+            num_draft_tokens: drafts in the step, not counted in the result.
         """
-        a, b, c, d, e = self.coefficients
-        spare_s = target_s - a - c * num_seqs - d * num_kv_tokens
+        a, b, c, d, e, f = self.coefficients
+        spare_s = target_s - a - c * num_seqs - d * num_kv_tokens - f * num_draft_tokens
         per_token_s = b + e * chunk_start
         if spare_s <= 0.0:
             return 0.0

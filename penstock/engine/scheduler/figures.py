@@ -1,10 +1,11 @@
 """What is told about steps and requests: plain numbers, no decisions. Called by `scheduler`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.core.tokens import RequestReport, StepStats
 from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.scheduler.cost import StepLoad
 from penstock.engine.scheduler.request import GroupState, SequenceGroup
 
 
@@ -22,6 +23,26 @@ class StepCounts:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: list[int] = field(default_factory=list)
+    """At each position of a draft."""
+
+    @property
+    def load(self) -> StepLoad:
+        """What the step's time depends on."""
+        return StepLoad(
+            self.num_tokens, self.num_seqs, self.num_kv_tokens, self.num_chunk_pairs, self.num_draft_tokens
+        )
+
+    def count_draft(self, *, num_tokens: int, num_accepted: int) -> None:
+        """Add one sequence's drafts, of which the first `num_accepted` stood."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_tokens
+        missing = num_accepted - len(self.num_accepted_tokens)
+        self.num_accepted_tokens.extend([0] * missing)
+        for place in range(num_accepted):
+            self.num_accepted_tokens[place] += 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,6 +89,9 @@ def step_stats(
         num_prefix_query_tokens=counts.num_prefix_query_tokens,
         num_prefix_hit_tokens=counts.num_prefix_hit_tokens,
         num_preemptions=counts.num_preemptions,
+        num_drafts=counts.num_drafts,
+        num_draft_tokens=counts.num_draft_tokens,
+        num_accepted_tokens=tuple(counts.num_accepted_tokens),
         num_running=gauges.num_running,
         num_waiting=gauges.num_waiting,
         num_waiting_tokens=gauges.num_waiting_tokens,

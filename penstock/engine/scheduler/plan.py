@@ -4,12 +4,18 @@ The scheduler writes a `StepPlan`, the runner reads it and answers with a `StepR
 crosses. A plan can be broadcast to ranks as it is.
 """
 
+from typing import Final
+
 import msgspec
 
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
 from penstock.core.text import TokenLogprobs
 from penstock.core.tokens import Pooling
+
+
+UNKNOWN_DRAFT: Final = -1
+"""In place of a draft's token: a model of the runner is to guess it."""
 
 
 class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +62,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     """Empty for a prefill chunk that is not the last."""
     num_drafts: int = 0
     """The last so many of `token_ids` are guesses: a token is drawn after each of them, and after the token
-    before them, up to the first guess that the draw does not confirm. At most one sample then."""
+    before them, up to the first guess that the draw does not confirm. At most one sample then. `UNKNOWN_DRAFT`
+    stands for guesses that the runner is to make."""
     adapter_slot: int = -1
     """Where the sequence's LoRA adapter lies in the runner, -1 for the base model."""
     prompt_targets: tuple[int, ...] = ()
@@ -130,7 +137,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):
-    """Guesses of a draft model for what follows the tokens that the step gave to `seq_id`."""
+    """Guesses of a draft model that the step verified for `seq_id`."""
 
     seq_id: SequenceId
     token_ids: tuple[int, ...]
@@ -158,4 +165,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     pooled: list[Pooled] = []
     prompt_logprobs: list[PromptLogprobs] = []
     proposals: list[Proposal] = []
+    """What stood in place of `UNKNOWN_DRAFT`s."""
+    num_caught_up_tokens: int = 0
+    """Tokens that a draft model had to read before it could guess, beyond the last step's."""
     step_time_s: float = 0.0

@@ -20,6 +20,9 @@ A sequence has no phases, only a gap to close (law 2):
  token_ids  [0 ........ num_computed) [num_computed .. + num_inflight) [ ........ num_tokens)
              KV in the pool            in a step under way              still to schedule
 ```
+
+Drafts in flight lie beyond `num_tokens`; those that are confirmed become tokens and are computed already, the
+others were never there.
 """
 
 import enum
@@ -89,6 +92,8 @@ class Sequence:
     num_prompt_tokens: int
     num_computed_tokens: int = 0
     num_inflight_tokens: int = 0
+    """Drafts included."""
+    num_inflight_drafts: int = 0
     is_known_to_runner: bool = False
     finish_reason: FinishReason | None = None
     constraint: Constraint | None = None

@@ -11,6 +11,7 @@ Every plan is applied once, in order, an empty one too. `schedule` may be called
 in flight is neither scheduled twice nor freed.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Final
@@ -43,6 +44,7 @@ from penstock.engine.scheduler.answer import (
 from penstock.engine.scheduler.beam_sequences import regroup
 from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
+from penstock.engine.scheduler.drafting import Drafting, Proposer, Wanted, num_possible
 from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
 from penstock.engine.scheduler.group_maker import GroupMaker
 from penstock.engine.scheduler.plan import (
@@ -68,6 +70,9 @@ MAX_RETRY_AFTER_S: Final = 60.0
 MEAN_WEIGHT: Final = 0.05
 """Of the newest answer in the running mean of answer lengths."""
 
+
+MAX_UNNOTICED_CATCH_UP: Final = 32
+"""A step in which a draft model read more than so many old tokens says nothing about what steps take."""
 
 NUMERICAL_ERROR: Final = "numerical_error"
 """`SequenceFailure.code` of NaN logits: the only one after which the KV itself is bad."""
@@ -96,6 +101,7 @@ class Scheduler:
         rng: Rng,
         connector: KvConnector | None = None,
         vocab_size: int | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         """Start with an empty queue.
 
@@ -106,6 +112,7 @@ class Scheduler:
             rng: seeds of requests that bring none.
             connector: moves KV in and out of the pool, or None.
             vocab_size: when given, token ids of requests are checked against it.
+            proposer: guesses tokens ahead, or None for no speculation.
         """
         self._config = config
         self._kv = kv
@@ -114,6 +121,7 @@ class Scheduler:
         self.policy = make_policy(config.policy)
         self._transfers = KvTransfers(connector, kv=kv)
         self.cost = CostModel()
+        self._drafting = None if proposer is None else Drafting(proposer, cost=self.cost)
         self._limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -248,6 +256,8 @@ class Scheduler:
         if self._must_recheck_paths:
             self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
+        if self._drafting and draft.decodes:
+            self._add_drafts(draft, self._drafting)
         prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
         self._limit_chunks(draft, chunk_start=prefills[0].next_position if prefills else 0)
         self._schedule_prefills(draft, prefills)
@@ -282,6 +292,35 @@ class Scheduler:
                     draft.decodes.add(seq.seq_id)
         return prefills
 
+    def _add_drafts(self, draft: StepDraft, drafting: Drafting) -> None:
+        """Let decodes carry drafts: on half of what is left of the budget, and on blocks that nobody misses."""
+        decodes = [self._sequences[seq_id] for seq_id in draft.decodes]
+        wanted = [
+            Wanted(seq.seq_id, seq.token_ids, limit)
+            for seq in decodes
+            if (limit := self._num_drafts_max(seq, drafting)) > 0
+        ]
+        base = StepLoad(len(decodes), len(decodes), draft.num_kv_tokens)
+        proposals = drafting.propose(wanted, base=base, num_rows=draft.num_tokens_left // 2)
+        num_kept = self._kv.num_groups * self._running.num_seqs
+        for seq_id, token_ids in proposals.items():
+            seq = self._sequences[seq_id]
+            start = seq.next_position + 1
+            num_fit = self._kv.num_drafts_allocatable(
+                seq.blocks, start=start, num_tokens=num_possible(seq, token_ids), num_kept=num_kept
+            )
+            if num_fit > 0:
+                self._kv.allocate(seq.blocks, start=start, end=start + num_fit)
+                draft.add_drafts(seq, token_ids[:num_fit])
+
+    def _num_drafts_max(self, seq: Sequence, drafting: Drafting) -> int:
+        """Drafts after whose confirmation the answer may still gain the token behind them."""
+        if seq.group.beams is not None or not seq.group.request.params.can_speculate:
+            return 0
+        num_outputs_left = seq.group.request.max_tokens - seq.num_outputs - 1
+        num_positions_left = self._config.max_model_len - seq.num_tokens - 1
+        return min(drafting.num_tokens_max, num_outputs_left, num_positions_left)
+
     def _limit_chunks(self, draft: StepDraft, *, chunk_start: int) -> None:
         """With decodes in the step, cut the budget to what ends within the target; one block at least.
 
@@ -292,7 +331,8 @@ class Scheduler:
         num_decodes = len(draft.decodes)
         if not num_decodes or not self._config.enable_chunked_prefill:
             return
-        decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens)
+        num_drafts = draft.num_draft_tokens
+        decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens, num_draft_tokens=num_drafts)
         target_s = step_target_s(
             self._config.step_time_target_ms / 1000,
             decodes_s=self.cost.predict(decodes),
@@ -303,6 +343,7 @@ class Scheduler:
             num_seqs=num_decodes + 1,
             num_kv_tokens=draft.num_kv_tokens + chunk_start,
             chunk_start=chunk_start,
+            num_draft_tokens=num_drafts,
         )
         num_tokens = max(self._kv.block_size, min(draft.num_tokens_left, budget - num_decodes))
         draft.num_tokens_left = min(draft.num_tokens_left, int(num_tokens))
@@ -505,6 +546,7 @@ class Scheduler:
         for seq_id, entry in draft.scheduled.items():
             seq = self._sequences[seq_id]
             seq.num_inflight_tokens += len(entry.token_ids)
+            seq.num_inflight_drafts += entry.num_drafts
             met = [seq, *(self._sequences[spec.seq_id] for spec in entry.samples if spec.seq_id != seq_id)]
             for each in met:
                 if not each.is_known_to_runner:
@@ -530,23 +572,25 @@ class Scheduler:
         self._take_prompt_outputs(plan, result)
         for seq_id, drawn in groupby(result.tokens, key=lambda sampled: sampled.seq_id):
             self._take_tokens(seq_id, drawn, counts)
+        if self._drafting:
+            self._settle_drafts(self._drafting, plan, result, counts)
         self._free_closed()
-        load = StepLoad(counts.num_tokens, counts.num_seqs, counts.num_kv_tokens, counts.num_chunk_pairs)
-        if counts.num_seqs and not failures:
-            self.cost.observe(load, step_time_s=result.step_time_s)
+        if counts.num_seqs and not failures and result.num_caught_up_tokens <= MAX_UNNOTICED_CATCH_UP:
+            self.cost.observe(counts.load, step_time_s=result.step_time_s)
         return StepOutput(deltas=self.take_deltas(), stats=self._stats(counts, result.step_time_s))
 
     def _advance(self, entry: ScheduledSequence, counts: StepCounts, *, has_failed: bool) -> None:
         """Move what the step computed of one sequence from in flight to computed."""
         seq = self._sequences[entry.seq_id]
-        num_tokens = len(entry.token_ids)
+        num_tokens = len(entry.token_ids) - entry.num_drafts
         counts.num_seqs += 1
         counts.num_tokens += num_tokens
         counts.num_kv_tokens += entry.start + num_tokens
         if num_tokens > 1 or seq.num_outputs == 0:
             counts.num_prompt_tokens += num_tokens
             counts.num_chunk_pairs += num_tokens * (entry.start + num_tokens)
-        seq.num_inflight_tokens -= num_tokens
+        seq.num_inflight_tokens -= num_tokens + entry.num_drafts
+        seq.num_inflight_drafts -= entry.num_drafts
         if not has_failed:
             seq.num_computed_tokens += num_tokens
 
@@ -687,6 +731,23 @@ class Scheduler:
             seq.finish_reason = FinishReason.STOP
         self._end(group)
 
+    def _settle_drafts(
+        self, drafting: Drafting, plan: StepPlan, result: StepResult, counts: StepCounts
+    ) -> None:
+        """Keep what confirmed drafts computed, give back the blocks of the others, and learn from both."""
+        num_drawn = Counter(sampled.seq_id for sampled in result.tokens)
+        for entry in plan.sequences:
+            if not entry.num_drafts:
+                continue
+            num_right = max(0, num_drawn[entry.seq_id] - 1)
+            counts.count_draft(num_tokens=entry.num_drafts, num_accepted=num_right)
+            seq = self._sequences.get(entry.seq_id)
+            if seq is None or seq.finish_reason is not None:
+                continue
+            drafting.learn(seq.seq_id, num_drafts=entry.num_drafts, num_right=num_right)
+            self._settle_blocks(seq)
+            self._kv.free_tail(seq.blocks, num_tokens=seq.num_computed_tokens)
+
     def _count_gain(self, seq: Sequence, gain: Gain, counts: StepCounts) -> None:
         num_tokens = len(gain.token_ids)
         counts.num_generated_tokens += num_tokens
@@ -700,6 +761,7 @@ class Scheduler:
     def _end_answer(self, seq: Sequence, reason: FinishReason) -> None:
         """One answer is over; the request with it if it was the last."""
         group = seq.group
+        self._settle_blocks(seq)
         seq.finish_reason = reason
         self._num_outputs_mean += MEAN_WEIGHT * (seq.num_outputs - self._num_outputs_mean)
         if len(group.live) == 1:
@@ -737,6 +799,8 @@ class Scheduler:
         self._kv.free(seq.blocks, taint=seq.group.is_tainted)
         del self._sequences[seq.seq_id]
         self.constraints.pop(seq.seq_id, None)
+        if self._drafting:
+            self._drafting.forget(seq.seq_id)
         if seq.is_known_to_runner:
             self._finished_seq_ids.append(seq.seq_id)
 
@@ -761,6 +825,11 @@ class Scheduler:
         now_s = self._clock.monotonic()
         groups = list(self._groups.values())[:MAX_REPORTS]
         return [request_report(group, now_s=now_s) for group in groups]
+
+    @property
+    def drafting_bytes(self) -> int:
+        """Bytes that speculation holds beside the sequences."""
+        return self._drafting.num_bytes if self._drafting else 0
 
     @property
     def groups(self) -> list[SequenceGroup]:

@@ -27,7 +27,8 @@ class StepDraft:
     """Token budget not yet handed out."""
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     num_kv_tokens: int = 0
-    """Sum of context lengths after the step."""
+    """Sum of context lengths after the step, drafts not counted."""
+    num_draft_tokens: int = 0
     decodes: set[SequenceId] = field(default_factory=set)
     """Those of `scheduled` that compute their one next token."""
     num_promised_blocks: int | None = None
@@ -55,6 +56,15 @@ class StepDraft:
         self.num_tokens_left -= num_tokens
         self.num_kv_tokens += start + num_tokens
 
+    def add_drafts(self, seq: Sequence, drafts: list[int]) -> None:
+        """Let `seq`, which is in the step as a decode, carry `drafts`."""
+        entry = self.scheduled[seq.seq_id]
+        self.scheduled[seq.seq_id] = replace(
+            entry, token_ids=[*entry.token_ids, *drafts], num_drafts=len(drafts)
+        )
+        self.num_tokens_left -= len(drafts)
+        self.num_draft_tokens += len(drafts)
+
     def note_next_block(self, seq: Sequence, place: PrefixPlace) -> None:
         """`seq`, which is in the step, fills the block that will be at `place`."""
         self.being_computed.setdefault(place, {})[seq.seq_id] = seq.group.tier
@@ -70,7 +80,8 @@ class StepDraft:
             return False
         num_tokens = len(entry.token_ids)
         self.num_tokens_left += num_tokens
-        self.num_kv_tokens -= entry.start + num_tokens
+        self.num_kv_tokens -= entry.start + num_tokens - entry.num_drafts
+        self.num_draft_tokens -= entry.num_drafts
         self.decodes.discard(seq.seq_id)
         self._forget_next_block(seq)
         return True

@@ -97,7 +97,7 @@ def test_a_target_that_decodes_alone_exceed_leaves_no_budget():
 def test_a_step_without_time_teaches_nothing():
     model = CostModel()
     model.observe(StepLoad(10, 1, 10), step_time_s=0.0)
-    assert model.coefficients == (0.0, 0.0, 0.0, 0.0, 0.0)
+    assert model.coefficients == (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def primed(model: CostModel) -> CostModel:
