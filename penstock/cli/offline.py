@@ -88,7 +88,14 @@ ENGINE_ARGUMENTS: Final = (
     "max_model_len",
 )
 """Those that `EngineConfig` calls the same."""
-TYPE_WORDS: Final = {str: "text", Path: "a path", int: "a whole number", bool: "True or False", NONE: "None", Mapping: "a mapping"}
+TYPE_WORDS: Final = {
+    str: "text",
+    Path: "a path",
+    int: "a whole number",
+    bool: "True or False",
+    NONE: "None",
+    Mapping: "a mapping",
+}
 
 
 class LLM:

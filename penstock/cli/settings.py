@@ -139,7 +139,7 @@ class ServeSettings:
     speculative_config: Annotated[
         dict[str, str | int] | None,
         setting(
-            "Guess tokens ahead and verify them together, as JSON or dotted flags: method (ngram, draft_model), "
+            "Guess tokens ahead and verify them together; JSON or dotted flags: method (ngram, draft_model), "
             "model, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max."
         ),
     ] = None

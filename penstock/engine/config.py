@@ -109,7 +109,9 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         return low, high or max(LOOKUP_MAX, low)
 
     def __str__(self) -> str:
-        who = f"lookup of {self.lookup[0]} to {self.lookup[1]} tokens" if self.method == "ngram" else "a model"
+        who = (
+            f"lookup of {self.lookup[0]} to {self.lookup[1]} tokens" if self.method == "ngram" else "a model"
+        )
         return f"{self.method}, up to {self.num_tokens} drafts ({who})"
 
 

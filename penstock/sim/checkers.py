@@ -89,7 +89,9 @@ def check_groups(scheduler: Scheduler, *, max_preemptions: int, max_num_seqs: in
         for seq in group.live:
             num_known = seq.num_tokens + seq.num_inflight_drafts
             require(seq.next_position <= num_known, "computed beyond what is known")
-            require(seq.num_inflight_drafts < max(1, seq.num_inflight_tokens), "drafts without a token before")
+            require(
+                seq.num_inflight_drafts < max(1, seq.num_inflight_tokens), "drafts without a token before"
+            )
         if group.state is GroupState.WAITING:
             require(all(seq.blocks.num_blocks == 0 for seq in group.live), "a waiting request holds blocks")
 

@@ -13,7 +13,7 @@ from penstock.cli.model_source import find_model
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Priority, TextDelta, Usage
-from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig, SpeculativeConfig
 from tests.docs.tiny_model import HEAD_DIM, make_tiny_model
 from tools.quantized.checkpoint import write_quantized
 
@@ -41,6 +41,7 @@ class Run:
     deltas: list[TextDelta] = field(default_factory=list)
     usage: Usage | None = None
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
     num_prefill_steps: int = 0
     max_step_tokens: int = 0
     num_owned_after: int = 0
@@ -110,6 +111,7 @@ class FeatureEngine:
     async def _run(self, request: GenerateRequest, *, cut_after: int | None) -> Run:
         run = Run()
         preempted = self._totals.num_preemptions
+        num_drafted = self._totals.num_draft_tokens
         self._totals.max_step_tokens = 0
         neighbours = [await self._generate(each) for each in self._neighbours(request)]
         async with aclosing(await self._generate(request)) as stream:
@@ -121,6 +123,7 @@ class FeatureEngine:
         for each in neighbours:
             async for _ in each:
                 pass
+        run.num_draft_tokens = self._totals.num_draft_tokens - num_drafted
         run.num_preemptions = self._totals.num_preemptions - preempted
         run.max_step_tokens = self._totals.max_step_tokens
         memory = await self._local.engine.memory()
@@ -185,6 +188,7 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
         num_threads=1,
         max_model_len=56,
         warmup=False,
+        speculative=SpeculativeConfig(method="ngram", prompt_lookup_min=1) if "ngram" in features else None,
         scheduler=SchedulerConfig(
             max_num_seqs=NUM_SEATS,
             max_num_batched_tokens=CHUNK if "chunked_prefill" in features else 256,

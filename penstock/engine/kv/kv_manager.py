@@ -206,7 +206,7 @@ class KvManager:
     def num_drafts_allocatable(
         self, blocks: SequenceBlocks, *, start: int, num_tokens: int, num_kept: int
     ) -> int:
-        """How many of `num_tokens` from position `start` on can get slots and leave `num_kept` blocks to others."""
+        """How many of `num_tokens` from `start` on can get slots and leave `num_kept` blocks to others."""
         num_slots = blocks.num_blocks * self.block_size - start
         if num_tokens > num_slots:
             num_slots += max(0, self.num_available - num_kept) // self.num_groups * self.block_size
@@ -247,7 +247,7 @@ class KvManager:
         return self.pool.allocate()
 
     def free_tail(self, blocks: SequenceBlocks, *, num_tokens: int) -> None:
-        """Release the blocks that hold none of the first `num_tokens`: drafts that did not stand filled them."""
+        """Release the blocks behind the first `num_tokens`: drafts that did not stand filled them."""
         for _ in range(blocks.num_blocks - -(-num_tokens // self.block_size)):
             for table in blocks.tables:
                 self.pool.release(table.pop())

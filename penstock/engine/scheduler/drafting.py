@@ -1,10 +1,10 @@
 """How many guesses each decode carries in a step: as many as pay, down to none.
 
 A decode that carries k drafts yields 1 + r + r^2 + ... + r^k tokens on average, r the chance that a guess
-stands, and makes the step longer by k times the price of a draft. Here r is estimated for each sequence from what
-became of its drafts, the price is the cost model's, and drafts are handed out to whoever gains most until
-one more would lower the tokens a second of the whole step. Where steps wait for memory a draft costs next to
-nothing; in a large batch it costs a token, and nobody gets any.
+stands, and makes the step longer by k times the price of a draft. Here r is estimated for each sequence from
+what became of its drafts, the price is the cost model's, and drafts are handed out to whoever gains most
+until one more would lower the tokens a second of the whole step. Where steps wait for memory a draft costs
+next to nothing; in a large batch it costs a token, and nobody gets any.
 
 It guesses nothing itself: that is a `Proposer`'s. Called by `scheduler`.
 
@@ -180,7 +180,9 @@ class Drafting:
         """Bytes that the proposer holds in this process's policy half."""
         return self._proposer.num_bytes
 
-    def propose(self, wanted: Listing[Wanted], *, base: StepLoad, num_rows: int) -> dict[SequenceId, list[int]]:
+    def propose(
+        self, wanted: Listing[Wanted], *, base: StepLoad, num_rows: int
+    ) -> dict[SequenceId, list[int]]:
         """Guesses for a step.
 
         Args:

@@ -13,7 +13,6 @@ from penstock.core.params import SamplingParams
 from penstock.core.text import TokenLogprobs
 from penstock.core.tokens import Pooling
 
-
 UNKNOWN_DRAFT: Final = -1
 """In place of a draft's token: a model of the runner is to guess it."""
 
@@ -62,8 +61,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     """Empty for a prefill chunk that is not the last."""
     num_drafts: int = 0
     """The last so many of `token_ids` are guesses: a token is drawn after each of them, and after the token
-    before them, up to the first guess that the draw does not confirm. At most one sample then. `UNKNOWN_DRAFT`
-    stands for guesses that the runner is to make."""
+    before them, up to the first guess that the draw does not confirm. At most one sample then.
+    `UNKNOWN_DRAFT` stands for guesses that the runner is to make."""
     adapter_slot: int = -1
     """Where the sequence's LoRA adapter lies in the runner, -1 for the base model."""
     prompt_targets: tuple[int, ...] = ()

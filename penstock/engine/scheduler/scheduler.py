@@ -293,7 +293,7 @@ class Scheduler:
         return prefills
 
     def _add_drafts(self, draft: StepDraft, drafting: Drafting) -> None:
-        """Let decodes carry drafts: on half of what is left of the budget, and on blocks that nobody misses."""
+        """Let decodes carry drafts, on half of what is left of the budget and on blocks that none misses."""
         decodes = [self._sequences[seq_id] for seq_id in draft.decodes]
         wanted = [
             Wanted(seq.seq_id, seq.token_ids, limit)

@@ -14,9 +14,9 @@ from penstock.core.ids import SequenceId
 from penstock.engine.scheduler.drafting import Wanted
 
 MAX_WALK: Final = 32
-"""Earlier places that are looked at for the longest match: bounds a look-up in a text of one repeated word."""
+"""Earlier places looked at for the longest match: bounds a look-up in a text of one repeated word."""
 MAX_INDEXED_PER_STEP: Final = 2048
-"""Tokens that all sequences together index in a step, about a millisecond; the rest follows in later steps."""
+"""Tokens that all sequences together index in a step, about a millisecond; the rest follows later."""
 MAX_BUCKET_BITS: Final = 16
 MIN_BUCKET_BITS: Final = 6
 
@@ -24,8 +24,8 @@ MIN_BUCKET_BITS: Final = 6
 class NgramIndex:
     """Where the n-grams of one growing text ended before.
 
-    A hash chain over the shortest n-grams: `heads[bucket]` is where one ended last, `previous[i]` where one of
-    the same bucket ended before i. What a chain leads to is compared, so a bucket may mix n-grams.
+    A hash chain over the shortest n-grams: `heads[bucket]` is where one ended last, `previous[i]` where one
+    of the same bucket ended before i. What a chain leads to is compared, so a bucket may mix n-grams.
 
     Example, n-grams of 2, text `a b c a b`: the n-gram that ends at 4 leads to 1, and `c` followed there.
 
@@ -71,7 +71,7 @@ class NgramIndex:
             heads[bucket] = i
 
     def propose(self, token_ids: Sequence[int], *, num_tokens: int) -> list[int]:
-        """What followed the last tokens where the longest run of them occurred before, the latest among equals.
+        """What followed the last tokens where the longest run of them was before, the latest among equals.
 
         A text that repeats with a period shorter than `num_tokens` is continued with that period.
 
@@ -139,7 +139,7 @@ class NgramProposer:
         return sum(index.num_bytes for index in self._indexes.values())
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
-        """Guesses for each, in order; none where nothing matches or the text is not indexed to its end yet."""
+        """Guesses for each, in order; none where nothing matches or the text is not all indexed yet."""
         num_left = MAX_INDEXED_PER_STEP
         proposals = []
         for seq_id, token_ids, num_tokens in wanted:

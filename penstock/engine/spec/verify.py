@@ -1,8 +1,8 @@
 """Which guesses stand: each is compared with what the sampler draws at its place.
 
-Behind a run of k drafts the model has k + 1 rows of logits. The token for the first row is drawn exactly as it
-would be without speculation, with the sequence's own parameters, history and random number; if it equals the
-first draft, the second row is what the model says after it, and its token is drawn next; and so on to the
+Behind a run of k drafts the model has k + 1 rows of logits. The token for the first row is drawn exactly as
+it would be without speculation, with the sequence's own parameters, history and random number; if it equals
+the first draft, the second row is what the model says after it, and its token is drawn next; and so on to the
 first draft that differs. So the answer is, token for token, the one without speculation: the distribution
 is the model's because every token is drawn from the model.
 
