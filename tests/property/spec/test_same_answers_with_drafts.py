@@ -141,16 +141,15 @@ def test_a_request_cancelled_among_drafts_leaves_nothing_and_its_neighbours_alon
     core = make_core(checkpoints["llama"], NGRAM)
     for request in requests:
         core.add(request)
-    core.step()
-    core.step()
+    seen = [*core.step().deltas, *core.step().deltas]
     core.abort(RequestId("0"))
     answers: dict[tuple[str, int], list[int]] = {}
-    seen = core.scheduler.take_deltas()
+    seen += core.scheduler.take_deltas()
     while core.has_work:
         seen += core.step().deltas
     for delta in seen:
         answers.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
     for key, (tokens, _, _) in expected.items():
         got = answers.get(key, [])
-        assert got == (tokens[: len(got)] if key[0] == "0" else tokens[-len(got) :])
+        assert got == (tokens[: len(got)] if key[0] == "0" else tokens)
     assert core.kv.usage().num_owned == 0
