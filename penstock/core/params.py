@@ -129,11 +129,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return not self.mirostat and not self.use_beam_search
 
     @property
-    def can_speculate(self) -> bool:
-        """True if a draw depends on tokens and random numbers alone; mirostat also steers by its last draws."""
-        return not self.mirostat
-
-    @property
     def has_penalties(self) -> bool:
         """True if logits depend on the tokens seen so far."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)

@@ -41,7 +41,6 @@ class Run:
     deltas: list[TextDelta] = field(default_factory=list)
     usage: Usage | None = None
     num_preemptions: int = 0
-    num_draft_tokens: int = 0
     num_prefill_steps: int = 0
     max_step_tokens: int = 0
     num_owned_after: int = 0
@@ -111,7 +110,6 @@ class FeatureEngine:
     async def _run(self, request: GenerateRequest, *, cut_after: int | None) -> Run:
         run = Run()
         preempted = self._totals.num_preemptions
-        num_drafted = self._totals.num_draft_tokens
         self._totals.max_step_tokens = 0
         neighbours = [await self._generate(each) for each in self._neighbours(request)]
         async with aclosing(await self._generate(request)) as stream:
@@ -123,7 +121,6 @@ class FeatureEngine:
         for each in neighbours:
             async for _ in each:
                 pass
-        run.num_draft_tokens = self._totals.num_draft_tokens - num_drafted
         run.num_preemptions = self._totals.num_preemptions - preempted
         run.max_step_tokens = self._totals.max_step_tokens
         memory = await self._local.engine.memory()

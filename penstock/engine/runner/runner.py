@@ -38,7 +38,6 @@ from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
     PromptLogprobs,
     SampledToken,
-    SampleSpec,
     ScheduledSequence,
     SequenceFailure,
     StepPlan,
@@ -363,9 +362,7 @@ class Runner:
             )
         ]
 
-    def _draw_all(
-        self, logits: Floats, *, draws: Sequence[Draw], masks: MaskSource | None
-    ) -> list[Outcome]:
+    def _draw_all(self, logits: Floats, *, draws: Sequence[Draw], masks: MaskSource | None) -> list[Outcome]:
         """The outcome of each draw, in order."""
 
         def attempt(part: Sequence[Draw]) -> list[Outcome]:
