@@ -211,6 +211,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         block_size=8,
         num_kv_blocks=99,
         kv_cache_memory_bytes=1234,
+        speculative_config={"method": "ngram"},
     )
     config = engine_config(settings, model_path=Path("x"), model_revision="r")
     plain = EngineConfig(model_path="x", model_revision="r")
