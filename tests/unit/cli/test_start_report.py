@@ -36,6 +36,7 @@ def info() -> EngineInfo:
         "max_num_seqs": 64,
         "num_parameters": 7_966_848,
         "cache_group_windows": (None, 512),
+        "speculation": "none",
     }
     return msgspec.convert({**fields, **known}, EngineInfo)
 
