@@ -53,6 +53,17 @@ def test_the_printed_curl_line_gets_an_answer(server: tuple[str, str]) -> None:
     assert answer["choices"][0]["message"]["role"] == "assistant"
 
 
+def test_the_example_of_a_quantized_checkpoint_runs(tmp_path: Path) -> None:
+    """A GGUF file in the place of a folder: text in, text out, ended by the template's own end of turn."""
+    from tools.quantized.gguf_file import write_gguf
+
+    file = tmp_path / "tales.gguf"
+    write_gguf(ROOT / "penstock/models/embedded", file, kind="Q8_0", pre="smollm")
+    out = _run(sys.executable, "examples/quantized_checkpoint.py", str(file))
+    assert "weights: gguf (11 F32, 36 Q8_0)" in out
+    assert "Paris" in out
+
+
 def test_the_openai_example_runs(server: tuple[str, str]) -> None:
     out = _run(sys.executable, "examples/openai_client.py", server[0])
     assert "answer: " in out

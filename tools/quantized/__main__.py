@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks.report import environment
 from penstock.kernels.options import KernelOptions, KvCacheDtype
 from penstock.models.interface import LoadedModel
 from penstock.models.loader import load_model
@@ -118,7 +119,9 @@ def main() -> None:
     ids = torch.from_numpy(encode_held_out(tokenizer, arguments.corpus)).long()
     ids = ids[: arguments.tokens] if arguments.tokens else ids
     torch.set_num_threads(1)
-    print(json.dumps({"tokens": len(ids), "rows": compare(arguments.model, ids)}, indent=1))
+    rows = compare(arguments.model, ids)
+    command = f"python -m tools.quantized perplexity --corpus CORPUS --tokens {arguments.tokens}"
+    print(json.dumps({"command": command, **environment(), "tokens": len(ids), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

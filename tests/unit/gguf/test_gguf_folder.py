@@ -174,16 +174,3 @@ def test_several_templates_keep_their_names(tmp_path: Path) -> None:
     assert template.sources == {"default": "one", "tool_use": "two"}
     template.close()
     assert json.dumps(tokenizer_fields(read_header(path).metadata))
-
-
-def test_a_file_is_served_like_a_folder(embedded: Path) -> None:
-    """The whole way: text in, text out, ended by the template's own end of turn."""
-    from penstock import LLM, SamplingParams
-
-    with LLM(str(embedded), kernels="reference", dtype="float32", max_model_len=256) as llm:
-        answer = llm.chat(
-            [{"role": "user", "content": "What is the capital of France?"}],
-            SamplingParams(temperature=0, max_tokens=24),
-        )[0].outputs[0]
-    assert "Paris" in answer.text
-    assert answer.finish_reason == "stop"
