@@ -52,19 +52,29 @@ std::vector<Program::External> externals_of(const ExternalList& list) {
     return externals;
 }
 
+using AdapterList = std::vector<std::tuple<std::int64_t, std::int64_t, std::shared_ptr<Adapter>>>;  // first row, rows, whose
+
+std::vector<AdapterRows> adapter_rows_of(const AdapterList& list) {
+    std::vector<AdapterRows> rows;
+    for (const auto& [first_row, num_rows, adapter] : list) rows.push_back({first_row, num_rows, adapter->sites.data()});
+    return rows;
+}
+
 void run(Program& program, std::int64_t num_rows, const ExternalList& externals,
-         const std::vector<AttentionInputs>& groups) {
+         const std::vector<AttentionInputs>& groups, const AdapterList& adapters) {
     const auto pointers = externals_of(externals);
+    const auto segments = adapter_rows_of(adapters);
     nb::gil_scoped_release release;
-    program.run(num_rows, pointers, groups);
+    program.run(num_rows, pointers, groups, segments);
 }
 
 std::vector<double> profile(Program& program, std::int64_t num_rows, const ExternalList& externals,
-                            const std::vector<AttentionInputs>& groups, int rounds) {
+                            const std::vector<AttentionInputs>& groups, int rounds, const AdapterList& adapters) {
     const auto pointers = externals_of(externals);
+    const auto segments = adapter_rows_of(adapters);
     std::vector<double> seconds;
     nb::gil_scoped_release release;
-    for (int i = 0; i < rounds; ++i) program.profile(num_rows, pointers, groups, seconds);
+    for (int i = 0; i < rounds; ++i) program.profile(num_rows, pointers, groups, seconds, segments);
     for (double& value : seconds) value /= rounds;
     return seconds;
 }
@@ -110,8 +120,8 @@ void bind_program(nb::module_& m) {
         .def("set_layers", &Program::set_layers, "layers"_a)
         .def("set_next", &Program::set_next, "next"_a)
         .def("set_reads_ahead", &Program::set_reads_ahead, "reads_ahead"_a)
-        .def("run", &run, "num_rows"_a, "externals"_a, "groups"_a)
-        .def("profile", &profile, "num_rows"_a, "externals"_a, "groups"_a, "rounds"_a)
+        .def("run", &run, "num_rows"_a, "externals"_a, "groups"_a, "adapters"_a = AdapterList())
+        .def("profile", &profile, "num_rows"_a, "externals"_a, "groups"_a, "rounds"_a, "adapters"_a = AdapterList())
         .def("shrink", &Program::shrink)
         .def_prop_ro("op_names", &op_names)
         .def_prop_ro("buffer_bytes", &Program::buffer_bytes);
@@ -127,6 +137,7 @@ NB_MODULE(_native, m) {
     bind_linear(m);
     bind_attention(m);
     bind_dense(m);
+    bind_lora(m);
     bind_sampling(m);
     bind_probes(m);
 }

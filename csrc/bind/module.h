@@ -13,6 +13,7 @@ namespace nb = nanobind;
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_dense(nb::module_& m);
+void bind_lora(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_probes(nb::module_& m);
 

@@ -121,7 +121,7 @@ void Program::shrink() {
 }
 
 Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
-                   std::span<const AttentionInputs> groups) {
+                   std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters) {
     reserve(num_rows);
     if (shared_.size() < shared_bytes_) shared_ = HugeBuffer(shared_bytes_);
     bound_.clear();
@@ -136,12 +136,12 @@ Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
             own += capacity_rows_ * buffer.row_bytes;
         }
     }
-    return {num_rows, groups, layers_, bound_, shared_.data()};
+    return {num_rows, groups, layers_, bound_, shared_.data(), adapters};
 }
 
 void Program::run(std::int64_t num_rows, std::span<const External> externals,
-                  std::span<const AttentionInputs> groups) {
-    const Step step = bind(num_rows, externals, groups);
+                  std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters) {
+    const Step step = bind(num_rows, externals, groups, adapters);
     pool_->read_between_jobs(reads_ahead_ && num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     pool_->run([&](Worker& worker) {
         for (std::size_t i = 0; i < ops_.size(); ++i) run_op(i, step, worker);
@@ -155,9 +155,10 @@ void Program::run_op(std::size_t i, const Step& step, Worker& worker) const {
 }
 
 void Program::profile(std::int64_t num_rows, std::span<const External> externals,
-                      std::span<const AttentionInputs> groups, std::vector<double>& seconds) {
+                      std::span<const AttentionInputs> groups, std::vector<double>& seconds,
+                      std::span<const AdapterRows> adapters) {
     using Clock = std::chrono::steady_clock;
-    const Step step = bind(num_rows, externals, groups);
+    const Step step = bind(num_rows, externals, groups, adapters);
     pool_->read_between_jobs(reads_ahead_ && num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     seconds.resize(ops_.size());
     pool_->run([&](Worker& worker) {

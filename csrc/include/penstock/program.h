@@ -67,6 +67,26 @@ struct LayerKv {
     int group = 0;                 // index into the step's AttentionInputs
 };
 
+// One adapter's part of one product: scale * B (A x); lora.h says how A and B lie. rank 0: none.
+struct LowRank {
+    const std::uint16_t* a = nullptr;
+    const std::uint16_t* b = nullptr;
+    int rank = 0;
+    float scale = 0.0f;
+};
+
+// All of an adapter, by the number of the product (`LoraSite`); whoever made it keeps the weights alive.
+struct Adapter {
+    std::vector<LowRank> sites;
+};
+
+// Rows [first_row, first_row + num_rows) of the step use one adapter; a segment (lora.h).
+struct AdapterRows {
+    std::int64_t first_row;
+    std::int64_t num_rows;
+    const LowRank* sites;
+};
+
 // What an operation sees of the step that runs.
 struct Step {
     std::int64_t num_rows;
@@ -74,6 +94,7 @@ struct Step {
     std::span<const LayerKv> layers;
     std::span<const Rows> buffers;
     std::byte* shared;  // see Program::reserve_shared
+    std::span<const AdapterRows> adapters = {};  // rising and apart; rows in none are the base model's
 
     Rows at(const Ref& ref) const {
         const Rows& rows = buffers[static_cast<std::size_t>(ref.buffer)];
@@ -126,7 +147,8 @@ public:
     };
 
     // Run all operations over `num_rows` rows.
-    void run(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups);
+    void run(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
+             std::span<const AdapterRows> adapters = {});
 
     // The program that runs after this one, complete: between the two, idle threads ask for what it reads first.
     void set_next(const Program& next) { next_reads_ = next.first_reads(); }
@@ -136,7 +158,7 @@ public:
 
     // The same, one operation at a time: nanoseconds of each in the order of `ops`, added to what stood there.
     void profile(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
-                 std::vector<double>& seconds);
+                 std::vector<double>& seconds, std::span<const AdapterRows> adapters = {});
 
     std::vector<std::string_view> op_names() const;
     std::size_t buffer_bytes() const { return arena_.size(); }
@@ -151,7 +173,8 @@ private:
         bool is_external;
     };
     void reserve(std::int64_t num_rows);
-    Step bind(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups);
+    Step bind(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
+              std::span<const AdapterRows> adapters);
 
     std::shared_ptr<SharedReads> first_reads() const;
     void run_op(std::size_t i, const Step& step, Worker& worker) const;
