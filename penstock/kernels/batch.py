@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from penstock.kernels.adapters import AdapterRows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBatch:
@@ -102,6 +104,8 @@ class ForwardBatch:
     """For each model layer the index of its cache group."""
     layer_slabs: tuple[KvSlab, ...]
     """For each model layer its keys and values."""
+    adapters: tuple[AdapterRows, ...] = ()
+    """Runs of rows that use an adapter, rising and apart."""
 
     def attention(self, layer_idx: int) -> tuple[AttentionBatch, KvSlab]:
         """What the attention of `layer_idx` reads and writes."""

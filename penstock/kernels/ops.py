@@ -8,13 +8,14 @@ Letters: T tokens of the step, S sequences, H query heads, N key/value heads, D 
 of a head, I input features, O output features, E experts, P blocks of the pool, B slots of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.kernels.rounded import RoundedWeight
@@ -154,6 +155,16 @@ class KernelSet(Protocol):
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """See `linear`."""
+        ...
+
+    def prepare_adapter(
+        self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
+    ) -> AdapterWeights:
+        """See `prepare_adapter`."""
+        ...
+
+    def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+        """See `lora`."""
         ...
 
     def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
@@ -416,6 +427,47 @@ def linear(kernels: KernelSet, x: Tensor, weight: LinearWeight) -> Tensor:
     """
     assert x.shape[1] == weight.in_features, (x.shape, weight.in_features)
     return kernels.linear(x, weight)
+
+
+def prepare_adapter(
+    kernels: KernelSet, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
+) -> AdapterWeights:
+    """Bring an adapter into the form that the home multiplies by; once, while it is loaded.
+
+    Args:
+        kernels: the home that will use it.
+        pairs: by the number of their site; float32 or bfloat16, not needed any more by the result.
+        num_sites: of the model.
+        dtype: of the model's activations.
+
+    Returns:
+        What `AdapterRows` takes.
+    """
+    for site, pair in pairs.items():
+        assert 0 <= site < num_sites, (site, num_sites)
+        assert pair.a.shape[0] == pair.b.shape[1], (pair.a.shape, pair.b.shape)
+    return kernels.prepare_adapter(pairs, num_sites=num_sites, dtype=dtype)
+
+
+def lora(kernels: KernelSet, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+    """`y + scale * B (A x)`, for each row with the adapter that the step says (`site.active`).
+
+    Rows without an adapter, and those whose adapter brings nothing for this site, stay as they are.
+
+    Args:
+        kernels: the home that computes it.
+        x: [T, I], what the product was made of.
+        y: [T, O], its result; not used any more by the caller.
+        site: the product.
+
+    Returns:
+        [T, O] of y's dtype, possibly y itself; sums run in at least float32.
+
+    **Source:** Hu et al., LoRA, 2021, section 4.1.
+    """
+    assert x.shape[1] == site.in_features, (x.shape, site.in_features)
+    assert y.shape == (x.shape[0], site.out_features), (y.shape, x.shape, site.out_features)
+    return kernels.lora(x, y, site)
 
 
 def embedding(kernels: KernelSet, token_ids: Tensor, weight: Tensor, *, scale: float = 1.0) -> Tensor:

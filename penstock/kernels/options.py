@@ -31,6 +31,9 @@ class KernelOptions:
     isa: str = "auto"
     """Instruction set of the native kernels; auto takes `PENSTOCK_ISA`, or the best that there is."""
 
+    enable_lora: bool = False
+    """Adapters may act on the products of the model's linear layers."""
+
     def kv_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """What keys and values are kept in."""
         kinds = {"auto": model_dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penstock.kernels import ops
+from penstock.kernels.adapters import LoraSite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +15,10 @@ class Linear:
     kernels: ops.KernelSet
     weight: ops.LinearWeight
     """[out_features, in_features], with its bias."""
+    site: LoraSite | None = None
+    """Where adapters act on the product; None if they do not."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] to [T, out_features]."""
-        return ops.linear(self.kernels, x, self.weight)
+        y = ops.linear(self.kernels, x, self.weight)
+        return y if self.site is None else ops.lora(self.kernels, x, y, self.site)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from penstock.kernels.adapters import LoraSites
 from penstock.kernels.batch import ForwardBatch, KvShape
 from penstock.kernels.ops import KernelSet
 from penstock.models.config import DecoderShape
@@ -101,6 +102,8 @@ class LoadedModel:
     """Bytes that passes keep between steps."""
     max_model_len: int
     """Longest context in tokens, prompt and answer together."""
+    sites: LoraSites | None = None
+    """Where adapters may act; None if they are not enabled."""
 
     def kv_shape(self, *, block_size: int) -> KvShape:
         """What a KV block of one layer holds."""

@@ -13,12 +13,14 @@ from typing import Final
 import torch
 
 from penstock.core.errors import StartupError
+from penstock.kernels.adapters import LoraSites
 from penstock.kernels.batch import KvShape
 from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.kernels.registry import select_kernels
+from penstock.models.adapted import AdaptedModel
 from penstock.models.config import ConfigReader
 from penstock.models.formats import open_model
 from penstock.models.interface import CausalLM, LoadedModel
@@ -105,13 +107,15 @@ def load_model(
     served_len = _max_model_len(max_model_len, shape.max_position_embeddings)
     weights = _tracked_weights(checkpoint, dtype=torch_dtype, total=check.file_bytes, on_progress=on_progress)
     weights.is_packed = kernel_set.copies_weights
+    sites = LoraSites() if options.enable_lora else None
     parts = Parts(
         weights=weights,
         kernels=kernel_set,
         quantization=options.quantization,
         max_model_len=served_len,
+        sites=sites,
     )
-    run = _make_runnable(build(reader, parts), kernel_set, dtype=torch_dtype, options=options)
+    run = _make_runnable(build(reader, parts), kernel_set, dtype=torch_dtype, options=options, sites=sites)
     return LoadedModel(
         model=run.model,
         config=run.model.config,
@@ -125,6 +129,7 @@ def load_model(
         weights_bytes=weights.resident_bytes,
         buffer_bytes=run.buffer_bytes,
         max_model_len=served_len,
+        sites=sites,
     )
 
 
@@ -138,11 +143,17 @@ class _Runnable:
 
 
 def _make_runnable(
-    model: CausalLM, kernels: KernelSet, *, dtype: torch.dtype, options: KernelOptions
+    model: CausalLM,
+    kernels: KernelSet,
+    *,
+    dtype: torch.dtype,
+    options: KernelOptions,
+    sites: LoraSites | None,
 ) -> _Runnable:
     """The model recorded, where the kernels can; else as it is."""
+    plain = model if sites is None else AdaptedModel(model, active=sites.active)
     if kernels.name != "native":
-        return _Runnable(model=model, execution="op by op")
+        return _Runnable(model=plain, execution="op by op")
     # Imported here: it needs the extension module, which is there if the native kernels are.
     from penstock.kernels.cpu.kernel_set import NativeKernels
     from penstock.models.recorded import RecordedModel
@@ -158,7 +169,7 @@ def _make_runnable(
         recorded = RecordedModel(model, kernels, kv=kv, dtype=dtype)
     except Exception as error:  # noqa: BLE001  the edge of an outside model's code, run without data
         log.warning("the model's passes cannot be recorded and run op by op: %s", error)
-        return _Runnable(model=model, execution=f"op by op: {error}")
+        return _Runnable(model=plain, execution=f"op by op: {error}")
     return _Runnable(model=recorded, execution="recorded", buffer_bytes=lambda: recorded.buffer_bytes)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock.core.errors import CheckpointError
 from penstock.kernels import ops
+from penstock.kernels.adapters import LoraSite, LoraSites
 from penstock.kernels.ops import KernelSet, LinearWeight
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.kernels.rounded import RoundedWeight
@@ -141,6 +142,8 @@ class Parts:
     """Of the weights of linear layers, experts and the head."""
     max_model_len: int | None = None
     """Longest context that will be served; None for the model's own."""
+    sites: LoraSites | None = None
+    """Numbers the products on which adapters may act; None if the model is to have none."""
     prefix: str = ""
 
     def at(self, name: str) -> "Parts":
@@ -171,7 +174,8 @@ class Parts:
         """A dense layer stored as [out, in]; `parts` are the sizes of those fused in it, if it is several."""
         offsets = self.tensor(f"{name}.bias", out_features) if bias else None
         weight = self._prepared(f"{name}.weight", out_features, in_features, bias=offsets, parts=parts)
-        return Linear(kernels=self.kernels, weight=weight)
+        site = self._site(name, in_features, out_features)
+        return Linear(kernels=self.kernels, weight=weight, site=site)
 
     def transposed_linear(self, name: str, in_features: int, out_features: int) -> Linear:
         """A dense layer with bias stored as [in, out] (GPT-2); used through a view.
@@ -183,7 +187,13 @@ class Parts:
             weight = self._prepared(f"{name}.weight", out_features, in_features, bias=bias)
         else:
             weight = self._packed(self._source(f"{name}.weight", in_features, out_features).t(), bias)
-        return Linear(kernels=self.kernels, weight=weight)
+        site = self._site(name, in_features, out_features)
+        return Linear(kernels=self.kernels, weight=weight, site=site)
+
+    def _site(self, name: str, in_features: int, out_features: int) -> LoraSite | None:
+        if self.sites is None:
+            return None
+        return self.sites.add(self.prefix + name, in_features=in_features, out_features=out_features)
 
     def _source(self, name: str, *shape: int) -> Tensor:
         return self.weights.take(self.prefix + name, shape, is_kept=not self.kernels.copies_weights)

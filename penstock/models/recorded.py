@@ -15,6 +15,7 @@ from torch import Tensor
 
 from penstock.kernels.batch import AttentionBatch, ForwardBatch, KvShape, KvSlab
 from penstock.kernels.cpu import _native, passes
+from penstock.kernels.cpu.adapters import adapter_runs
 from penstock.kernels.cpu.emission import attention_inputs, emit
 from penstock.kernels.cpu.kernel_set import NativeKernels
 from penstock.kernels.cpu.recorder import TRACE_ROWS, Recorder, TorchCalls
@@ -128,13 +129,19 @@ class RecordedModel:
             NotRecordableError: as `record_forward`.
         """
         self._model = model
-        self._tapes = (
-            rewrite(record_forward(model, kernels, kv=kv)),
-            rewrite(record_logits(model, kernels, dtype=dtype)),
-        )
-        self._forward, self._logits = (emit(tape, kernels.machine) for tape in self._tapes)
+        recorded = record_forward(model, kernels, kv=kv)
+        base = passes.without_adapters(recorded)
+        tapes = [base, record_logits(model, kernels, dtype=dtype)]
+        if len(base.operations) < len(recorded.operations):
+            tapes.append(recorded)
+        self._tapes = [rewrite(tape) for tape in tapes]  # kept: the programs point to their constants
+        self._forward, self._logits, *adapted = (emit(tape, kernels.machine) for tape in self._tapes)
+        self._adapted = adapted[0] if adapted else self._forward
+        self._is_deterministic = kernels.machine.is_deterministic
         self._forward.set_next(self._logits)
         self._logits.set_next(self._forward)
+        if adapted:
+            self._adapted.set_next(self._logits)
         self._dtype = dtype
         self._buffers = LogitsBuffers()
         self.program_seconds = 0.0
@@ -150,7 +157,8 @@ class RecordedModel:
     @property
     def buffer_bytes(self) -> int:
         """Bytes kept between steps."""
-        return self._forward.buffer_bytes + self._logits.buffer_bytes + self._buffers.num_bytes
+        adapted = 0 if self._adapted is self._forward else self._adapted.buffer_bytes
+        return self._forward.buffer_bytes + adapted + self._logits.buffer_bytes + self._buffers.num_bytes
 
     @property
     def plain(self) -> CausalLM:
@@ -164,7 +172,10 @@ class RecordedModel:
 
     @contextmanager
     def profiling(self) -> Iterator[tuple[list[float], list[float]]]:
-        """Sums up the seconds of each operation of both `programs` while it is open; a little slower."""
+        """Sums up the seconds of each operation of both `programs` while it is open; a little slower.
+
+        Steps with adapters run another program and are not counted.
+        """
         layers, head = self.programs
         self._op_seconds = ([0.0] * len(layers.op_names), [0.0] * len(head.op_names))
         try:
@@ -183,7 +194,10 @@ class RecordedModel:
             (batch.positions.data_ptr(), batch.positions.itemsize),
             (hidden.data_ptr(), hidden.stride(0) * hidden.itemsize),
         ]
-        self._run(self._forward, rows, externals, attention_inputs(batch.groups))
+        # The base model's program joins more operations, which rounds less: a row's bits would depend on
+        # whether a neighbour has an adapter.
+        program = self._adapted if batch.adapters or self._is_deterministic else self._forward
+        self._run(program, rows, externals, attention_inputs(batch.groups), adapter_runs(batch.adapters))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -197,7 +211,7 @@ class RecordedModel:
             (out.data_ptr(), out.stride(0) * out.itemsize),
         ]
         if rows:
-            self._run(self._logits, rows, externals, [])
+            self._run(self._logits, rows, externals, [], [])
         return out
 
     def _run(
@@ -206,13 +220,14 @@ class RecordedModel:
         rows: int,
         externals: list[tuple[int, int]],
         groups: list[_native.AttentionInputs],
+        adapters: list[tuple[int, int, _native.Adapter]],
     ) -> None:
         began_s = time.perf_counter()
-        if self._op_seconds is None:
-            program.run(rows, externals, groups)
+        if self._op_seconds is None or program not in self.programs:
+            program.run(rows, externals, groups, adapters)
         else:
             totals = self._op_seconds[program is self._logits]
-            spent = program.profile(rows, externals, groups, rounds=1)
+            spent = program.profile(rows, externals, groups, rounds=1, adapters=adapters)
             totals[:] = [total + seconds for total, seconds in zip(totals, spent, strict=True)]
         self.program_seconds += time.perf_counter() - began_s
 
@@ -222,6 +237,7 @@ class RecordedModel:
             for slab, group in zip(batch.layer_slabs, batch.layer_groups, strict=True)
         ]
         self._forward.set_layers(layers)
+        self._adapted.set_layers(layers)
         self._slabs = batch.layer_slabs
 
 

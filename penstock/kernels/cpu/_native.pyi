@@ -59,10 +59,23 @@ class Program:
         """Say which complete program runs after this one: idle threads ask for its weights meanwhile."""
     def set_reads_ahead(self, reads_ahead: bool) -> None:
         """False: waiting threads ask for nothing; for measuring what it gives."""
-    def run(self, num_rows: int, externals: list[tuple[int, int]], groups: list[AttentionInputs]) -> None:
-        """externals: (address, bytes from row to row) in the order of `add_external`."""
+    def run(
+        self,
+        num_rows: int,
+        externals: list[tuple[int, int]],
+        groups: list[AttentionInputs],
+        adapters: list[tuple[int, int, Adapter]] = ...,
+    ) -> None:
+        """externals: (address, bytes from row to row) in the order of `add_external`. adapters: (first row, rows,
+        whose), rising and apart; rows in none are the base model's.
+        """
     def profile(
-        self, num_rows: int, externals: list[tuple[int, int]], groups: list[AttentionInputs], rounds: int
+        self,
+        num_rows: int,
+        externals: list[tuple[int, int]],
+        groups: list[AttentionInputs],
+        rounds: int,
+        adapters: list[tuple[int, int, Adapter]] = ...,
     ) -> list[float]:
         """Seconds of each operation, mean of `rounds`."""
     def shrink(self) -> None: ...
@@ -136,6 +149,18 @@ def add_gated_linear(
     out: Ref,
 ) -> None:
     """Out = activation(gate(x)) * up(x); activation: silu, gelu or gelu_tanh; out bf16."""
+
+# ---- adapters
+
+class Adapter:
+    """An adapter's matrices by site, as `lora.h` draws them; their memory is the caller's to keep."""
+
+    def __init__(self, num_sites: int) -> None: ...
+    def set_site(self, site: int, *, a: int, b: int, rank: int, scale: float) -> None:
+        """a: address of bf16 [rank, in]; b: of bf16 [ceil(out / 32), rank, 32]."""
+
+def add_lora(program: Program, *, x: Ref, sites: list[int], outs: list[Ref]) -> None:
+    """outs[i] += what each row's adapter brings at sites[i], products of the same x (bf16). outs: bf16 or f32."""
 
 # ---- dense; weights are addresses of bf16 values; x may be bf16 or f32; out may be bf16 or f32, or quantized
 

@@ -206,6 +206,11 @@ class _Emission:
         )
 
     @add.register
+    def _(self, operation: t.Lora) -> None:
+        outs = [self._ref(out) for out in operation.outs]
+        _native.add_lora(self._program, x=self._ref(operation.x), sites=list(operation.sites), outs=outs)
+
+    @add.register
     def _(self, operation: t.GatedLinear) -> None:
         out = self._ref(operation.out)
         for gate, up in zip(operation.gate.pieces, operation.up.pieces, strict=True):

@@ -4,7 +4,7 @@ Every method describes one operation. While a recording runs it is written down;
 program of its own over the caller's tensors, made once for its shapes and kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.cpu import _native, weights
 from penstock.kernels.cpu import tape as t
+from penstock.kernels.cpu.adapters import pack_adapter
 from penstock.kernels.cpu.emission import Machine, kv_format
 from penstock.kernels.cpu.single_calls import Programs, SingleCall, slots_only
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
@@ -198,6 +200,25 @@ class NativeKernels:
         writer = self._writer(x.shape[0])
         out = writer.make(weight.out_features, dtype=x.dtype)
         writer.add(t.Linear(x=writer.take(x), weights=(_packed(weight),), outs=(out,)))
+        return writer.result(out)
+
+    def prepare_adapter(
+        self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
+    ) -> AdapterWeights:
+        """As `ops.prepare_adapter`: bfloat16 in one piece."""
+        del dtype
+        return pack_adapter(pairs, num_sites=num_sites)
+
+    def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+        """As `ops.lora`; in a recording in place, whichever adapters a step brings."""
+        if self._recording is not None:
+            source, out = self._recording.take(x), self._recording.take(y)
+            self._recording.add(t.Lora(x=source, sites=(site.index,), outs=(out,)))
+            return y
+        writer = SingleCall(self._programs, rows=x.shape[0], batch=None, adapters=site.active.rows)
+        out = writer.make(y.shape[1], dtype=y.dtype)
+        writer.add(t.Convert(x=writer.take(y), out=out))
+        writer.add(t.Lora(x=writer.take(x), sites=(site.index,), outs=(out,)))
         return writer.result(out)
 
     def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ from penstock.kernels.cpu.tape import (
     GatedLinear,
     LayerNorm,
     Linear,
+    Lora,
     Moe,
     Operation,
     Quantize,
@@ -45,6 +46,28 @@ SUM_GROUP: Final = 32
 """Values of a quantized row that share a sum (`linear.h`)."""
 
 
+def without_adapters(tape: Tape) -> Tape:
+    """The base model alone: for steps in which no row has an adapter."""
+    kept = tuple(each for each in tape.operations if not isinstance(each, Lora))
+    return replace(tape, operations=kept)
+
+
+def attach_adapters(tape: Tape) -> Tape:
+    """Where adapters act is noted at the products, so that the passes between join them as without adapters."""
+    rewriting = Rewriting(tape)
+    makers: dict[Slice, int] = {}
+    for i, operation in enumerate(tape.operations):
+        if isinstance(operation, Linear):
+            makers[operation.outs[0]] = i
+        if isinstance(operation, Lora) and operation.outs[0] in makers:
+            made = makers[operation.outs[0]]
+            linear = rewriting.current(made)
+            assert isinstance(linear, Linear)
+            rewriting.put(made, replace(linear, sites=operation.sites))
+            rewriting.drop(i)
+    return rewriting.apply()
+
+
 def _gate_and_up(
     tape: Tape, uses: Uses, index: int, operation: GatedActivation
 ) -> tuple[PackedLinear, PackedLinear, list[int]] | None:
@@ -56,6 +79,8 @@ def _gate_and_up(
         return None
     first, second = (tape.operations[source] for source in sources if source is not None)
     if not isinstance(first, Linear) or not isinstance(second, Linear) or first.x != second.x:
+        return None
+    if first.sites or second.sites:  # adapters add to both before the gate
         return None
     if first is not second:
         is_plain = tape.is_whole(operation.gate) and tape.is_whole(operation.up)
@@ -94,16 +119,20 @@ def gate_linears(tape: Tape) -> Tape:
 def merge_linears(tape: Tape) -> Tape:
     """Products of the same x (query, key and value) become one operation at the place of the first."""
     rewriting = Rewriting(tape)
-    first_of: dict[tuple[object, bool], int] = {}
+    first_of: dict[tuple[object, bool, bool], int] = {}
     for i, operation in enumerate(tape.operations):
         if not isinstance(operation, Linear) or operation.add:
             continue
-        first = first_of.setdefault((operation.x, operation.weights[0].takes_int8), i)
+        kind = (operation.x, operation.weights[0].takes_int8, bool(operation.sites))
+        first = first_of.setdefault(kind, i)
         if first != i:
             before = rewriting.current(first)
             assert isinstance(before, Linear)
             both = replace(
-                before, weights=before.weights + operation.weights, outs=before.outs + operation.outs
+                before,
+                weights=before.weights + operation.weights,
+                outs=before.outs + operation.outs,
+                sites=before.sites + operation.sites,
             )
             rewriting.put(first, both)
             rewriting.drop(i)
@@ -356,6 +385,20 @@ def widen_stream(tape: Tape) -> Tape:
     return replace(tape, buffers=tuple(buffers))
 
 
+def detach_adapters(tape: Tape) -> Tape:
+    """Adapters become operations again, one after each product (or join of products) that they act on.
+
+    Before inputs are quantized: adapters read them as they are.
+    """
+    rewriting = Rewriting(tape)
+    for i, operation in enumerate(tape.operations):
+        if isinstance(operation, Linear) and operation.sites:
+            assert isinstance(operation.x, Slice), "adapters read what is not quantized yet"
+            added = Lora(x=operation.x, sites=operation.sites, outs=operation.outs)
+            rewriting.put(i, replace(operation, sites=()), added)
+    return rewriting.apply()
+
+
 def isolate_operands(tape: Tape) -> Tape:
     """Inputs of a product that end inside a group are copied to where zeros follow: it reads to the end."""
     rewriting = Rewriting(tape)
@@ -414,6 +457,7 @@ def drop_unused(tape: Tape) -> Tape:
 
 
 PASSES: Final = (
+    attach_adapters,
     gate_linears,
     merge_linears,
     fold_converts,
@@ -421,6 +465,7 @@ PASSES: Final = (
     fuse_norm_sums,
     fuse_rope_writes,
     widen_stream,
+    detach_adapters,
     quantize_inputs,
     fuse_quantizes,
     isolate_operands,

@@ -10,8 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from penstock.kernels.adapters import AdapterRows
 from penstock.kernels.batch import AttentionBatch, KvSlab
 from penstock.kernels.cpu import _native
+from penstock.kernels.cpu.adapters import adapter_runs
 from penstock.kernels.cpu.emission import Machine, attention_inputs, emit
 from penstock.kernels.cpu.passes import lower
 from penstock.kernels.cpu.tape import Buffer, Operation, Role, Slice, Tape
@@ -58,8 +60,16 @@ def has_whole_rows(x: Tensor) -> bool:
 class SingleCall:
     """Describes operations over given tensors and runs them when the first result is asked for."""
 
-    def __init__(self, programs: Programs, *, rows: int, batch: AttentionBatch | None) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        rows: int,
+        batch: AttentionBatch | None,
+        adapters: tuple[AdapterRows, ...] = (),
+    ) -> None:
         self._programs = programs
+        self._adapters = adapters
         self._rows = rows
         self._batch = batch
         self._layers: list[_native.LayerKv] = []
@@ -116,7 +126,8 @@ class SingleCall:
         program = self._programs.program(tape)
         program.set_layers(self._layers)
         externals = [(each.data_ptr(), each.stride(0) * each.itemsize) for each in self._tensors]
-        program.run(self._rows, externals, attention_inputs([self._batch] if self._batch else []))
+        groups = attention_inputs([self._batch] if self._batch else [])
+        program.run(self._rows, externals, groups, adapter_runs(self._adapters))
         if program.buffer_bytes:
             program.shrink()
 

@@ -198,12 +198,25 @@ class Linear(Operation):
     weights: tuple[PackedLinear, ...]
     outs: tuple[Slice, ...]
     add: bool = False
+    sites: tuple[int, ...] = ()
+    """For each weight the number of the site where adapters act on its product; empty where none does."""
 
     def read(self) -> Iterator[Slice]:
         """What it reads; `outs` too if it adds to them."""
         yield from slices(self.x)
         if self.add:
             yield from self.outs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora(Operation):
+    """Add the adapters' part to products of the same x, in place; each row has its own adapter, or none."""
+
+    READS = ("x", "outs")
+    WRITES = ("outs",)
+    x: Slice
+    sites: tuple[int, ...]
+    outs: tuple[Slice, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,16 +1,18 @@
 """The eager home as the object that layers hold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.eager import attention, dense
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
+from penstock.kernels.reference.adapters import plain_pair, prepare_plain_adapter
 from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
 from penstock.kernels.rounded import RoundedWeight
 
@@ -86,6 +88,17 @@ class EagerKernels:
         known = plain(weight)
         return functional.linear(known.rounded(x).to(x.dtype), known.weight, known.bias)
 
+    def prepare_adapter(
+        self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
+    ) -> AdapterWeights:
+        """As `ops.prepare_adapter`."""
+        del num_sites
+        return prepare_plain_adapter(pairs, dtype=dtype)
+
+    def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+        """As `ops.lora`."""
+        return _lora(x, y, site)
+
     def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
         """As `ops.embedding`."""
         rows = weight.index_select(0, token_ids)
@@ -127,3 +140,14 @@ class EagerKernels:
     def zero_blocks(self, pool: Tensor, block_ids: Tensor) -> None:
         """As `ops.zero_blocks`."""
         pool.index_fill_(0, block_ids, 0)
+
+
+def _lora(x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+    """As `ops.lora`, in place."""
+    for run in site.active.rows:
+        pair = plain_pair(run.weights, site)
+        if pair is not None:
+            rows = slice(run.first_row, run.first_row + run.num_rows)
+            shrunk = functional.linear(x[rows], pair.a)
+            y[rows] += functional.linear(shrunk, pair.b).mul_(pair.scale)
+    return y

@@ -1,15 +1,17 @@
 """The reference home as the object that layers hold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
-from penstock.kernels.reference import attention, dense
+from penstock.kernels.reference import adapters, attention, dense
+from penstock.kernels.reference.adapters import prepare_plain_adapter
 from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
 from penstock.kernels.rounded import RoundedWeight
 
@@ -81,6 +83,17 @@ class ReferenceKernels:
         """As `ops.linear`."""
         known = plain(weight)
         return dense.linear(known.rounded(x), known.weight, known.bias).to(x.dtype)
+
+    def prepare_adapter(
+        self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
+    ) -> AdapterWeights:
+        """As `ops.prepare_adapter`; float32, so that nothing else is rounded."""
+        del num_sites, dtype
+        return prepare_plain_adapter(pairs, dtype=torch.float32)
+
+    def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+        """As `ops.lora`."""
+        return adapters.lora(x, y, site)
 
     def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
         """As `ops.embedding`."""
