@@ -150,6 +150,25 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Guesses that stood, by their place in a draft."""
 
 
+class AdapterReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter of an engine, as `/admin/adapters` lists it."""
+
+    name: str
+    revision: str
+    """Hash of its files."""
+    rank: int
+    """The largest of its ranks; 0 if it has not been read since the engine's restart."""
+    num_bytes: int
+    """Of its matrices in memory; as `rank`."""
+    is_in_memory: bool
+    num_requests: int
+    """Running or waiting."""
+    path: str
+    """Folder it was read from; never told to clients."""
+    allow_links: bool = False
+    """Its files may be symbolic links."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a started engine is: the resolved choices, for the start table, `/metrics` and admission."""
 
@@ -178,6 +197,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    adapters: tuple[AdapterReport, ...] = ()
+    """Loaded at start."""
     load_time_s: float
     warmup_time_s: float
     speculation: str = "none"

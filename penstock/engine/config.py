@@ -115,6 +115,35 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         return f"{self.method}, up to {self.num_tokens} drafts ({who})"
 
 
+class LoraModule(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter by name and folder."""
+
+    name: str
+    path: str
+    """Folder in the form of PEFT."""
+    allow_links: bool = True
+    """Its files may be symbolic links; not where a client of the admin API named the folder."""
+    revision: str = ""
+    """Hash of its files if it was loaded before the engine's restart: it is read when it is asked for."""
+
+
+class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """LoRA adapters on the model."""
+
+    enable_lora: bool = False
+    """Record passes with adapters, and accept requests for them."""
+    modules: tuple[LoraModule, ...] = ()
+    """Loaded at start."""
+    max_loras: int = 64
+    """Different adapters in one step, 1 to 4096."""
+    max_lora_rank: int = 64
+    """Largest rank, 1 to 1024."""
+    max_cpu_loras: int = 256
+    """Adapters in memory, at least `max_loras`; others are read when they are asked for."""
+    lora_memory_bytes: int = 1 << 30
+    """Bytes of the adapters in memory."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All an engine process needs to start; serialisable, so that it crosses to the child process."""
 
@@ -149,6 +178,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv: KvConfig = KvConfig()
     speculative: SpeculativeConfig | None = None
     """Speculative decoding, or None."""
+    lora: LoraConfig = LoraConfig()
     log_level: str = "info"
     """`debug`, `info`, `warning` or `error`."""
     warmup: bool = True
@@ -194,6 +224,7 @@ def validate_engine_config(config: EngineConfig) -> None:
     if config.max_model_len is not None:
         _bound("max_model_len", config.max_model_len, 2, MAX_MODEL_LEN)
         check_whole_prompts(sched, max_model_len=config.max_model_len)
+    _check_lora(config.lora)
     if config.num_threads is not None:
         _bound("num_threads", config.num_threads, 1, 1024)
     read_affinity(config.thread_affinity)
@@ -249,6 +280,15 @@ def _check_quantization(config: EngineConfig) -> None:
             f"quantization_group_size is {size}, which needs quantization int4",
             param="quantization_group_size",
         )
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    if lora.modules and not lora.enable_lora:
+        raise StartupError("lora_modules is set, which needs enable_lora", param="lora_modules")
+    _bound("max_loras", lora.max_loras, 1, 4096)
+    _bound("max_lora_rank", lora.max_lora_rank, 1, 1024)
+    _bound("max_cpu_loras", lora.max_cpu_loras, lora.max_loras, 1 << 20)
+    _bound("lora_memory_bytes", lora.lora_memory_bytes, 1, 1 << 50)
 
 
 def read_affinity(text: str | None) -> tuple[int, ...]:

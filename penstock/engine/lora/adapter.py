@@ -165,7 +165,7 @@ def read_adapter(
     )
     data = read_file(folder, WEIGHTS_NAME, max_bytes=most, allow_links=allow_links)
     pairs = _pairs(_parse(data), config=config, targets=targets)
-    num_bytes = sum(2 * (pair.a.numel() + pair.b.numel()) for pair in pairs.values())
+    num_bytes = sum(4 * (pair.a.numel() + pair.b.numel()) for pair in pairs.values())
     if num_bytes > limits.max_bytes:
         raise wrong(
             WEIGHTS_NAME, f"its matrices take {num_bytes} bytes, lora_memory_bytes is {limits.max_bytes}"

@@ -85,6 +85,10 @@ class AdapterSlots:
         """Adapters of requests none of which runs."""
         return len(self._num_requests) - len(self._num_users)
 
+    def num_requests(self, revision: str) -> int:
+        """Requests that have a version, running or waiting."""
+        return self._num_requests.get(revision, 0)
+
     def enter(self, revision: str) -> None:
         """A request has been accepted: its version stays, whatever becomes of the name."""
         self._num_requests[revision] = self._num_requests.get(revision, 0) + 1

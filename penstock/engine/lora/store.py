@@ -7,7 +7,7 @@ versions leave when count or bytes are at their limit; those that are pinned (bo
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,6 +104,10 @@ class AdapterStore:
             self._entries[revision] = Entry(weights=read.weights)
             self.num_bytes += read.weights.num_bytes
 
+    def version(self, revision: str) -> AdapterVersion:
+        """What is known of a version, by its latest reading."""
+        return self._versions[revision]
+
     def weights(self, revision: str) -> AdapterWeights:
         """Of a version that is in memory."""
         return self._entries[revision].weights
@@ -154,9 +158,10 @@ class AdapterStore:
         """True while a folder is read for a request."""
         return bool(self._reads)
 
-    def wait(self, timeout_s: float) -> None:
-        """Return when a read has ended, or after so long."""
-        wait(self._reads.values(), timeout=timeout_s, return_when=FIRST_COMPLETED)
+    @property
+    def reads(self) -> "list[Future[ReadAdapter]]":
+        """Those under way."""
+        return list(self._reads.values())
 
     def poll(self) -> None:
         """Take in what has been read since the last call."""

@@ -15,8 +15,10 @@ import torch
 
 from penstock.core.ids import SequenceId
 from penstock.engine.kv.cache_groups import CacheLayout
+from penstock.engine.lora.slots import NO_SLOT
 from penstock.engine.runner.kv_pool import KvPool, layer_groups, layer_slabs
 from penstock.engine.scheduler.plan import ScheduledSequence
+from penstock.kernels.adapters import AdapterRows, AdapterWeights
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
 
 NO_BLOCK: Final = -1
@@ -103,7 +105,9 @@ class InputBatchBuilder:
         """Bytes that stay allocated between steps."""
         return self._tables.num_bytes
 
-    def build(self, sequences: Sequence[ScheduledSequence]) -> ForwardBatch:
+    def build(
+        self, sequences: Sequence[ScheduledSequence], *, adapters: Sequence[AdapterWeights | None] = ()
+    ) -> ForwardBatch:
         """Arrange one step's inputs.
 
         Nothing in the result refers to the plan's lists; the next call may write over it.
@@ -111,12 +115,13 @@ class InputBatchBuilder:
         Args:
             sequences: at least one, each with at least one token and a table per cache group that covers
                 every position up to its last token.
+            adapters: what the slots hold.
 
         Returns:
             The batch; its rows are in the order of `sequences`.
         """
         if all(len(seq.token_ids) == 1 for seq in sequences):
-            return self._build_decodes(sequences)
+            return self._build_decodes(sequences, adapters=adapters)
         rows = _make_rows(sequences)
         num_tokens = len(rows.positions)
         token_ids = np.fromiter(chain.from_iterable(seq.token_ids for seq in sequences), np.int64, num_tokens)
@@ -127,9 +132,12 @@ class InputBatchBuilder:
             groups=tuple(_attention_batch(group, rows=rows, block_size=self._block_size) for group in tables),
             layer_groups=self._layer_groups,
             layer_slabs=self._layer_slabs,
+            adapters=adapter_rows(sequences, adapters=adapters),
         )
 
-    def _build_decodes(self, sequences: Sequence[ScheduledSequence]) -> ForwardBatch:
+    def _build_decodes(
+        self, sequences: Sequence[ScheduledSequence], *, adapters: Sequence[AdapterWeights | None]
+    ) -> ForwardBatch:
         """The same for one token each, in arrays that are kept: few calls of numpy and none of torch.
 
         After a pass over the weights no cache holds the code of a library's many small operations, and each
@@ -164,7 +172,30 @@ class InputBatchBuilder:
             ),
             layer_groups=self._layer_groups,
             layer_slabs=self._layer_slabs,
+            adapters=adapter_rows(sequences, adapters=adapters),
         )
+
+
+def adapter_rows(
+    sequences: Sequence[ScheduledSequence], *, adapters: Sequence[AdapterWeights | None]
+) -> tuple[AdapterRows, ...]:
+    """Runs of rows by adapter; neighbours that have the same one are one run.
+
+    Example: sequences of 3, 1 and 2 tokens in the slots -1, 5 and 5 give one run, rows 3 to 5.
+    """
+    if not adapters:
+        return ()
+    runs: list[AdapterRows] = []
+    row, last_slot = 0, NO_SLOT
+    for seq in sequences:
+        num_rows = len(seq.token_ids)
+        if seq.adapter_slot != NO_SLOT:
+            weights = adapters[seq.adapter_slot]
+            assert weights is not None, "a sequence uses a slot that holds nothing"
+            first = runs.pop().first_row if seq.adapter_slot == last_slot else row
+            runs.append(AdapterRows(first_row=first, num_rows=row + num_rows - first, weights=weights))
+        row, last_slot = row + num_rows, seq.adapter_slot
+    return tuple(runs)
 
 
 class DecodeArrays:

@@ -86,6 +86,13 @@ class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     dst: int
 
 
+class AdapterBinding(msgspec.Struct, frozen=True, array_like=True):
+    """From this step on a slot holds a version of an adapter; "" empties it."""
+
+    slot: int
+    revision: str
+
+
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """All that one step does."""
 
@@ -99,6 +106,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     block_copies: list[BlockCopy] = []
     blocks_to_zero: list[int] = []
     """Blocks that held NaN; zeroed before anything else."""
+    adapter_bindings: list[AdapterBinding] = []
+    """In their order, before anything is computed."""
 
     @property
     def num_tokens(self) -> int:

@@ -162,6 +162,8 @@ class SequenceGroup:
     kv_usage: float = 0.0
     reserved_blocks: int = 0
     """Blocks set aside for it while it runs protected."""
+    adapter_slot: int = -1
+    """Where its adapter lies in the runner while it runs; -1 for the base model."""
     is_loading: bool = False
     """A connector fills its blocks."""
 

@@ -9,6 +9,7 @@ from penstock.core.ids import RequestId
 from penstock.engine.config import SchedulerConfig
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.kv.prefix_tree import PrefixMatch
+from penstock.engine.lora.slots import NO_SLOT, AdapterSlots
 from penstock.engine.scheduler.request import GroupState, SequenceGroup
 from penstock.engine.scheduler.step_draft import StepDraft
 
@@ -16,9 +17,12 @@ from penstock.engine.scheduler.step_draft import StepDraft
 class RunningSet:
     """Groups that hold seats, loads included, in the order in which they started."""
 
-    def __init__(self, config: SchedulerConfig, *, kv: KvManager) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, kv: KvManager, adapters: AdapterSlots | None = None
+    ) -> None:
         self._config = config
         self._kv = kv
+        self._adapters = adapters
         self._groups: dict[RequestId, SequenceGroup] = {}
         self._num_reserved_blocks = 0
         self.num_seqs = 0
@@ -31,9 +35,11 @@ class RunningSet:
         return iter(self._groups.values())
 
     def join(self, group: SequenceGroup) -> None:
-        """Give `group` its seats, and its reservation if it is protected."""
+        """Give `group` its seats, its adapter's slot, and its reservation if it is protected."""
         self._groups[group.request.request_id] = group
         self.num_seqs += len(group.live)
+        if self._adapters is not None and group.request.adapter_revision:
+            group.adapter_slot = self._adapters.take(group.request.adapter_revision)
         if self.is_protected(group):
             group.reserved_blocks = group.num_blocks_max
             self._num_reserved_blocks += group.reserved_blocks
@@ -44,6 +50,9 @@ class RunningSet:
         self.num_seqs -= len(group.live)
         self._num_reserved_blocks -= group.reserved_blocks
         group.reserved_blocks = 0
+        if self._adapters is not None and group.adapter_slot != NO_SLOT:
+            self._adapters.leave(group.request.adapter_revision)
+            group.adapter_slot = NO_SLOT
 
     # -- protection from preemption ------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from penstock.core.tokens import EngineRequest, RequestReport, StepStats, TokenD
 from penstock.engine.config import SchedulerConfig
 from penstock.engine.kv.kv_manager import EMPTY_MATCH, KvManager
 from penstock.engine.kv.prefix_tree import PrefixMatch
+from penstock.engine.lora.slots import AdapterSlots, Readiness
 from penstock.engine.scheduler.admission import (
     AdmissionLimits,
     QueueLoad,
@@ -48,6 +49,7 @@ from penstock.engine.scheduler.drafting import Drafting, Proposer, Wanted, num_p
 from penstock.engine.scheduler.figures import QueueGauges, StepCounts, request_report, step_stats
 from penstock.engine.scheduler.group_maker import GroupMaker
 from penstock.engine.scheduler.plan import (
+    AdapterBinding,
     BlockCopy,
     ForcedTokens,
     NewSequence,
@@ -102,6 +104,7 @@ class Scheduler:
         connector: KvConnector | None = None,
         vocab_size: int | None = None,
         proposer: Proposer | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         """Start with an empty queue.
 
@@ -113,6 +116,7 @@ class Scheduler:
             connector: moves KV in and out of the pool, or None.
             vocab_size: when given, token ids of requests are checked against it.
             proposer: guesses tokens ahead, or None for no speculation.
+            adapters: slots for the adapters of running requests, or None without adapters.
         """
         self._config = config
         self._kv = kv
@@ -131,7 +135,8 @@ class Scheduler:
             vocab_size=vocab_size,
         )
         self._groups: dict[RequestId, SequenceGroup] = {}
-        self._running = RunningSet(config, kv=kv)
+        self._adapters = adapters
+        self._running = RunningSet(config, kv=kv, adapters=adapters)
         self._closing: list[SequenceGroup] = []
         self._sequences: dict[SequenceId, Sequence] = {}
         self.constraints: dict[SequenceId, Constraint] = {}
@@ -190,6 +195,8 @@ class Scheduler:
                 self.constraints[seq.seq_id] = seq.constraint
         self._num_waiting_tokens += num_prompt_tokens
         self.policy.add(group)
+        if self._adapters is not None and request.adapter_revision:
+            self._adapters.enter(request.adapter_revision)
         if group.ends_with_prompt and request.pooling is None and group.prompt_logprobs is None:
             self._close_answers(group, FinishReason.LENGTH)
             self._end(group)
@@ -457,11 +464,15 @@ class Scheduler:
         one step later it finds that block in the tree. It keeps its place; only such groups are passed over.
         """
         held_back: list[SequenceGroup] = []
+        broken: list[SequenceFailure] = []
         while draft.num_tokens_left > 0 and len(held_back) < self._config.max_num_seqs:
             group = self.policy.pop()
             if group is None:
                 break
             leader = group.live[0]
+            if self._waits_for_adapter(draft, group, broken):
+                held_back.append(group)
+                continue
             match = self._match(group)
             if is_held_back(draft, group, match, block_size=self._kv.block_size):
                 held_back.append(group)
@@ -476,6 +487,29 @@ class Scheduler:
                 break
         for group in held_back:
             self.policy.push(group)
+        self._end_failed(broken)
+
+    def _waits_for_adapter(
+        self, draft: StepDraft, group: SequenceGroup, broken: list[SequenceFailure]
+    ) -> bool:
+        """True if the group cannot start because its adapter is not in memory, or no slot is free.
+
+        Who waits for a slot is not passed by others that would keep the slots in use. A group whose adapter
+        cannot be read any more is put on `broken`.
+        """
+        revision = group.request.adapter_revision
+        if self._adapters is None or not revision:
+            return False
+        readiness = self._adapters.ask(revision)
+        if readiness is Readiness.BROKEN:
+            message = "the adapter's files are gone or have changed"
+            broken.append(SequenceFailure(group.live[0].seq_id, "adapter_unavailable", message))
+            return True
+        if readiness is Readiness.COMING:
+            return True
+        has_slot = readiness is Readiness.READY and self._adapters.can_take(revision)
+        draft.owes_slot |= not has_slot
+        return draft.owes_slot
 
     def _match(self, group: SequenceGroup) -> PrefixMatch:
         """The cached blocks that `group` can begin with."""
@@ -530,15 +564,24 @@ class Scheduler:
             group.kv_usage = usage.num_owned / usage.num_blocks
         finished, self._finished_seq_ids = self._finished_seq_ids, []
         forced, self._forced_tokens = self._forced_tokens, []
+        bindings = [] if self._adapters is None else self._adapters.take_bindings()
         return StepPlan(
             step_id=self._last_step_id,
-            sequences=list(draft.scheduled.values()),
+            sequences=self._in_adapter_order(draft),
             new_sequences=self._mark_inflight(draft),
             forced_tokens=forced,
             finished_seq_ids=finished,
             block_copies=[BlockCopy(copy.src, copy.dst) for copy in self._kv.take_copies()],
             blocks_to_zero=self._kv.take_blocks_to_zero(),
+            adapter_bindings=[AdapterBinding(slot, revision) for slot, revision in bindings],
         )
+
+    def _in_adapter_order(self, draft: StepDraft) -> list[ScheduledSequence]:
+        """The step's sequences; those of one adapter together, so that its weights are read once."""
+        sequences = list(draft.scheduled.values())
+        if self._adapters is not None and self._adapters.num_used:
+            sequences.sort(key=lambda entry: entry.adapter_slot)
+        return sequences
 
     def _mark_inflight(self, draft: StepDraft) -> list[NewSequence]:
         """The step is under way from here on; returns the sequences that the runner has not met."""
@@ -778,6 +821,8 @@ class Scheduler:
             self._num_waiting_tokens -= group.num_prompt_tokens
         else:
             self._running.leave(group)
+        if self._adapters is not None and group.request.adapter_revision:
+            self._adapters.exit(group.request.adapter_revision)
         group.move_to(GroupState.FINISHED)
         del self._groups[group.request.request_id]
         self.policy.end(group)

@@ -36,6 +36,8 @@ class StepDraft:
     counts: StepCounts = field(default_factory=StepCounts)
     started: list[SequenceGroup] = field(default_factory=list)
     """Groups that run for the first time."""
+    owes_slot: bool = False
+    """A group waits for an adapter's slot: those behind it must not keep the slots in use."""
     being_computed: dict[PrefixPlace, dict[SequenceId, int]] = field(default_factory=dict)
     """The blocks that sequences in this step fill next: who fills them, and in which tier each is."""
 
@@ -52,6 +54,7 @@ class StepDraft:
             prompt_targets=prompt_targets(seq, start=start, end=start + num_tokens),
             num_prompt_logprobs=seq.group.request.params.prompt_logprobs or 0,
             pooling=pooling_of(seq, end=start + num_tokens),
+            adapter_slot=seq.group.adapter_slot,
         )
         self.num_tokens_left -= num_tokens
         self.num_kv_tokens += start + num_tokens
