@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.cli.adapters import ServedAdapters
 from penstock.cli.model_source import ModelSource
 from penstock.cli.settings import ServeSettings, engine_config, reading_config
 from penstock.core.ids import ModelName
@@ -119,6 +120,8 @@ class ServedModel:
         await self._starting
         self._admins[self._source.name] = self._engine
         self._catalog.add(self._service, name=self._source.name)
+        adapters = ServedAdapters(self._service, catalog=self._catalog, clock=self._clock)
+        adapters.show_at_start(self._engine.info.adapters)
 
     async def drain(self, budget_s: float) -> None:
         """Let what is in the engine finish."""

@@ -7,7 +7,6 @@ from penstock.core.errors import StartupError
 
 _ONE_RANK: Final = "this version computes on one rank"
 _NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-cache-memory-bytes"
-_NO_LORA: Final = "adapters are not served yet"
 _SPEC: Final = "write it into --speculative-config"
 _NO_GUIDED: Final = "guided decoding is not here yet"
 
@@ -22,10 +21,9 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "data_parallel_size": _ONE_RANK,
     "enable_expert_parallel": _ONE_RANK,
     "distributed_executor_backend": _ONE_RANK,
-    "enable_lora": _NO_LORA,
-    "lora_modules": _NO_LORA,
-    "max_loras": _NO_LORA,
-    "max_lora_rank": _NO_LORA,
+    "enable_lora_bias": "adapters with biases are not supported",
+    "lora_extra_vocab_size": "adapters that add tokens are not supported",
+    "fully_sharded_loras": _ONE_RANK,
     "speculative_model": _SPEC,
     "num_speculative_tokens": _SPEC,
     "guided_decoding_backend": _NO_GUIDED,

@@ -47,12 +47,15 @@ class PowerOfTwo(Range):
         return f"a power of two from {plain(self.low)} to {plain(self.high)}"
 
 
-def setting(doc: str, *, allowed: Range | None = None, name: str | None = None) -> Parameter:
+def setting(
+    doc: str, *, allowed: Range | None = None, name: str | None = None, many: bool = False
+) -> Parameter:
     """Annotation of one setting.
 
     Args:
         doc: one sentence for `--help` and the reference page.
         allowed: its legal values, if it is a number.
         name: the flag, if it is not the field's own name.
+        many: the flag takes every word up to the next flag.
     """
-    return Parameter(help=doc, validator=allowed, name=name, show_choices=True)
+    return Parameter(help=doc, validator=allowed, name=name, show_choices=True, consume_multiple=many)

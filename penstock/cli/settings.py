@@ -11,10 +11,13 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from penstock.cli.setting import PowerOfTwo, Range, setting
+from penstock.core.errors import StartupError
 from penstock.engine.config import (
     MAX_BLOCK_SIZE,
     EngineConfig,
     KvConfig,
+    LoraConfig,
+    LoraModule,
     SchedulerConfig,
     read_speculative,
 )
@@ -157,6 +160,31 @@ class ServeSettings:
         Literal["auto", "scalar", "avx2", "avx512", "amx_emulated", "amx"],
         setting("Instruction set of the native kernels; auto takes the best that the CPU has."),
     ] = "auto"
+    enable_lora: Annotated[bool, setting("Let LoRA adapters act on the model's linear layers.")] = False
+    lora_modules: Annotated[
+        tuple[str, ...],
+        setting("Adapters to load at start, each as name=folder (in the form of PEFT).", many=True),
+    ] = ()
+    lora_dir: Annotated[
+        Path | None,
+        setting("Folder of the adapter folders that the admin API may load, by their names."),
+    ] = None
+    max_loras: Annotated[
+        int, setting("Most different adapters in one step.", allowed=Range(low=1, high=4096))
+    ] = 64
+    max_lora_rank: Annotated[int, setting("Largest rank of an adapter.", allowed=Range(low=1, high=1024))] = (
+        64
+    )
+    max_cpu_loras: Annotated[
+        int,
+        setting(
+            "Most adapters in memory, at least max_loras; others are read when they are asked for.",
+            allowed=Range(low=1, high=1 << 20),
+        ),
+    ] = 256
+    lora_memory_bytes: Annotated[
+        int, setting("Most bytes of adapters in memory.", allowed=Range(low=1, high=1 << 50))
+    ] = GIB
     tensor_parallel_size: Annotated[
         int, setting("Ranks that share a layer; this version has one.", allowed=Range(low=1, high=1))
     ] = 1
@@ -242,4 +270,29 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             num_blocks=settings.num_kv_blocks,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         ),
+        lora=LoraConfig(
+            enable_lora=settings.enable_lora,
+            modules=lora_modules(settings.lora_modules),
+            max_loras=settings.max_loras,
+            max_lora_rank=settings.max_lora_rank,
+            max_cpu_loras=settings.max_cpu_loras,
+            lora_memory_bytes=settings.lora_memory_bytes,
+        ),
     )
+
+
+def lora_modules(given: tuple[str, ...]) -> tuple[LoraModule, ...]:
+    """Adapters by name and folder, from `name=folder` each.
+
+    Raises:
+        StartupError: one is not of this form.
+    """
+    modules = []
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise StartupError(
+                f"lora_modules has {text!r:.200}, it must be name=folder", param="lora_modules"
+            )
+        modules.append(LoraModule(name=name, path=path))
+    return tuple(modules)

@@ -101,6 +101,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     tenant_id: TenantId = DEFAULT_TENANT
     cache_salt: str = ""
     """Extra salt of the prefix key; requests with different salts never share blocks."""
+    adapter: str = ""
+    """LoRA adapter in the engine's registry, set by the catalog's client for it; empty for the base model."""
     echo: bool = False
     """Begin the answer with the prompt's text (raw prompts only)."""
     arrival_s: float = 0.0

@@ -197,6 +197,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    enable_lora: bool = False
     adapters: tuple[AdapterReport, ...] = ()
     """Loaded at start."""
     load_time_s: float

@@ -7,15 +7,17 @@ weights, lay out the cache, size the pool, join the parts, warm up.
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import msgspec
 import torch
 
-from penstock.core.tokens import EngineInfo
+from penstock.core.tokens import AdapterReport, EngineInfo
 from penstock.engine.config import (
     EngineConfig,
+    LoraConfig,
     SchedulerConfig,
     SpeculativeConfig,
     check_whole_prompts,
@@ -28,6 +30,7 @@ from penstock.engine.grammar.compile import GrammarCompiler
 from penstock.engine.grammar.compile_pool import CompilePool
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.kv_budget import resolve_num_blocks
 from penstock.engine.runner.kv_pool import bytes_per_block
@@ -39,7 +42,7 @@ from penstock.engine.scheduler.drafting import Proposer
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.spec.ngram import NgramProposer
 from penstock.kernels.cpu.extension import default_num_threads
-from penstock.kernels.ops import kv_block
+from penstock.kernels.ops import kv_block, prepare_adapter
 from penstock.kernels.options import KernelOptions, KvCacheDtype
 from penstock.kernels.quantization import Activations, Method, Quantization
 from penstock.models.interface import LoadedModel
@@ -97,6 +100,7 @@ def kernel_options(config: EngineConfig, *, num_threads: int) -> KernelOptions:
         cpus=read_affinity(config.thread_affinity),
         is_deterministic=config.deterministic,
         isa=config.isa,
+        enable_lora=config.lora.enable_lora,
     )
 
 
@@ -115,8 +119,15 @@ def _join(
         free_memory_bytes=available_memory_bytes(),
         max_model_len=loaded.max_model_len,
     )
+    adapters = _adapter_host(config.lora, loaded)
     runner = Runner(
-        loaded, layout=layout, num_blocks=num_blocks, block_size=config.kv.block_size, faults=faults
+        loaded,
+        layout=layout,
+        num_blocks=num_blocks,
+        block_size=config.kv.block_size,
+        faults=faults,
+        num_adapter_slots=0 if adapters is None else config.lora.max_loras,
+        adapter_weights=None if adapters is None else adapters.weights,
     )
     ranks = LocalRank(runner)
     grammars = CompilePool(GrammarCompiler(Path(config.model_path)), vocab_size=loaded.model.vocab_size)
@@ -133,6 +144,7 @@ def _join(
         rng=random.SystemRandom(),
         vocab_size=loaded.model.vocab_size,
         proposer=_proposer(config.speculative),
+        adapters=None if adapters is None else adapters.slots,
     )
     scheduler.cost.prime(warm_steps)
     return EngineCore(
@@ -150,8 +162,24 @@ def _join(
             block_bytes=block_bytes,
             load_time_s=load_time_s,
             warmup_time_s=warmup_time_s,
+            adapters=() if adapters is None else tuple(adapters.reports()),
         ),
+        adapters=adapters,
     )
+
+
+def _adapter_host(config: LoraConfig, loaded: LoadedModel) -> AdapterHost | None:
+    """The adapters of the model, those of the command line loaded; None where they are not enabled."""
+    sites = loaded.sites
+    if sites is None:
+        return None
+    host = AdapterHost(
+        config,
+        sites=sites,
+        prepare=partial(prepare_adapter, loaded.kernels, num_sites=len(sites.sites), dtype=loaded.dtype),
+    )
+    host.load_at_start(config.modules)
+    return host
 
 
 def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> list[TimedStep]:
@@ -195,6 +223,7 @@ def _info(
     block_bytes: int,
     load_time_s: float,
     warmup_time_s: float,
+    adapters: tuple[AdapterReport, ...],
 ) -> EngineInfo:
     return EngineInfo(
         architecture=loaded.architecture,
@@ -222,4 +251,6 @@ def _info(
         load_time_s=load_time_s,
         warmup_time_s=warmup_time_s,
         speculation="none" if config.speculative is None else str(config.speculative),
+        enable_lora=config.lora.enable_lora,
+        adapters=adapters,
     )

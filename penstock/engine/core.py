@@ -5,16 +5,23 @@ is driven by `loop`; it knows no processes, no asyncio and no text.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
-from penstock.core.errors import PenstockError
+import msgspec
+
+from penstock.core.errors import InvalidParameterError, PenstockError
 from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport
 from penstock.engine.grammar.bitmask import MaskFiller
 from penstock.engine.grammar.compile_pool import CompiledRequest, CompilePool
 from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.rank_group import RankGroup
 from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
 from penstock.observe.memory import resident_bytes
+
+ADAPTER_WAIT_S: Final = 0.002
+"""How long a step without work waits for an adapter that is being read, before it looks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +34,8 @@ class EngineCore:
     info: EngineInfo
     grammars: CompilePool
     masks: MaskFiller
+    adapters: AdapterHost | None = None
+    """None where adapters are not enabled."""
 
     @property
     def has_work(self) -> bool:
@@ -39,9 +48,10 @@ class EngineCore:
         Raises:
             QueueFullError: the queue is at its limit.
             InvalidParameterError: the request can never fit, or its grammar cannot be enforced.
+            NotFoundError: its adapter is not there (any more).
         """
         constraint = None if request.grammar is None else self.grammars.compile_now(request)
-        self.scheduler.add(request, constraint=constraint)
+        self.scheduler.add(self._with_version(request), constraint=constraint)
 
     def add_compiled(self, done: CompiledRequest) -> None:
         """Queue a request whose grammar has been through `grammars`.
@@ -51,7 +61,15 @@ class EngineCore:
         """
         if isinstance(done.outcome, PenstockError):
             raise done.outcome
-        self.scheduler.add(done.request, constraint=done.outcome)
+        self.scheduler.add(self._with_version(done.request), constraint=done.outcome)
+
+    def _with_version(self, request: EngineRequest) -> EngineRequest:
+        """The request with the version that its adapter's name stands for now."""
+        if not request.adapter:
+            return request
+        if self.adapters is None:
+            raise InvalidParameterError("model names an adapter, the engine has none", param="model")
+        return msgspec.structs.replace(request, adapter_revision=self.adapters.resolve(request))
 
     def abort(self, request_id: RequestId) -> None:
         """Forget a request; its blocks are free after the step under way. Unknown ids are ignored."""
@@ -64,8 +82,12 @@ class EngineCore:
         Raises:
             EngineDeadError: the fault is in no single request.
         """
+        if self.adapters is not None:
+            self.adapters.poll()
         plan = self.scheduler.schedule()
         masks = self.masks.fill(plan, self.scheduler.constraints)
+        if self.adapters is not None and not plan.has_work:
+            self.adapters.wait(ADAPTER_WAIT_S)
         handle = self.ranks.launch(plan)
         result = self.ranks.collect(handle, masks=masks)
         return self.scheduler.apply(plan, result)

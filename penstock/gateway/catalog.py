@@ -9,24 +9,27 @@ from typing import Final
 
 import msgspec
 
-from penstock.core.errors import NotFoundError, NotReadyError, StartupError
+from penstock.core.errors import InvalidParameterError, NotFoundError, NotReadyError, StartupError
 from penstock.core.ids import ModelName
 from penstock.core.ports import ModelClient
 from penstock.core.text import ModelCard
 
 MAX_NAMES: Final = 256
+MAX_LISTED: Final = 20
+"""Names in the message about an unknown one."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}")
 
 
 class Catalog:
     """Names and aliases of the models; the first model added is the default.
 
-    Changed only by `cli` at start (and by later operators' tools), read by every request.
+    Changed by `cli` at start and by operators who load and unload adapters, read by every request.
     """
 
     def __init__(self) -> None:
         self._clients: dict[ModelName, ModelClient] = {}
         self._aliases: dict[ModelName, ModelName] = {}
+        self._adapters: dict[ModelName, ModelClient] = {}
 
     def add(self, client: ModelClient, *, name: ModelName, aliases: tuple[ModelName, ...] = ()) -> None:
         """Make a model known under its name and aliases.
@@ -44,18 +47,46 @@ class Catalog:
         self._clients[name] = client
         self._aliases.update(dict.fromkeys(aliases, name))
 
+    def put_adapter(self, client: ModelClient, *, name: ModelName) -> None:
+        """Make an adapter known, or replace it; how many there may be is the engine's to bound.
+
+        Args:
+            client: who answers for it.
+            name: checked by `check_adapter_name`.
+        """
+        self._adapters[name] = client
+
+    def remove_adapter(self, name: ModelName) -> None:
+        """Forget an adapter; requests that have begun go on."""
+        self._adapters.pop(name, None)
+
+    def check_adapter_name(self, name: str) -> ModelName:
+        """The name, if an adapter may have it.
+
+        Raises:
+            InvalidParameterError: it is malformed, or a model's.
+        """
+        if not _NAME.fullmatch(name):
+            raise InvalidParameterError(
+                f"lora_name is {name!r:.140}, it must be 1 to 128 characters of A-Za-z0-9._/:@-",
+                param="lora_name",
+            )
+        if name in self._clients or name in self._aliases:
+            raise InvalidParameterError(f"lora_name is {name!r}, which is a model's name", param="lora_name")
+        return ModelName(name)
+
     def _check_free(self, name: ModelName) -> None:
         if not _NAME.fullmatch(name):
             raise StartupError(f"model name {name!r} must be 1 to 128 characters of A-Za-z0-9._/:@-")
-        if name in self._clients or name in self._aliases:
+        if name in self._clients or name in self._aliases or name in self._adapters:
             raise StartupError(f"model name {name!r} is taken twice")
         if len(self._clients) + len(self._aliases) >= MAX_NAMES:
             raise StartupError(f"model name {name!r} is one too many, the limit is {MAX_NAMES}")
 
     @property
     def names(self) -> tuple[ModelName, ...]:
-        """Every name and alias, models first."""
-        return (*self._clients, *self._aliases)
+        """Every name and alias, models first, adapters last."""
+        return (*self._clients, *self._aliases, *self._adapters)
 
     def resolve(self, name: ModelName | None) -> ModelClient:
         """Return who answers for `name`; the default model if it is None.
@@ -68,13 +99,13 @@ class Catalog:
             raise NotReadyError("no model is loaded yet", retry_after_s=1.0)
         if name is None:
             return next(iter(self._clients.values()))
-        client = self._clients.get(self._aliases.get(name, name))
+        client = self._clients.get(self._aliases.get(name, name)) or self._adapters.get(name)
         if client is None:
             raise self._unknown()
         return client
 
     def _unknown(self) -> NotFoundError:
-        known = ", ".join(self.names[:20])
+        known = ", ".join(self.names[:MAX_LISTED])
         return NotFoundError(
             f"model is not one that this server has; it has: {known}", param="model", code="model_not_found"
         )

@@ -1,11 +1,13 @@
 """Low-rank adapters as layers and kernels see them: where they act, what they weigh, which rows use which.
 
-A site is a product of the model that adapters may change: `y += scale * B (A x)`. Sites are numbered while the
-model is built; an adapter brings matrices for some of them. Rows of a step that use one adapter lie together
-(a sequence's tokens do), so a step's adapters are a few runs of rows; rows in none are the base model's.
+A site is a product of the model that adapters may change: `y += scale * B (A x)`. Sites are numbered while
+the model is built; an adapter brings matrices for some of them. Rows of a step that use one adapter lie
+together (a sequence's tokens do), so a step's adapters are a few runs of rows; rows in none are the base
+model's.
 
-**Source:** Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1; one batch of many
-adapters without padding: Sheng et al., S-LoRA, 2023, section 5, and Chen et al., Punica, 2023, section 4.
+**Source:** Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1; one batch
+of many adapters without padding: Sheng et al., S-LoRA, 2023, section 5, and Chen et al., Punica,
+2023, section 4.
 """
 
 from dataclasses import dataclass, field

@@ -286,6 +286,7 @@ class TextService:
             if params.dry_multiplier
             else (),
             grammar=self._reading.grammar(request, token_ids=token_ids),
+            adapter=request.adapter,
         )
 
     def _make_answers(

@@ -1,10 +1,10 @@
 """One PEFT adapter folder: read once, checked against the model, turned into matrices by site.
 
 Only `adapter_config.json` and `adapter_model.safetensors` are read, each once and into memory of its own, so
-that what was checked and hashed is what is used. A field that changes what an adapter computes and that is not
-known here is refused by name, never ignored. Nothing is kept of an adapter that is refused.
+that what was checked and hashed is what is used. A field that changes what an adapter computes and that is
+not known here is refused by name, never ignored. Nothing is kept of an adapter that is refused.
 
-**Source:** the folder's form is that of Hugging Face PEFT; Hu et al., LoRA, 2021; scale by alpha / sqrt(rank):
+**Source:** the folder's form is that of Hugging Face PEFT; Hu et al., LoRA, 2021; alpha / sqrt(rank):
 Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023, equation 4.
 """
 
@@ -48,7 +48,7 @@ NEUTRAL_FIELDS: Final = frozenset(
 """Of training, or of how weights were made: with the tensors at hand they change nothing."""
 PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to begin a training that leave the base model's weights alone; the others change them."""
-EMPTY: Final = (None, False, [], {}, "", 0)
+EMPTY: Final[tuple[object, ...]] = (None, False, [], {}, "", 0)
 """Values with which an unknown field does nothing."""
 
 
@@ -143,9 +143,7 @@ def read_file(folder: Path, name: str, *, max_bytes: int, allow_links: bool) -> 
     return data
 
 
-def read_adapter(
-    folder: Path, *, sites: LoraSites, limits: LoraLimits, allow_links: bool = False
-) -> Adapter:
+def read_adapter(folder: Path, *, sites: LoraSites, limits: LoraLimits, allow_links: bool = False) -> Adapter:
     """Read and check a PEFT folder.
 
     Args:
@@ -352,5 +350,3 @@ def _take(
     if not bool(tensor.isfinite().all()):
         raise wrong(name, f"tensor {name!r} holds NaN or infinity")
     return tensor
-
-

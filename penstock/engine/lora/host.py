@@ -1,7 +1,7 @@
 """The adapters of one engine: operators' orders in, versions and weights out.
 
-Joins registry, store and slots. An order to load is carried out in the store's thread, so that running answers
-go on; the step loop takes its outcome in between two steps. Owned by `engine/core`.
+Joins registry, store and slots. An order to load is carried out in the store's thread, so that running
+answers go on; the step loop takes its outcome in between two steps. Owned by `engine/core`.
 """
 
 from collections.abc import Callable
@@ -62,6 +62,7 @@ class AdapterHost:
         self._limits = LoraLimits(max_rank=config.max_lora_rank, max_bytes=config.lora_memory_bytes)
         self._registry = AdapterRegistry()
         self._orders: list[tuple[LoadOrder, Future[ReadAdapter]]] = []
+        self._outcomes: list[LoadOutcome] = []
         self.store = AdapterStore(
             StoreLimits(max_adapters=config.max_cpu_loras, max_bytes=config.lora_memory_bytes),
             read=self._read_again,
@@ -127,7 +128,7 @@ class AdapterHost:
         wait([*futures, *self.store.reads], timeout=timeout_s, return_when=FIRST_COMPLETED)
 
     def begin_load(self, order: LoadOrder) -> None:
-        """Start to load a folder; `poll` tells how it ended.
+        """Start to load a folder; `take_outcomes` tells how it ended.
 
         Raises:
             InvalidParameterError: the name is taken, or too much is loaded at once.
@@ -150,12 +151,17 @@ class AdapterHost:
         self.slots.forget(self._registry.remove(name).revision)
         return report
 
-    def poll(self) -> list[LoadOutcome]:
-        """Take in what has been read; the orders that have ended."""
+    def poll(self) -> None:
+        """Take in what has been read since the last call."""
         self.store.poll()
         ended = [(order, future) for order, future in self._orders if future.done()]
         self._orders = [(order, future) for order, future in self._orders if not future.done()]
-        return [self._end_order(order, future) for order, future in ended]
+        self._outcomes += [self._end_order(order, future) for order, future in ended]
+
+    def take_outcomes(self) -> list[LoadOutcome]:
+        """Orders that have ended since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
     def _end_order(self, order: LoadOrder, future: "Future[ReadAdapter]") -> LoadOutcome:
         name = order.module.name

@@ -1,7 +1,7 @@
 """The names of adapters and the versions that they stand for. Pure: no file, no weights.
 
-A version is known by the hash of its files. Two names may stand for one version; a name that is replaced stands
-for another from then on, while requests of the old one go on with what they began with.
+A version is known by the hash of its files. Two names may stand for one version; a name that is replaced
+stands for another from then on, while requests of the old one go on with what they began with.
 """
 
 from dataclasses import dataclass

@@ -5,9 +5,9 @@ requests have all left stays bound, so that the next one finds it; the slot that
 anew when another adapter needs one. Weights come from a `Weights` port; where they lie is not known here.
 
 ```
-  free --bind--> in use (1 request or more) --last leaves--> idle --next of the same--> in use
-                                                              |
-                                                              +--least recently left, for another--> bound anew
+  free --bind--> in use (1 request or more) -last leaves-> idle -next of the same-> in use
+                                                           |
+                                                           +-least recently left-> bound to another
 ```
 """
 

@@ -51,7 +51,11 @@ class AdapterStore:
     """See the module; `slots.Weights`. Used from the step loop's thread only."""
 
     def __init__(
-        self, limits: StoreLimits, *, read: Callable[[AdapterVersion], ReadAdapter], is_named: Callable[[str], bool]
+        self,
+        limits: StoreLimits,
+        *,
+        read: Callable[[AdapterVersion], ReadAdapter],
+        is_named: Callable[[str], bool],
     ) -> None:
         """Begin empty.
 

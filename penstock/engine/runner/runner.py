@@ -12,7 +12,7 @@ the pass; blocks are zeroed and copied once, before the first pass; sampling cha
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -36,6 +36,7 @@ from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
+    AdapterBinding,
     PromptLogprobs,
     SampledToken,
     ScheduledSequence,
@@ -44,6 +45,7 @@ from penstock.engine.scheduler.plan import (
     StepResult,
 )
 from penstock.engine.spec.verify import DraftRun, Draw, verify
+from penstock.kernels.adapters import AdapterWeights
 from penstock.kernels.ops import KernelSet, kv_block, rows_not_finite
 from penstock.models.interface import CausalLM, LoadedModel
 
@@ -100,6 +102,8 @@ class Runner:
         num_blocks: int,
         block_size: int,
         faults: FaultPoints | None = None,
+        num_adapter_slots: int = 0,
+        adapter_weights: Callable[[str], AdapterWeights] | None = None,
     ) -> None:
         """Reserve the KV memory.
 
@@ -109,10 +113,14 @@ class Runner:
             num_blocks: blocks that the scheduler may hand out.
             block_size: token slots in a block.
             faults: where tests make it fail; None in production.
+            num_adapter_slots: different adapters in one step, 0 without adapters.
+            adapter_weights: of a version that is bound to a slot.
         """
         self._model = loaded.model
         self._layout = layout
         self._faults = faults
+        self._adapters: list[AdapterWeights | None] = [None] * num_adapter_slots
+        self._adapter_weights = adapter_weights
         shape = loaded.kv_shape(block_size=block_size)
         self._pool = KvPool(
             layout,
@@ -156,6 +164,7 @@ class Runner:
         began_s = time.perf_counter()
         self._sampler.add(plan.new_sequences)
         self._sampler.commit_forced(plan.forced_tokens)
+        self._bind_adapters(plan.adapter_bindings)
         self._pool.zero_blocks(plan.blocks_to_zero)
         self._pool.copy_blocks(plan.block_copies)
         passes, failures = self._compute(plan.sequences) if plan.sequences else ([], [])
@@ -166,6 +175,12 @@ class Runner:
             finished_seq_ids=plan.finished_seq_ids,
             launch_time_s=time.perf_counter() - began_s,
         )
+
+    def _bind_adapters(self, bindings: Sequence[AdapterBinding]) -> None:
+        for binding in bindings:
+            assert self._adapter_weights is not None, "a plan binds adapters only where they are enabled"
+            weights = self._adapter_weights(binding.revision) if binding.revision else None
+            self._adapters[binding.slot] = weights
 
     def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
         """Sample and answer; called once per handle, in the order of the launches.
@@ -251,7 +266,7 @@ class Runner:
         """One pass of the model; repeatable (see the module)."""
         if self._faults:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
-        batch = self._inputs.build(sequences)
+        batch = self._inputs.build(sequences, adapters=self._adapters)
         hidden = self._model.forward(batch)
         ends = list(accumulate(batch.groups[0].query_lens_host))
         rows = [

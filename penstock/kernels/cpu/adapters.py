@@ -1,7 +1,7 @@
 """Adapters as the native kernels read them (`csrc/include/penstock/lora.h`).
 
-All of an adapter lies in one piece of memory, in the order in which a pass reads it: site after site, A before
-B. The memory asks for huge pages: an adapter is some megabytes that are read once a step.
+All of an adapter lies in one piece of memory, in the order in which a pass reads it: site after site, A
+before B. The memory asks for huge pages: an adapter is some megabytes that are read once a step.
 """
 
 import mmap

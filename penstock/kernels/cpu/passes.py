@@ -53,7 +53,7 @@ def without_adapters(tape: Tape) -> Tape:
 
 
 def attach_adapters(tape: Tape) -> Tape:
-    """Where adapters act is noted at the products, so that the passes between join them as without adapters."""
+    """Where adapters act is noted at the products, so that the passes in between join them as ever."""
     rewriting = Rewriting(tape)
     makers: dict[Slice, int] = {}
     for i, operation in enumerate(tape.operations):

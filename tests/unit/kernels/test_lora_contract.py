@@ -47,9 +47,7 @@ def test_each_row_gets_its_own_adapter_and_ranks_may_differ(home: tuple[str, tor
         for rank in (3, 8, 17)
     ]
     del pairs[2][1]  # the third adapter brings nothing for the second site
-    weights = [
-        ops.prepare_adapter(kernels, each, num_sites=len(sites.sites), dtype=dtype) for each in pairs
-    ]
+    weights = [ops.prepare_adapter(kernels, each, num_sites=len(sites.sites), dtype=dtype) for each in pairs]
     assert all(each.num_bytes for each in weights)
     runs = [(0, 3, 0), (4, 12, 1), (16, 1, 2)]
     sites.active.rows = tuple(

@@ -7,7 +7,15 @@ from torch import Tensor
 from penstock.kernels.adapters import LowRankPair
 from penstock.kernels.cpu import _native
 from penstock.kernels.cpu.adapters import pack_adapter
-from tests.unit.kernels_native.dense_case import DTYPES, ISAS, POOLS, assert_close, guard_is_whole, guarded, random
+from tests.unit.kernels_native.dense_case import (
+    DTYPES,
+    ISAS,
+    POOLS,
+    assert_close,
+    guard_is_whole,
+    guarded,
+    random,
+)
 
 Run = tuple[int, int, _native.Adapter]
 
