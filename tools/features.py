@@ -92,6 +92,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("kv_int8", "kv_cache_dtype int8 (on the native kernels)"),
     _engine("deterministic", "deterministic"),
     _engine("ngram", "speculative decoding, n-gram"),
+    _engine("lora", "LoRA adapters"),
 )
 """Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
 
@@ -173,7 +174,6 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
 REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="reasoning_effort", label="how much to think", kind="request"),
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
-    RefusedFeature(name="enable_lora", label="LoRA adapters", kind="engine"),
     RefusedFeature(name="load_format", label="load_format (read from the files)", kind="engine"),
     RefusedFeature(name="tensor_parallel_size", label="tensor parallelism", kind="engine"),
     RefusedFeature(name="gpu_memory_utilization", label="GPU", kind="engine"),

@@ -52,6 +52,8 @@ def _type_text(hint: Any) -> str:  # Any: what typing gives
     """A type as a person writes it: choices, and no `None`."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"{_type_text(get_args(hint)[0])}, several"
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
     names = {int: "integer", float: "number", bool: "yes or no", str: "text", Path: "file"}
     return " or ".join("mapping" if get_origin(kind) is dict else names[kind] for kind in kinds)

@@ -461,7 +461,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 }
 
 
-OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", "gptq", *NATIVE})
+OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", "gptq", "lora", *NATIVE})
 """Another model, or another rounding of it: what is said may differ from what is said without."""
 ROUNDED = frozenset({"eager_bfloat16", *NATIVE})
 """Where a token may also depend on the batch."""
@@ -493,6 +493,9 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert run.max_step_tokens >= case.engine.num_prompt_tokens(case.request)
     if name == "preemption" and not case.is_cut:
         assert run.num_preemptions > 0
+    if name == "lora" and not is_rounded:
+        base = case.engine.run(case.request, cut_after=case.cut_after, is_base=True)
+        assert base.tokens() == plain.tokens()  # the base model is as it was
     if name not in OTHER_TOKENS and not is_rounded:
         assert run.tokens() == plain.tokens()
         assert case.is_cut or run.end() == plain.end()

@@ -13,8 +13,15 @@ from penstock.cli.model_source import find_model
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, GenerateRequest, Priority, TextDelta, Usage
-from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig, SpeculativeConfig
-from tests.docs.tiny_model import HEAD_DIM, make_tiny_model
+from penstock.engine.config import (
+    EngineConfig,
+    KvConfig,
+    LoraConfig,
+    LoraModule,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
+from tests.docs.tiny_model import HEAD_DIM, make_tiny_adapter, make_tiny_model
 from tools.quantized.checkpoint import write_quantized
 
 BLOCK_SIZE = 4
@@ -31,6 +38,7 @@ NATIVE_BLOCK_SIZE = 16
 NATIVE_HEAD_DIM = 32
 FEW_NATIVE_BLOCKS = 5
 NUM_NEIGHBOURS = 3
+ADAPTER = "adapter"
 NUM_SEATS = NUM_NEIGHBOURS + 2
 
 
@@ -83,16 +91,26 @@ class FeatureEngine:
         if "gptq" in features:
             made = write_quantized(made, folder / "gptq", "gptq-all-inputs")
         source = find_model(str(made))
+        config = _config(source.path, features)
+        if "lora" in features:
+            adapter = make_tiny_adapter(folder / "adapter", head_dim=head_dim)
+            module = LoraModule(name=ADAPTER, path=str(adapter))
+            config = msgspec.structs.replace(config, lora=LoraConfig(enable_lora=True, modules=(module,)))
         self._local: LocalModel = self._thread.run(
-            open_local_model(source, _config(source.path, features), events=self._totals)
+            open_local_model(source, config, events=self._totals)
         )
 
     def close(self) -> None:
         self._thread.run(self._local.close())
         self._thread.close()
 
-    def run(self, request: GenerateRequest, *, cut_after: int | None = None) -> Run:
-        """One request, with neighbours where the engine is short of blocks."""
+    def run(self, request: GenerateRequest, *, cut_after: int | None = None, is_base: bool = False) -> Run:
+        """One request, with neighbours where the engine is short of blocks.
+
+        It asks for the adapter where the engine has one, unless `is_base`; the neighbours do not.
+        """
+        if "lora" in self._features and not is_base:
+            request = msgspec.structs.replace(request, adapter=ADAPTER)
         return self._thread.run(self._run(request, cut_after=cut_after))
 
     def order(self, request: GenerateRequest) -> list[Priority]:

@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+ADAPTED = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+"""Modules that the tiny adapter changes."""
+RANK = 2
 SPECIALS = ("<pad>", "<s>", "</s>")
 CHARACTERS = [chr(code) for code in range(0x20, 0x7F)]
 VOCAB_SIZE = len(SPECIALS) + len(CHARACTERS)
@@ -17,6 +20,18 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     "{% if tools %}<tool_call>{% endif %}assistant: {% if enable_thinking %}<think>{% endif %}"
 )
+
+
+def _shapes(head_dim: int) -> dict[str, tuple[int, int]]:
+    return {
+        "self_attn.q_proj": (HEADS * head_dim, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * head_dim, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * head_dim, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HEADS * head_dim),
+        "mlp.gate_proj": (MLP, HIDDEN),
+        "mlp.up_proj": (MLP, HIDDEN),
+        "mlp.down_proj": (HIDDEN, MLP),
+    }
 
 
 def _weights(*, seed: int, head_dim: int) -> dict[str, torch.Tensor]:
@@ -30,15 +45,7 @@ def _weights(*, seed: int, head_dim: int) -> dict[str, torch.Tensor]:
         "model.norm.weight": torch.ones(HIDDEN),
         "lm_head.weight": normal(VOCAB_SIZE, HIDDEN),
     }
-    shapes = {
-        "self_attn.q_proj": (HEADS * head_dim, HIDDEN),
-        "self_attn.k_proj": (KV_HEADS * head_dim, HIDDEN),
-        "self_attn.v_proj": (KV_HEADS * head_dim, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HEADS * head_dim),
-        "mlp.gate_proj": (MLP, HIDDEN),
-        "mlp.up_proj": (MLP, HIDDEN),
-        "mlp.down_proj": (HIDDEN, MLP),
-    }
+    shapes = _shapes(head_dim)
     for layer in range(LAYERS):
         for name, shape in shapes.items():
             weights[f"model.layers.{layer}.{name}.weight"] = normal(*shape)
@@ -86,4 +93,28 @@ def make_tiny_model(folder: Path, *, window: int | None = None, head_dim: int = 
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     _tokenizer().save(str(folder / "tokenizer.json"))
     save_file(_weights(seed=5, head_dim=head_dim), folder / "model.safetensors")
+    return folder
+
+
+def make_tiny_adapter(folder: Path, *, head_dim: int = HEAD_DIM, seed: int = 7) -> Path:
+    """Write a LoRA adapter of the checkpoint, in the form of PEFT; it changes what is said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name in ADAPTED:
+            rows, cols = _shapes(head_dim)[name]
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, cols, generator=generator) * 0.3
+            tensors[f"{key}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.3
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": [name.rpartition(".")[2] for name in ADAPTED],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder

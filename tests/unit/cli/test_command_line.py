@@ -32,7 +32,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--quantization", "awq"), 2, '"awq" for --quantization'),
         (("serve", "--gpu-memory-utilization=0.9"), 2, "gpu_memory_utilization is not supported"),
         (("run", "a", "b", "--load-format", "gguf"), 2, "load_format is not supported"),
-        (("chat", "--enable-lora"), 2, "enable_lora is not supported"),
+        (("chat", "--fully-sharded-loras"), 2, "fully_sharded_loras is not supported"),
         (("serve", "--nonsense"), 2, "--nonsense"),
         (("serve", "--max-num-seqs", "0"), 2, "between 1 and 4096"),
         (("serve", "no/such/folder/here"), 2, "no/such/folder/here"),

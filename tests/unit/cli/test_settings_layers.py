@@ -159,8 +159,8 @@ def test_a_refused_option_is_refused_in_a_file_and_in_the_environment(tmp_path: 
     path.write_text('load_format = "gguf"\n')
     with pytest.raises(StartupError, match=r"load_format .*serve\.toml"):
         _parse(["--config", str(path)])
-    with pytest.raises(StartupError, match=r"enable_lora .*environment"):
-        _parse([], {"PENSTOCK_ENABLE_LORA": "1"})
+    with pytest.raises(StartupError, match=r"swap_space .*environment"):
+        _parse([], {"PENSTOCK_SWAP_SPACE": "1"})
 
 
 def test_no_setting_is_refused_and_offered_at_once() -> None:
@@ -212,10 +212,16 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         num_kv_blocks=99,
         kv_cache_memory_bytes=1234,
         speculative_config={"method": "ngram"},
+        enable_lora=True,
+        lora_modules=("french=adapters/french",),
+        max_loras=3,
+        max_lora_rank=5,
+        max_cpu_loras=7,
+        lora_memory_bytes=12345,
     )
     config = engine_config(settings, model_path=Path("x"), model_revision="r")
     plain = EngineConfig(model_path="x", model_revision="r")
-    same = {"model_path", "model_revision", "device", "warmup", "scheduler", "kv"}
+    same = {"model_path", "model_revision", "device", "warmup", "scheduler", "kv", "lora"}
     assert all(
         getattr(config, f) != getattr(plain, f) for f in EngineConfig.__struct_fields__ if f not in same
     )
@@ -223,6 +229,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
     for part, default, skip in (
         (config.scheduler, plain.scheduler, unset),
         (config.kv, plain.kv, set[str]()),
+        (config.lora, plain.lora, set[str]()),
     ):
         changed = {f for f in part.__struct_fields__ if getattr(part, f) != getattr(default, f)}
         assert changed == set(part.__struct_fields__) - skip

@@ -37,6 +37,8 @@ def info() -> EngineInfo:
         "num_parameters": 7_966_848,
         "cache_group_windows": (None, 512),
         "speculation": "none",
+        "enable_lora": False,
+        "adapters": (),
     }
     return msgspec.convert({**fields, **known}, EngineInfo)
 
