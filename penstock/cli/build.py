@@ -12,7 +12,7 @@ from penstock.cli.adapters import ServedAdapters
 from penstock.cli.model_source import ModelSource
 from penstock.cli.settings import ServeSettings, engine_config, reading_config
 from penstock.core.ids import ModelName
-from penstock.core.ports import Clock, EngineAdmin, EngineClient, EngineEvents
+from penstock.core.ports import AdapterAdmin, Clock, EngineAdmin, EngineClient, EngineEvents
 from penstock.core.tokens import EngineInfo
 from penstock.engine.supervisor import SubprocessEngine
 from penstock.gateway.catalog import Catalog
@@ -74,6 +74,8 @@ class ServedModel:
         clock: for times.
         chat_template: file in place of the model's own, or None.
         reading: how answers are read for tool calls and thoughts.
+        adapters: where the model's adapters are put once they can be ordered.
+        lora_dir: folders that operators may load as adapters.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class ServedModel:
         clock: Clock,
         chat_template: Path | None,
         reading: ReadingConfig,
+        adapters: dict[ModelName, AdapterAdmin],
+        lora_dir: Path | None,
     ) -> None:
         self._engine = engine
         self._source = source
@@ -96,6 +100,8 @@ class ServedModel:
         self._clock = clock
         self._chat_template = chat_template
         self._reading = reading
+        self._adapters = adapters
+        self._lora_dir = lora_dir
         self._service: TextService | None = None
         self._starting: asyncio.Task[None] | None = None
 
@@ -120,8 +126,19 @@ class ServedModel:
         await self._starting
         self._admins[self._source.name] = self._engine
         self._catalog.add(self._service, name=self._source.name)
-        adapters = ServedAdapters(self._service, catalog=self._catalog, clock=self._clock)
+        if self._engine.info.enable_lora:
+            self._show_adapters(self._service)
+
+    def _show_adapters(self, service: TextService) -> None:
+        adapters = ServedAdapters(
+            self._engine,
+            service,
+            catalog=self._catalog,
+            clock=self._clock,
+            folder=self._lora_dir,
+        )
         adapters.show_at_start(self._engine.info.adapters)
+        self._adapters[self._source.name] = adapters
 
     async def drain(self, budget_s: float) -> None:
         """Let what is in the engine finish."""
@@ -154,6 +171,7 @@ class ModelSide:
     backend: ServedModel
     catalog: Catalog
     admins: dict[ModelName, EngineAdmin]
+    adapters: dict[ModelName, AdapterAdmin]
     metrics: Metrics
     clock: Clock
 
@@ -167,6 +185,7 @@ def build_model_side(
     events = Fanout(metrics, RequestLog())
     catalog = Catalog()
     admins: dict[ModelName, EngineAdmin] = {}
+    adapters: dict[ModelName, AdapterAdmin] = {}
     config = engine_config(settings, model_path=source.path, model_revision=source.revision)
     backend = ServedModel(
         SubprocessEngine(config, name=source.name, events=events, clock=clock, on_progress=on_progress),
@@ -177,5 +196,9 @@ def build_model_side(
         clock=clock,
         chat_template=settings.chat_template,
         reading=reading_config(settings),
+        adapters=adapters,
+        lora_dir=settings.lora_dir,
     )
-    return ModelSide(backend=backend, catalog=catalog, admins=admins, metrics=metrics, clock=clock)
+    return ModelSide(
+        backend=backend, catalog=catalog, admins=admins, adapters=adapters, metrics=metrics, clock=clock
+    )

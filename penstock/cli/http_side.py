@@ -43,6 +43,7 @@ class HttpSide:
             user_keys=_ring(settings.api_key, tenant=DEFAULT_TENANT),
             admin_keys=_ring(settings.admin_key, tenant=ADMIN_TENANT),
             admins=side.admins,
+            adapters=side.adapters,
         )
         self._app: FastAPI = make_app(self._services, hosts=allowed_hosts(settings))
         self._admin_app = None if settings.admin_key is None else make_admin_app(self._services)

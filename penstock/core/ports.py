@@ -14,6 +14,7 @@ import msgspec
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta
 from penstock.core.tokens import (
+    AdapterReport,
     EngineInfo,
     EngineRequest,
     MemoryReport,
@@ -129,6 +130,35 @@ class EngineAdmin(Protocol):
 
     async def requests(self) -> Sequence[RequestReport]:
         """Every request in the engine, at most 10,000."""
+        ...
+
+
+class AdapterAdmin(Protocol):
+    """An operator's orders about the LoRA adapters of one model, used by `server/admin`."""
+
+    async def adapters(self) -> Sequence[AdapterReport]:
+        """All that are loaded."""
+        ...
+
+    async def load(self, name: str, *, folder: str, is_replacing: bool) -> AdapterReport:
+        """Load an adapter and let clients choose it by its name.
+
+        Args:
+            name: for `model`.
+            folder: its name in the operator's folder of adapters, never a path.
+            is_replacing: the name may be taken; running requests go on with what it stood for.
+
+        Raises:
+            InvalidParameterError: names the field at fault, of the order or the adapter; nothing has changed.
+        """
+        ...
+
+    async def unload(self, name: str) -> AdapterReport:
+        """Forget an adapter; running requests go on.
+
+        Raises:
+            NotFoundError: there is none of this name.
+        """
         ...
 
 

@@ -15,21 +15,26 @@ from penstock.core.error_info import info_to_error
 from penstock.core.errors import InvalidParameterError, NotReadyError, PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.ports import EngineEvents
-from penstock.core.tokens import EngineRequest, MemoryReport, RequestReport, TokenDelta
+from penstock.core.tokens import AdapterReport, EngineRequest, MemoryReport, RequestReport, TokenDelta
+from penstock.engine.config import LoraModule
 from penstock.engine.wire import (
     Abort,
     Accepted,
     Answer,
     Ask,
     FromEngine,
+    LoadAdapter,
     Output,
     Refused,
     Submit,
     ToEngine,
+    UnloadAdapter,
 )
 
 ANSWER_TIMEOUT_S: Final = 10.0
 """An operator's question waits for the running step at most this long."""
+LOAD_TIMEOUT_S: Final = 120.0
+"""An adapter is read and prepared within this time."""
 
 
 class TokenStream(AsyncGenerator[TokenDelta, None]):
@@ -154,21 +159,51 @@ class StreamTable:
         assert answer.requests is not None
         return answer.requests
 
+    async def adapters(self) -> Sequence[AdapterReport]:
+        """See `AdapterEngine`."""
+        answer = await self._ask("adapters")
+        assert answer.adapters is not None
+        return answer.adapters
+
+    async def load_adapter(self, module: LoraModule, *, is_replacing: bool) -> AdapterReport:
+        """See `AdapterEngine`."""
+        return await self._order(
+            lambda question_id: LoadAdapter(question_id, module, is_replacing), timeout_s=LOAD_TIMEOUT_S
+        )
+
+    async def unload_adapter(self, name: str) -> AdapterReport:
+        """See `AdapterEngine`."""
+        return await self._order(
+            lambda question_id: UnloadAdapter(question_id, name), timeout_s=ANSWER_TIMEOUT_S
+        )
+
+    async def _order(self, make: Callable[[int], ToEngine], *, timeout_s: float) -> AdapterReport:
+        answer = await self._send_question(make, timeout_s=timeout_s)
+        if answer.error is not None:
+            raise info_to_error(answer.error)
+        assert answer.adapters is not None
+        return answer.adapters[0]
+
     async def _ask(self, what: str) -> Answer:
-        """Put an operator's question to the engine.
+        return await self._send_question(
+            lambda question_id: Ask(question_id, what), timeout_s=ANSWER_TIMEOUT_S
+        )
+
+    async def _send_question(self, make: Callable[[int], ToEngine], *, timeout_s: float) -> Answer:
+        """Put an operator's question or order to the engine.
 
         Raises:
-            NotReadyError: no answer within `ANSWER_TIMEOUT_S`.
+            NotReadyError: no answer within `timeout_s`.
         """
         question_id = next(self._question_ids)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._questions[question_id] = future
-        self._send(Ask(question_id, what))
+        self._send(make(question_id))
         try:
-            return await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
+            return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise NotReadyError(
-                f"the engine did not answer within {ANSWER_TIMEOUT_S:g} s", retry_after_s=1
+                f"the engine did not answer within {timeout_s:g} s", retry_after_s=1
             ) from None
         finally:
             del self._questions[question_id]

@@ -86,7 +86,7 @@ class EngineCore:
             self.adapters.poll()
         plan = self.scheduler.schedule()
         masks = self.masks.fill(plan, self.scheduler.constraints)
-        if self.adapters is not None and not plan.has_work:
+        if self.adapters is not None and self.adapters.is_busy and not plan.has_work:
             self.adapters.wait(ADAPTER_WAIT_S)
         handle = self.ranks.launch(plan)
         result = self.ranks.collect(handle, masks=masks)

@@ -12,8 +12,16 @@ from penstock.core.error_info import error_to_info, info_to_error
 from penstock.core.errors import EngineDeadError, NotReadyError
 from penstock.core.ids import ModelName
 from penstock.core.ports import EngineEvents
-from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, TokenDelta
+from penstock.core.tokens import (
+    AdapterReport,
+    EngineInfo,
+    EngineRequest,
+    MemoryReport,
+    RequestReport,
+    TokenDelta,
+)
 from penstock.engine.client import StreamTable
+from penstock.engine.config import LoraModule
 from penstock.engine.core import EngineCore
 from penstock.engine.loop import EngineLoop
 from penstock.engine.wire import Fatal, FromEngine, Shutdown, ToEngine
@@ -82,6 +90,18 @@ class InProcessEngine:
     async def requests(self) -> Sequence[RequestReport]:
         """See `EngineAdmin`."""
         return await self._table.requests()
+
+    async def adapters(self) -> Sequence[AdapterReport]:
+        """See `AdapterEngine`."""
+        return await self._table.adapters()
+
+    async def load_adapter(self, module: LoraModule, *, is_replacing: bool) -> AdapterReport:
+        """See `AdapterEngine`."""
+        return await self._table.load_adapter(module, is_replacing=is_replacing)
+
+    async def unload_adapter(self, name: str) -> AdapterReport:
+        """See `AdapterEngine`."""
+        return await self._table.unload_adapter(name)
 
     async def close(self) -> None:
         """Stop the thread; requests in flight end with `EngineDeadError`."""

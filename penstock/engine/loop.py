@@ -10,16 +10,18 @@ from functools import partial
 from typing import Protocol
 
 from penstock.core.error_info import error_to_info
-from penstock.core.errors import GenerateError, PenstockError
+from penstock.core.errors import GenerateError, InvalidParameterError, PenstockError
 from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineRequest
-from penstock.engine.core import EngineCore
+from penstock.engine.core import ADAPTER_WAIT_S, EngineCore
+from penstock.engine.lora.host import AdapterHost, LoadOrder
 from penstock.engine.wire import (
     Abort,
     Accepted,
     Answer,
     Ask,
     FromEngine,
+    LoadAdapter,
     Output,
     Ping,
     Pong,
@@ -28,6 +30,7 @@ from penstock.engine.wire import (
     Start,
     Submit,
     ToEngine,
+    UnloadAdapter,
 )
 
 log = logging.getLogger("penstock.engine")
@@ -65,13 +68,19 @@ class EngineLoop:
             EngineDeadError: the runner cannot go on; the process must be restarted.
         """
         while not self._stopped:
-            for message in self._channel.receive(block=not self._core.has_work):
+            for message in self._channel.receive(block=not self._core.has_work and not self._is_loading):
                 self._handle(message)
             for done in self._core.grammars.take_done():
                 self._answer_submit(done.request.request_id, partial(self._core.add_compiled, done))
+            self._answer_orders()
             if self._core.has_work and not self._stopped:
                 output = self._core.step()
                 self._channel.send(Output(output.deltas, output.stats))
+
+    @property
+    def _is_loading(self) -> bool:
+        """True while an adapter is being read: the loop turns to see when it is there."""
+        return self._core.adapters is not None and self._core.adapters.is_busy
 
     def _handle(self, message: ToEngine) -> None:
         match message:
@@ -83,6 +92,10 @@ class EngineLoop:
                 self._channel.send(Pong())
             case Ask():
                 self._channel.send(self._answer(message))
+            case LoadAdapter():
+                self._load_adapter(message)
+            case UnloadAdapter():
+                self._unload_adapter(message)
             case Shutdown():
                 self._stopped = True
             case Start():
@@ -109,7 +122,47 @@ class EngineLoop:
         else:
             self._channel.send(Accepted(request_id))
 
+    def _adapters(self) -> AdapterHost:
+        if self._core.adapters is None:
+            raise InvalidParameterError(
+                "adapters are not enabled, the server was started without enable_lora", param="lora_name"
+            )
+        return self._core.adapters
+
+    def _load_adapter(self, message: LoadAdapter) -> None:
+        """Begin to load; the answer follows when it has ended."""
+        order = LoadOrder(
+            question_id=message.question_id, module=message.module, is_replacing=message.is_replacing
+        )
+        try:
+            self._adapters().begin_load(order)
+        except PenstockError as error:
+            self._channel.send(Answer(message.question_id, error=error_to_info(error)))
+
+    def _unload_adapter(self, message: UnloadAdapter) -> None:
+        try:
+            answer = Answer(message.question_id, adapters=[self._adapters().unload(message.name)])
+        except PenstockError as error:
+            answer = Answer(message.question_id, error=error_to_info(error))
+        self._channel.send(answer)
+
+    def _answer_orders(self) -> None:
+        """Tell how orders ended that ran beside the steps; waits a little if there is no step."""
+        adapters = self._core.adapters
+        if adapters is None:
+            return
+        if adapters.is_busy and not self._core.has_work:
+            adapters.wait(ADAPTER_WAIT_S)
+        adapters.poll()
+        for outcome in adapters.take_outcomes():
+            if outcome.error is not None:
+                self._channel.send(Answer(outcome.question_id, error=error_to_info(outcome.error)))
+            elif outcome.adapter is not None:
+                self._channel.send(Answer(outcome.question_id, adapters=[outcome.adapter]))
+
     def _answer(self, ask: Ask) -> Answer:
+        if ask.what == "adapters":
+            return Answer(ask.question_id, adapters=self._adapters().reports())
         if ask.what == "memory":
             return Answer(ask.question_id, memory=self._core.memory())
         return Answer(ask.question_id, requests=self._core.requests())

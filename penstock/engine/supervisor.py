@@ -25,15 +25,25 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from penstock.core.error_info import info_to_error
 from penstock.core.errors import EngineDeadError, NotReadyError, PenstockError, StartupError
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineEvents
-from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport, StepStats, TokenDelta
+from penstock.core.tokens import (
+    AdapterReport,
+    EngineInfo,
+    EngineRequest,
+    MemoryReport,
+    RequestReport,
+    StepStats,
+    TokenDelta,
+)
 from penstock.engine import liveness
 from penstock.engine.child import EngineProcess
 from penstock.engine.client import StreamTable
-from penstock.engine.config import EngineConfig, validate_engine_config
+from penstock.engine.config import EngineConfig, LoraModule, validate_engine_config
 from penstock.engine.liveness import Liveness
 from penstock.engine.scheduler.admission import QueueLoad, check_admissible, check_queue, limits_from_info
 from penstock.engine.wire import Fatal, FromEngine, Loading, Output, Ping, Shutdown, Started, ToEngine
@@ -99,6 +109,8 @@ class SubprocessEngine:
         self._death = "died"
         self._supervisor: asyncio.Task[None] | None = None
         self._folder: Path | None = None
+        self._adapters: dict[str, LoraModule] = {}
+        """What the engine has loaded, for the next one after a restart."""
 
     @property
     def info(self) -> EngineInfo:
@@ -197,6 +209,35 @@ class SubprocessEngine:
         self._refuse_unless_alive()
         return await self._table.requests()
 
+    # -- adapters ------------------------------------------------------------------------------------------
+
+    async def adapters(self) -> Sequence[AdapterReport]:
+        """See `AdapterEngine`."""
+        self._refuse_unless_alive()
+        return await self._table.adapters()
+
+    async def load_adapter(self, module: LoraModule, *, is_replacing: bool) -> AdapterReport:
+        """See `AdapterEngine`."""
+        self._refuse_unless_alive()
+        report = await self._table.load_adapter(module, is_replacing=is_replacing)
+        self._remember(report)
+        return report
+
+    async def unload_adapter(self, name: str) -> AdapterReport:
+        """See `AdapterEngine`."""
+        self._refuse_unless_alive()
+        report = await self._table.unload_adapter(name)
+        self._adapters.pop(name, None)
+        return report
+
+    def _remember(self, report: AdapterReport) -> None:
+        self._adapters[report.name] = LoraModule(
+            name=report.name,
+            path=report.path,
+            allow_links=report.allow_links,
+            revision=report.revision,
+        )
+
     def _refuse_unless_alive(self) -> None:
         if self._state is not EngineState.READY:
             raise NotReadyError(
@@ -246,8 +287,15 @@ class SubprocessEngine:
         self._process = EngineProcess(
             folder=self._folder, generation=self._generation, on_message=self._on_message
         )
-        await self._process.spawn(self._config)
+        await self._process.spawn(self._next_config())
         return self._started
+
+    def _next_config(self) -> EngineConfig:
+        """The next process's config: after a restart with the adapters of the one before, read on demand."""
+        if self._info is None:
+            return self._config
+        lora = msgspec.structs.replace(self._config.lora, modules=tuple(self._adapters.values()))
+        return msgspec.structs.replace(self._config, lora=lora)
 
     def _on_message(self, message: FromEngine) -> None:
         self._liveness.on_message(now_s=self._clock.monotonic())
@@ -267,6 +315,8 @@ class SubprocessEngine:
 
     def _on_started(self, info: EngineInfo) -> None:
         self._info = info
+        for report in info.adapters:
+            self._remember(report)
         self._ready_s = self._clock.monotonic()
         self._liveness.on_started(warmup_s=info.warmup_time_s)
         if self._state is not EngineState.CLOSED:

@@ -8,6 +8,7 @@ import msgspec
 
 from penstock.core.ids import RequestId
 from penstock.core.tokens import (
+    AdapterReport,
     EngineInfo,
     EngineRequest,
     ErrorInfo,
@@ -16,7 +17,7 @@ from penstock.core.tokens import (
     StepStats,
     TokenDelta,
 )
-from penstock.engine.config import EngineConfig
+from penstock.engine.config import EngineConfig, LoraModule
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -46,7 +47,23 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
 
     question_id: int
     what: str
-    """`memory` or `requests`"""
+    """`memory`, `requests` or `adapters`"""
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """An operator's order, carried out beside the steps; answered by `Answer` with `adapters` or `error`."""
+
+    question_id: int
+    module: LoraModule
+    is_replacing: bool
+    """The name may be taken."""
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Forget an adapter's name; requests that have begun go on. Answered as `LoadAdapter`."""
+
+    question_id: int
+    name: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -91,11 +108,13 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """Answer to `Ask`; exactly one field is set."""
+    """Answer to `Ask` and to orders; exactly one field is set."""
 
     question_id: int
     memory: MemoryReport | None = None
     requests: list[RequestReport] | None = None
+    adapters: list[AdapterReport] | None = None
+    error: ErrorInfo | None = None
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -104,7 +123,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     error: ErrorInfo
 
 
-ToEngine = Start | Submit | Abort | Ping | Ask | Shutdown
+ToEngine = Start | Submit | Abort | Ping | Ask | LoadAdapter | UnloadAdapter | Shutdown
 FromEngine = Loading | Started | Accepted | Refused | Output | Pong | Answer | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

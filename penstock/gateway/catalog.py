@@ -56,6 +56,10 @@ class Catalog:
         """
         self._adapters[name] = client
 
+    def has_adapter(self, name: str) -> bool:
+        """True if an adapter has this name."""
+        return name in self._adapters
+
     def remove_adapter(self, name: ModelName) -> None:
         """Forget an adapter; requests that have begun go on."""
         self._adapters.pop(name, None)

@@ -4,11 +4,14 @@ It is not opened without a key. Requests whose Host header is not one of ours ar
 cannot reach it by rebinding its own name to this machine.
 """
 
-from typing import Final
+from typing import Annotated, Final
 
 from fastapi import FastAPI
+from pydantic import Field
 
-from penstock.core.ports import EngineAdmin
+from penstock.core.errors import InvalidParameterError
+from penstock.core.ports import AdapterAdmin, EngineAdmin
+from penstock.core.tokens import AdapterReport
 from penstock.observe.memory import resident_bytes
 from penstock.server import document
 from penstock.server.app import build
@@ -16,9 +19,10 @@ from penstock.server.host_guard import LOCAL_HOSTS
 from penstock.server.replies import Reply, json_reply
 from penstock.server.routes import Access, Document, Route
 from penstock.server.services import Call, Services
-from penstock.server.validation import AnswerModel
+from penstock.server.validation import AnswerModel, Flag, Text, WireModel
 
 TITLE: Final = "Penstock administration"
+MAX_NAME_CHARS: Final = 128
 
 
 class ModelMemory(AnswerModel):
@@ -93,6 +97,93 @@ async def requests(call: Call) -> Reply:
     return json_reply(RequestsAnswer(requests=found))
 
 
+class AdapterEntry(AnswerModel):
+    """One LoRA adapter."""
+
+    model: str
+    """Whose."""
+    name: str
+    revision: str
+    """Hash of its files."""
+    rank: int
+    """The largest of its ranks; 0 if it has not been read since the engine's restart."""
+    num_bytes: int
+    is_in_memory: bool
+    num_requests: int
+    """Running or waiting."""
+
+
+class AdaptersAnswer(AnswerModel):
+    """Answer of `/admin/adapters`."""
+
+    adapters: list[AdapterEntry]
+
+
+class LoadRequest(WireModel):
+    """Body of `POST /v1/load_lora_adapter`."""
+
+    lora_name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+    lora_path: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_CHARS)] = Field(
+        description="Name of a folder in the server's lora_dir."
+    )
+    load_inplace: Flag = Field(default=False, description="Replace an adapter of this name.")
+
+
+class UnloadRequest(WireModel):
+    """Body of `POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[Text, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+def _entry(model: str, report: AdapterReport) -> AdapterEntry:
+    return AdapterEntry(
+        model=model,
+        name=report.name,
+        revision=report.revision,
+        rank=report.rank,
+        num_bytes=report.num_bytes,
+        is_in_memory=report.is_in_memory,
+        num_requests=report.num_requests,
+    )
+
+
+def _one_model(call: Call) -> tuple[str, AdapterAdmin]:
+    """The model that takes adapters; there is one at most in this version."""
+    found = next(iter(call.services.adapters.items()), None)
+    if found is None:
+        raise InvalidParameterError(
+            "lora_name cannot be served: no model was started with enable_lora", param="lora_name"
+        )
+    return found
+
+
+async def adapters(call: Call) -> Reply:
+    """Every adapter of every model."""
+    entries = [
+        _entry(model, report)
+        for model, admin in call.services.adapters.items()
+        for report in await admin.adapters()
+    ]
+    return json_reply(AdaptersAnswer(adapters=entries))
+
+
+async def load_adapter(call: Call) -> Reply:
+    """Load an adapter from the operator's folder."""
+    body = call.body
+    assert isinstance(body, LoadRequest)
+    model, admin = _one_model(call)
+    report = await admin.load(body.lora_name, folder=body.lora_path, is_replacing=body.load_inplace)
+    return json_reply(_entry(model, report))
+
+
+async def unload_adapter(call: Call) -> Reply:
+    """Forget an adapter; running requests go on."""
+    body = call.body
+    assert isinstance(body, UnloadRequest)
+    model, admin = _one_model(call)
+    return json_reply(_entry(model, await admin.unload(body.lora_name)))
+
+
 _SERVING: Final[tuple[Route, ...]] = (
     Route(
         path="/admin/memory",
@@ -107,6 +198,29 @@ _SERVING: Final[tuple[Route, ...]] = (
         access=Access.ADMIN,
         serve=requests,
         document=Document(summary="Requests in the engines", answer=RequestsAnswer),
+    ),
+    Route(
+        path="/admin/adapters",
+        methods=("GET",),
+        access=Access.ADMIN,
+        serve=adapters,
+        document=Document(summary="LoRA adapters", answer=AdaptersAnswer),
+    ),
+    Route(
+        path="/v1/load_lora_adapter",
+        methods=("POST",),
+        access=Access.ADMIN,
+        serve=load_adapter,
+        body=LoadRequest,
+        document=Document(summary="Load a LoRA adapter", answer=AdapterEntry),
+    ),
+    Route(
+        path="/v1/unload_lora_adapter",
+        methods=("POST",),
+        access=Access.ADMIN,
+        serve=unload_adapter,
+        body=UnloadRequest,
+        document=Document(summary="Forget a LoRA adapter", answer=AdapterEntry, also=(404,)),
     ),
 )
 ADMIN_ROUTES: Final[tuple[Route, ...]] = (

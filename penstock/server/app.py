@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from penstock.core.errors import NotFoundError, RequestError
 from penstock.core.ids import ModelName
-from penstock.core.ports import Clock, EngineAdmin
+from penstock.core.ports import AdapterAdmin, Clock, EngineAdmin
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.keys import FailureLimit, KeyRing
 from penstock.server import document, health
@@ -46,6 +46,7 @@ def make_services(
     user_keys: KeyRing | None = None,
     admin_keys: KeyRing | None = None,
     admins: Mapping[ModelName, EngineAdmin] | None = None,
+    adapters: Mapping[ModelName, AdapterAdmin] | None = None,
     limits: Limits | None = None,
     gate: Gate | None = None,
 ) -> Services:
@@ -59,6 +60,7 @@ def make_services(
         admin_keys=admin_keys or KeyRing(),
         failures=FailureLimit(clock=clock),
         admins=admins if admins is not None else {},
+        adapters=adapters if adapters is not None else {},
         reports=EngineReports(clock=clock),
         limits=limits,
         gate=gate or Gate(),

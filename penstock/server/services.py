@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from penstock.core.errors import NotReadyError
 from penstock.core.ids import ModelName, RequestId, TenantId
-from penstock.core.ports import Clock, EngineAdmin
+from penstock.core.ports import AdapterAdmin, Clock, EngineAdmin
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.keys import FailureLimit, KeyRing
 from penstock.server.body import BodyBudget
@@ -78,6 +78,8 @@ class Services:
     """Empty means that nobody is an administrator."""
     failures: FailureLimit
     admins: Mapping[ModelName, EngineAdmin] = field(default_factory=dict)
+    adapters: Mapping[ModelName, AdapterAdmin] = field(default_factory=dict)
+    """Of the models that take adapters."""
     reports: EngineReports
     limits: Limits = field(default_factory=Limits)
     gate: Gate = field(default_factory=Gate)

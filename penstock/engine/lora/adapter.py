@@ -131,10 +131,11 @@ def read_file(folder: Path, name: str, *, max_bytes: int, allow_links: bool) -> 
         others = sorted(each.name for each in folder.glob("*.bin"))[:1] if folder.is_dir() else []
         hint = f"; {others[0]} is there, but only safetensors are read" if others else ""
         raise wrong(name, f"{name} cannot be read: {error.strerror}{hint}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise wrong(name, f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise wrong(name, f"{name} is not a regular file")
         if status.st_size > max_bytes:
             raise wrong(name, f"{name} has {status.st_size} bytes, at most {max_bytes} are possible here")
         data = file.read(max_bytes + 1)
