@@ -92,7 +92,7 @@ def test_a_field_that_is_wrong_or_unknown_is_named(
 ) -> None:
     error = refused(write_folder(tmp_path, config=config))
     assert error.param == param
-    assert param.split(".")[0] in error.message
+    assert param.split(".", maxsplit=1)[0] in error.message
 
 
 def test_a_tensor_of_another_shape_missing_or_too_many_is_named(tmp_path: Path) -> None:
@@ -151,7 +151,9 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     assert refused(folder).param == "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}", b"PK\x03\x04pickle"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}", b"PK\x03\x04pickle"]
+)
 def test_damaged_weights_are_refused(data: bytes, tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(data)
