@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from penstock.cli.adapters import ServedAdapters
 from penstock.cli.model_source import ModelSource
 from penstock.cli.settings import ServeSettings, engine_config, reading_config
@@ -21,6 +23,7 @@ from penstock.observe.logs import Fanout, RequestLog
 from penstock.observe.metrics import Metrics
 from penstock.text.chat_template import ChatTemplate
 from penstock.text.generation_defaults import read_default_sampling
+from penstock.text.pooling_config import PoolingConfig, read_pooling
 from penstock.text.reading import ReadingConfig, make_reading
 from penstock.text.service import TextService
 from penstock.text.tokenizer import Tokenizer
@@ -34,12 +37,13 @@ def make_text_service(
     clock: Clock,
     chat_template: Path | None = None,
     reading: ReadingConfig | None = None,
+    pooling: PoolingConfig | None = None,
 ) -> TextService:
     """The text half of a model over its engine half.
 
     Raises:
         CheckpointError: tokenizer or chat template are missing or broken.
-        StartupError: an option of `reading` is wrong.
+        StartupError: an option of `reading` or `pooling` is wrong.
     """
     tokenizer = Tokenizer.from_folder(source.path)
     template = ChatTemplate.from_folder(
@@ -59,6 +63,7 @@ def make_text_service(
             template="" if template is None else template.tools_source,
             tokenizer=tokenizer,
         ),
+        pooling=replace(pooling or PoolingConfig(), pooling=read_pooling(source.path)),
     )
 
 

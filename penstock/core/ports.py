@@ -12,6 +12,14 @@ from typing import Protocol
 import msgspec
 
 from penstock.core.ids import ModelName, RequestId
+from penstock.core.pooled import (
+    Classification,
+    ClassifyRequest,
+    Embedding,
+    EmbedRequest,
+    Score,
+    ScoreRequest,
+)
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta
 from penstock.core.tokens import (
     AdapterReport,
@@ -180,6 +188,18 @@ class ModelClient(Protocol):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta]:
         """Answer a request; see the class."""
+        ...
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        """The vector of a text; raises as `generate` does. Cancelling the call cancels the request."""
+        ...
+
+    async def score(self, request: ScoreRequest) -> Score:
+        """How well a document fits a query; else as `embed`."""
+        ...
+
+    async def classify(self, request: ClassifyRequest) -> Classification:
+        """The classes of a text, for models that were made for it; else as `embed`."""
         ...
 
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:

@@ -186,6 +186,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     device: str
     vocab_size: int
+    hidden_size: int = 0
+    """Numbers in a vector of `Pooling`."""
+    labels: tuple[str, ...] = ()
+    """Classes of a sequence classification head; empty for a model that generates."""
     weights_bytes: int
     kv_bytes: int
     bytes_per_block: int

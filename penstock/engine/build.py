@@ -145,6 +145,7 @@ def _join(
         vocab_size=loaded.model.vocab_size,
         proposer=_proposer(config.speculative),
         adapters=None if adapters is None else adapters.slots,
+        num_labels=len(loaded.labels),
     )
     scheduler.cost.prime(warm_steps)
     return EngineCore(
@@ -238,6 +239,8 @@ def _info(
         deterministic=config.deterministic,
         device=config.device,
         vocab_size=loaded.model.vocab_size,
+        hidden_size=loaded.config.shape.hidden_size,
+        labels=loaded.labels,
         weights_bytes=loaded.weights_bytes,
         kv_bytes=num_blocks * block_bytes,
         bytes_per_block=block_bytes,

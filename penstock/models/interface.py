@@ -51,7 +51,7 @@ class CausalLM(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the logits."""
+        """Token ids that the embedding knows; columns of the logits, unless the head scores classes."""
         ...
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -72,7 +72,7 @@ class CausalLM(Protocol):
             hidden: [rows, hidden_size], some rows of what `forward` returned.
 
         Returns:
-            [rows, vocab_size] float32, a new tensor.
+            [rows, vocab_size] float32, a new tensor; [rows, classes] of a model that classifies.
         """
         ...
 
@@ -104,6 +104,8 @@ class LoadedModel:
     """Longest context in tokens, prompt and answer together."""
     sites: LoraSites | None = None
     """Where adapters may act; None if they are not enabled."""
+    labels: tuple[str, ...] = ()
+    """Classes that the head scores; empty if it scores the vocabulary."""
 
     def kv_shape(self, *, block_size: int) -> KvShape:
         """What a KV block of one layer holds."""

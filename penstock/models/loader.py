@@ -25,7 +25,7 @@ from penstock.models.config import ConfigReader
 from penstock.models.formats import open_model
 from penstock.models.interface import CausalLM, LoadedModel
 from penstock.models.parts import Parts, Weights
-from penstock.models.registry import find_model
+from penstock.models.registry import CLASSIFIERS, find_model
 from penstock.models.stored import TensorSource
 
 Progress = Callable[[int, int], None]
@@ -33,6 +33,8 @@ Progress = Callable[[int, int], None]
 
 log = logging.getLogger("penstock.models")
 
+MAX_LABELS: Final = 4096
+"""Classes of a head; a request's answer tells all of them."""
 TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +48,22 @@ def read_architecture(reader: ConfigReader) -> str:
     if len(names) != 1:
         raise reader.wrong("architectures", "a list of one name")
     return names[0]
+
+
+def read_labels(reader: ConfigReader) -> tuple[str, ...]:
+    """The classes of a sequence classification head, in the order of its rows.
+
+    A config without them means two, as in the Hugging Face stack.
+
+    Raises:
+        CheckpointError: they are not numbered from 0 on, or too many.
+    """
+    if not reader.has("id2label"):
+        return tuple(f"LABEL_{i}" for i in range(reader.integer("num_labels", 2, high=MAX_LABELS)))
+    labels = reader.mapping("id2label")
+    if not 1 <= len(labels) <= MAX_LABELS or set(labels) != {str(i) for i in range(len(labels))}:
+        raise reader.wrong("id2label", f"1 to {MAX_LABELS} classes numbered from 0 on")
+    return tuple(labels[str(i)] for i in range(len(labels)))
 
 
 def _resolve_dtype(dtype: str, checkpoint: TensorSource) -> torch.dtype:
@@ -99,8 +117,10 @@ def load_model(
     architecture = read_architecture(reader)
     build = find_model(architecture)
     torch_dtype = _resolve_dtype(dtype, checkpoint)
+    labels = read_labels(reader) if architecture in CLASSIFIERS else ()
     check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
-    shape = build(reader, Parts(weights=check, kernels=ReferenceKernels())).config.shape
+    checked = Parts(weights=check, kernels=ReferenceKernels(), num_labels=len(labels))
+    shape = build(reader, checked).config.shape
     check.refuse_rest()
     options = replace(options, head_dim=shape.head_dim)
     kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
@@ -114,6 +134,7 @@ def load_model(
         quantization=options.quantization,
         max_model_len=served_len,
         sites=sites,
+        num_labels=len(labels),
     )
     run = _make_runnable(build(reader, parts), kernel_set, dtype=torch_dtype, options=options, sites=sites)
     return LoadedModel(
@@ -130,6 +151,7 @@ def load_model(
         buffer_bytes=run.buffer_bytes,
         max_model_len=served_len,
         sites=sites,
+        labels=labels,
     )
 
 

@@ -144,6 +144,8 @@ class Parts:
     """Longest context that will be served; None for the model's own."""
     sites: LoraSites | None = None
     """Numbers the products on which adapters may act; None if the model is to have none."""
+    num_labels: int = 0
+    """Classes that the head scores; 0 if it scores the vocabulary."""
     prefix: str = ""
 
     def at(self, name: str) -> "Parts":
@@ -263,12 +265,14 @@ class Parts:
         )
 
     def lm_head(self, embedding: Embedding, *, tied: bool, softcap: float | None = None) -> LmHead:
-        """The head: the embedding's weight if tied, else `lm_head.weight`.
+        """The head: the embedding's weight if tied, else `lm_head.weight`; for classes `score.weight`.
 
         A tied weight that the kernels copy is read from the files row by row as an embedding: what is
         resident of it is the copy.
         """
         weight = embedding.weight
+        if self.num_labels:
+            return LmHead(kernels=self.kernels, weight=self._class_head(weight.shape[1]))
         if not tied:
             rows, cols = weight.shape
             head = self._prepared("lm_head.weight", rows, cols)
@@ -276,3 +280,8 @@ class Parts:
         if self.kernels.copies_weights and self.weights.checkpoint.is_mapped(weight):
             self.weights.resident_bytes -= weight.nbytes
         return LmHead(kernels=self.kernels, weight=self._packed(weight), softcap=softcap)
+
+    def _class_head(self, hidden_size: int) -> LinearWeight:
+        """It is small, so it stays as it is whatever the quantization; softcaps are for tokens."""
+        plain = replace(self, quantization=NO_QUANTIZATION, sites=None)
+        return plain.linear("score", hidden_size, self.num_labels).weight

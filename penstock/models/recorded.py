@@ -71,13 +71,13 @@ def record_forward(model: CausalLM, kernels: NativeKernels, *, kv: KvShape) -> T
     return recorder.tape(hidden)
 
 
-def record_logits(model: CausalLM, kernels: NativeKernels, *, dtype: torch.dtype) -> Tape:
-    """The same for `model.logits` over hidden states of `dtype`."""
+def record_logits(model: CausalLM, kernels: NativeKernels, *, dtype: torch.dtype) -> tuple[Tape, int]:
+    """The same for `model.logits` over hidden states of `dtype`, and how many columns they have."""
     recorder = Recorder()
     hidden = recorder.add_input(_meta(TRACE_ROWS, model.config.shape.hidden_size, dtype=dtype))
     with _traceable(), kernels.recording(recorder), TorchCalls(recorder):
         logits = model.logits(hidden)
-    return recorder.tape(logits)
+    return recorder.tape(logits), logits.shape[1]
 
 
 class LogitsBuffers:
@@ -131,7 +131,8 @@ class RecordedModel:
         self._model = model
         recorded = record_forward(model, kernels, kv=kv)
         base = passes.without_adapters(recorded)
-        tapes = [base, record_logits(model, kernels, dtype=dtype)]
+        head, self._num_scores = record_logits(model, kernels, dtype=dtype)
+        tapes = [base, head]
         if len(base.operations) < len(recorded.operations):
             tapes.append(recorded)
         self._tapes = [rewrite(tape) for tape in tapes]  # kept: the programs point to their constants
@@ -205,7 +206,7 @@ class RecordedModel:
         rows, cols = hidden.shape
         if not has_whole_rows(hidden):
             hidden = padded_rows(rows, cols, hidden.dtype).copy_(hidden)
-        out = self._buffers.take(rows, self.vocab_size)
+        out = self._buffers.take(rows, self._num_scores)
         externals = [
             (hidden.data_ptr(), hidden.stride(0) * hidden.itemsize),
             (out.data_ptr(), out.stride(0) * out.itemsize),

@@ -35,6 +35,20 @@ ARCHITECTURES: Final = {
 }
 """By the word in `architectures` of `config.json`: the module with its `build_model`."""
 
+CLASSIFIERS: Final = {
+    "GPT2ForSequenceClassification": "GPT2LMHeadModel",
+    "Gemma2ForSequenceClassification": "Gemma2ForCausalLM",
+    "Gemma3TextForSequenceClassification": "Gemma3ForCausalLM",
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+    "MistralForSequenceClassification": "MistralForCausalLM",
+    "MixtralForSequenceClassification": "MixtralForCausalLM",
+    "Phi3ForSequenceClassification": "Phi3ForCausalLM",
+    "Qwen2ForSequenceClassification": "Qwen2ForCausalLM",
+    "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
+    "Qwen3MoeForSequenceClassification": "Qwen3MoeForCausalLM",
+}
+"""Decoders whose head scores classes instead of tokens, and which decoder each is."""
+
 REFUSED: Final = {
     "Gemma3ForConditionalGeneration": "it has a vision tower, which is not supported; "
     "text-only checkpoints of Gemma 3 name Gemma3ForCausalLM",
@@ -44,7 +58,9 @@ REFUSED: Final = {
 
 def known_architectures() -> list[str]:
     """Every architecture that can be loaded, sorted; those from outside included."""
-    return sorted({*ARCHITECTURES, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted(
+        {*ARCHITECTURES, *CLASSIFIERS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}
+    )
 
 
 def check_architecture(architecture: str) -> None:
@@ -69,7 +85,8 @@ def find_model(architecture: str) -> BuildModel:
         UnsupportedModelError: it is not known; the message lists what is.
     """
     check_architecture(architecture)
-    if architecture in ARCHITECTURES:
-        return cast("BuildModel", import_module(ARCHITECTURES[architecture]).build_model)
+    decoder = CLASSIFIERS.get(architecture, architecture)
+    if decoder in ARCHITECTURES:
+        return cast("BuildModel", import_module(ARCHITECTURES[decoder]).build_model)
     point = next(iter(entry_points(group=ENTRY_POINT_GROUP, name=architecture)))
     return cast("BuildModel", point.load())

@@ -24,6 +24,8 @@ from penstock.text.model_files import read_bytes, read_object
 from penstock.text.template_pool import TemplateLimits, TemplatePool
 from penstock.text.template_worker import Job, Setup
 
+THINKING: Final = "enable_thinking"
+"""What templates of the Qwen kind call it."""
 MAX_VARIABLES: Final = 16
 """Entries of `chat_template_kwargs`."""
 OUR_VARIABLES: Final = frozenset(
@@ -108,6 +110,11 @@ class ChatTemplate:
     def tools_source(self) -> str:
         """Source of the template that conversations with tools take."""
         return self.sources.get("tool_use", self.sources["default"])
+
+    @property
+    def thoughts_off(self) -> dict[str, object]:
+        """Variables with which it asks for an answer without thoughts; none if it knows no such thing."""
+        return {THINKING: False} if THINKING in self.sources["default"] else {}
 
     def start(self) -> None:
         """Launch the workers without waiting, so that the first conversation finds them ready."""

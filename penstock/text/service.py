@@ -6,24 +6,34 @@ What it refuses it refuses before the engine hears of it. Not the wire (`server`
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import cached_property
-from typing import Final, TypeVar
+from typing import Final
 
 from msgspec.structs import replace
 
-from penstock.core.errors import GenerateError, InvalidParameterError, PenstockError
+from penstock.core.errors import InvalidParameterError, PenstockError
 from penstock.core.grammar import validate_grammar
 from penstock.core.ids import ModelName
 from penstock.core.params import SamplingParams, validate_sampling
+from penstock.core.pooled import (
+    Classification,
+    ClassifyRequest,
+    Embedding,
+    EmbedRequest,
+    Score,
+    ScoreRequest,
+)
 from penstock.core.ports import Clock, EngineClient, EngineEvents
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, Usage
 from penstock.core.tokens import EngineRequest, TokenDelta
 from penstock.core.tools import validate_tools
 from penstock.text.answer import Answer
+from penstock.text.barrier import behind_barrier
 from penstock.text.best_of import BestAnswers, widened
 from penstock.text.chat_template import ChatTemplate
+from penstock.text.pooler import Pooler
+from penstock.text.pooling_config import PoolingConfig
 from penstock.text.prompt_logprobs import PromptReader
 from penstock.text.reading import Reading
 from penstock.text.stop_strings import StopAutomaton
@@ -31,14 +41,10 @@ from penstock.text.stream import RequestMeter, TextStream
 from penstock.text.tokenizer import Tokenizer
 from penstock.text.word_rules import WordRules
 
-logger: Final = logging.getLogger(__name__)
-
 LONG_TEXT_CHARS: Final = 4096
 """Longer texts are tokenized in a thread: this many take about 1 ms."""
 
 _NOTHING: Final = Usage(prompt_tokens=0, completion_tokens=0)
-
-Result = TypeVar("Result")
 
 
 class TextService:
@@ -61,6 +67,7 @@ class TextService:
         created_unix_s: int | None = None,
         default_sampling: SamplingParams | None = None,
         reading: Reading | None = None,
+        pooling: PoolingConfig | None = None,
     ) -> None:
         """Join the parts; starts nothing.
 
@@ -75,6 +82,7 @@ class TextService:
             created_unix_s: for the card; now if None.
             default_sampling: for the card; neutral if None.
             reading: how answers are read for thoughts and tool calls; None: neither is told from the rest.
+            pooling: how prompts become vectors and scores; None: the defaults.
         """
         self._engine = engine
         self._tokenizer = tokenizer
@@ -86,6 +94,17 @@ class TextService:
         self._created_unix_s = int(clock.wall()) if created_unix_s is None else created_unix_s
         self._default_sampling = default_sampling or SamplingParams()
         self._reading = reading or Reading(tools=None, reasoning=None, tokenizer=tokenizer)
+        self._pooler = Pooler(
+            engine,
+            tokenizer,
+            encode=self._token_ids,
+            render=self._render,
+            name=name,
+            events=events,
+            clock=clock,
+            config=pooling or PoolingConfig(),
+            thoughts_off={} if template is None else template.thoughts_off,
+        )
 
     @cached_property
     def _words(self) -> WordRules:
@@ -132,7 +151,7 @@ class TextService:
         """
         meter = RequestMeter(request, model=self._name, events=self._events, clock=self._clock)
         try:
-            stream = await _behind_barrier(
+            stream = await behind_barrier(
                 self._accept(replace(request, params=widened(request.params)), meter=meter)
             )
         except PenstockError as error:
@@ -144,13 +163,31 @@ class TextService:
         is_widened = widened(request.params) is not request.params
         return BestAnswers(stream, request=request) if is_widened else stream
 
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        """The vector of a text.
+
+        Raises:
+            InvalidParameterError: a field is wrong; the message names field, value and limit.
+            CapacityError: the engine has no room now.
+            EngineError: the fault is ours.
+        """
+        return await self._pooler.embed(request)
+
+    async def score(self, request: ScoreRequest) -> Score:
+        """How well a document fits a query; raises as `embed`."""
+        return await self._pooler.score(request)
+
+    async def classify(self, request: ClassifyRequest) -> Classification:
+        """The classes of a text; raises as `embed`."""
+        return await self._pooler.classify(request)
+
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         """Token ids of the prompt or of the rendered conversation.
 
         Raises:
             InvalidParameterError: the request has not exactly one of prompt and messages, or that is wrong.
         """
-        return await _behind_barrier(self._token_ids(request, add_special_tokens=add_special_tokens))
+        return await behind_barrier(self._token_ids(request, add_special_tokens=add_special_tokens))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included.
@@ -188,7 +225,10 @@ class TextService:
             prompt=PromptReader(self._tokenizer, request, token_ids=token_ids, echo=echo),
         )
 
-    async def _token_ids(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
+    async def _token_ids(
+        self, request: GenerateRequest, *, add_special_tokens: bool, param: str = "prompt"
+    ) -> list[int]:
+        """Of prompt or conversation; `param` is what the client calls the prompt."""
         prompt = request.prompt
         if (prompt is None) == (request.messages is None):
             raise InvalidParameterError("exactly one of prompt and messages must be set", param="prompt")
@@ -196,11 +236,11 @@ class TextService:
             text = await self._render(request)
             return await self._encode(text, add_special_tokens=add_special_tokens, param="messages")
         if not prompt:
-            raise InvalidParameterError("prompt is empty, it must hold at least one token", param="prompt")
+            raise InvalidParameterError(f"{param} is empty, it must hold at least one token", param=param)
         if isinstance(prompt, str):
-            return await self._encode(prompt, add_special_tokens=add_special_tokens, param="prompt")
-        self._check_length(len(prompt), param="prompt", is_exact=True)
-        self._check_token_ids(prompt, param="prompt")
+            return await self._encode(prompt, add_special_tokens=add_special_tokens, param=param)
+        self._check_length(len(prompt), param=param, is_exact=True)
+        self._check_token_ids(prompt, param=param)
         return list(prompt)
 
     async def _render(self, request: GenerateRequest) -> str:
@@ -339,17 +379,6 @@ def _echo(request: GenerateRequest, *, text: str) -> tuple[TextDelta, ...]:
     return tuple(
         TextDelta(request_id=request.request_id, index=index, text=text) for index in range(request.params.n)
     )
-
-
-async def _behind_barrier(stage: Awaitable[Result]) -> Result:
-    """Await a stage of one request; an unforeseen exception becomes that request's `GenerateError`."""
-    try:
-        return await stage
-    except PenstockError:
-        raise
-    except Exception:
-        logger.exception("the text stage of a request failed")
-        raise GenerateError("this request failed before it reached the model") from None
 
 
 async def _no_tokens(request: GenerateRequest) -> AsyncGenerator[TokenDelta]:

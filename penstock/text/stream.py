@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from penstock.core.error_info import info_to_error
 from penstock.core.errors import GenerateError, PenstockError
 from penstock.core.ids import ModelName
+from penstock.core.pooled import PromptRequest
 from penstock.core.ports import Clock, EngineEvents, RequestRecord
 from penstock.core.text import FinishReason, GenerateRequest, TextDelta, Usage
 from penstock.core.tokens import RequestStats, TokenDelta
@@ -46,7 +47,12 @@ class RequestMeter:
     )
 
     def __init__(
-        self, request: GenerateRequest, *, model: ModelName, events: EngineEvents, clock: Clock
+        self,
+        request: GenerateRequest | PromptRequest,
+        *,
+        model: ModelName,
+        events: EngineEvents,
+        clock: Clock,
     ) -> None:
         self._request = request
         self._model = model

@@ -109,17 +109,33 @@ class Tokenizer:
         Raises:
             InvalidParameterError: `text` holds a lone surrogate, which is not a character.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidParameterError(
-                f"{param} holds a lone surrogate at character {error.start}, it must be valid Unicode",
-                param=param,
-            ) from None
+        _check_unicode(text, param=param)
         # Of the library's entries only the batch ones release the interpreter lock.
         encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encodings[0].ids
         return ids
+
+    def encode_pair(self, first: str, second: str, *, param: str) -> list[int]:
+        """Token ids of two texts, joined as the post-processor joins pairs; else as `encode`."""
+        for text in (first, second):
+            _check_unicode(text, param=param)
+        ids: list[int] = self._backend.encode_batch_fast([(first, second)])[0].ids
+        return ids
+
+    def encode_cut(self, text: str, *, limit: int, add_special_tokens: bool, param: str) -> list[int]:
+        """The first `limit` token ids of `text`; of those that the post-processor adds all stay if they fit.
+
+        Else as `encode`.
+        """
+        plain = self.encode(text, add_special_tokens=False, param=param)
+        whole = self.encode(text, add_special_tokens=True, param=param) if add_special_tokens else plain
+        if len(whole) <= limit:
+            return whole
+        num_added = len(whole) - len(plain)
+        starts = (i for i in range(num_added + 1) if whole[i : i + len(plain)] == plain)
+        num_before = next(starts, num_added)
+        after = whole[num_before + len(plain) :]
+        return [*whole[: max(0, limit - len(after))], *after][:limit]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a whole sequence: its bytes, broken ones as U+FFFD, then the leading-space rule."""
@@ -132,6 +148,16 @@ class Tokenizer:
         if table.leading_space is LeadingSpace.STRIP_ONE:
             return text.removeprefix(" ")
         return text
+
+
+def _check_unicode(text: str, *, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameterError(
+            f"{param} holds a lone surrogate at character {error.start}, it must be valid Unicode",
+            param=param,
+        ) from None
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

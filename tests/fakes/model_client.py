@@ -9,6 +9,15 @@ import msgspec
 from penstock.core.errors import PenstockError
 from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
+from penstock.core.pooled import (
+    Classification,
+    ClassifyRequest,
+    Embedding,
+    EmbedRequest,
+    PromptRequest,
+    Score,
+    ScoreRequest,
+)
 from penstock.core.text import FinishReason, GenerateRequest, ModelCard, TextDelta, TextLogprob, Usage
 
 NAME = ModelName("fake")
@@ -38,6 +47,7 @@ class FakeModelClient:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever a stream ends, however it does."""
     requests: list[GenerateRequest] = field(default_factory=list)
+    pooled: list[PromptRequest] = field(default_factory=list)
     cancelled: list[RequestId] = field(default_factory=list)
     num_open: int = 0
 
@@ -145,6 +155,39 @@ class FakeModelClient:
     @staticmethod
     def _usage(request: GenerateRequest, num_pieces: int) -> Usage:
         return Usage(prompt_tokens=7, completion_tokens=request.params.n * num_pieces, cached_tokens=3)
+
+    async def _pooled(self, request: PromptRequest) -> None:
+        """Refuses, waits and fails as `generate` does, with the request as its only delta."""
+        self.pooled.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        self.num_open += 1
+        try:
+            await self._pace(0)
+        except asyncio.CancelledError:
+            self.cancelled.append(request.request_id)
+            raise
+        finally:
+            self.num_open -= 1
+            self.ended.set()
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        await self._pooled(request)
+        size = len(request.prompt)
+        return Embedding(
+            values=(0.5, -float(size), 0.25)[: request.dimensions],
+            usage=Usage(prompt_tokens=size, completion_tokens=0),
+        )
+
+    async def score(self, request: ScoreRequest) -> Score:
+        await self._pooled(request)
+        size = len(request.document)
+        return Score(value=size / 100, usage=Usage(prompt_tokens=size, completion_tokens=0))
+
+    async def classify(self, request: ClassifyRequest) -> Classification:
+        await self._pooled(request)
+        usage = Usage(prompt_tokens=len(request.prompt), completion_tokens=0)
+        return Classification(labels=("no", "yes"), probabilities=(0.25, 0.75), usage=usage)
 
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         text = request.prompt

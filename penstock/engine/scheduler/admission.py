@@ -5,18 +5,20 @@ by `scheduler` in the engine process and by `engine/supervisor` in the API proce
 `EngineInfo`.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
 from penstock.core.errors import InvalidParameterError, QueueFullError
-from penstock.core.params import validate_sampling
+from penstock.core.params import SamplingParams, validate_sampling
 from penstock.core.tokens import EngineInfo, EngineRequest
 from penstock.engine.kv.kv_manager import num_blocks_needed
 from penstock.engine.scheduler.beams import BeamSearch
 
 MAX_CANDIDATES: Final = 256
 """Continuations of a beam that a search may look at."""
+POOLING_KINDS: Final = ("mean", "last", "classify", "logits")
 MAX_TOKEN_IDS: Final = 1 << 32
 """Keys of the prefix tree take 4 bytes for a token."""
 
@@ -32,6 +34,8 @@ class AdmissionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Window of each cache group, None for full attention."""
     vocab_size: int | None = None
     """When known, prompt token ids are checked against it."""
+    num_labels: int = 0
+    """Classes of a model that classifies; 0 for one that generates."""
 
 
 class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +56,7 @@ def limits_from_info(info: EngineInfo) -> AdmissionLimits:
         block_size=info.block_size,
         windows=info.cache_group_windows or (None,) * info.num_cache_groups,
         vocab_size=info.vocab_size,
+        num_labels=len(info.labels),
     )
 
 
@@ -74,6 +79,7 @@ def check_admissible(request: EngineRequest, *, limits: AdmissionLimits) -> None
         InvalidParameterError: names the field, its value and the limit.
     """
     validate_sampling(request.params, vocab_size=limits.vocab_size, allow_zero_max_tokens=True)
+    _check_head(request, limits=limits)
     _check_prompt(request, limits=limits)
     _check_length(request, limits=limits)
     if request.params.num_sequences > limits.max_num_seqs:
@@ -91,6 +97,38 @@ def check_admissible(request: EngineRequest, *, limits: AdmissionLimits) -> None
             f"{limits.num_blocks}; ask for fewer tokens",
             code="context_length_exceeded",
             param="max_tokens",
+        )
+
+
+def _check_head(request: EngineRequest, *, limits: AdmissionLimits) -> None:
+    """A head gives scores of tokens or of classes, never both."""
+    pooling = request.pooling
+    if pooling is None:
+        if limits.num_labels:
+            raise InvalidParameterError(
+                f"this model has a head of {limits.num_labels} classes, it cannot generate", param="model"
+            )
+        return
+    if (pooling.kind == "classify") is not bool(limits.num_labels) and pooling.kind in ("classify", "logits"):
+        raise InvalidParameterError(
+            f"pooling is {pooling.kind}, this model has {limits.num_labels or 'no'} classes", param="pooling"
+        )
+    if pooling.kind not in POOLING_KINDS or (pooling.kind == "logits") is not bool(pooling.token_ids):
+        raise InvalidParameterError(
+            f"pooling is {pooling.kind[:32]} with {len(pooling.token_ids)} token ids, it must be one of "
+            f"{', '.join(POOLING_KINDS)}, and logits alone takes token ids",
+            param="pooling",
+        )
+    _check_ids(pooling.token_ids, limits=limits, what="pooling")
+    _check_pooled_params(request)
+
+
+def _check_pooled_params(request: EngineRequest) -> None:
+    """Nothing is drawn, so nothing may be said about draws."""
+    if request.params != SamplingParams(max_tokens=0) or request.grammar is not None:
+        raise InvalidParameterError(
+            "pooling cannot be used with sampling parameters or a grammar, and max_tokens must be 0",
+            param="pooling",
         )
 
 
@@ -120,11 +158,15 @@ def _check_prompt(request: EngineRequest, *, limits: AdmissionLimits) -> None:
     token_ids = request.prompt_token_ids
     if not token_ids:
         raise InvalidParameterError("the prompt has 0 tokens, it must have at least 1", param="prompt")
+    _check_ids(token_ids, limits=limits, what="the prompt")
+
+
+def _check_ids(token_ids: Sequence[int], *, limits: AdmissionLimits, what: str) -> None:
     num_ids = MAX_TOKEN_IDS if limits.vocab_size is None else limits.vocab_size
-    least, most = min(token_ids), max(token_ids)
+    least, most = min(token_ids, default=0), max(token_ids, default=0)
     if least < 0 or most >= num_ids:
         raise InvalidParameterError(
-            f"the prompt holds token id {least if least < 0 else most}, it must be from 0 to {num_ids - 1}",
+            f"{what} holds token id {least if least < 0 else most}, it must be from 0 to {num_ids - 1}",
             param="prompt",
         )
 

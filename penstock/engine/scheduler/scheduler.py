@@ -105,6 +105,7 @@ class Scheduler:
         vocab_size: int | None = None,
         proposer: Proposer | None = None,
         adapters: AdapterSlots | None = None,
+        num_labels: int = 0,
     ) -> None:
         """Start with an empty queue.
 
@@ -117,6 +118,7 @@ class Scheduler:
             vocab_size: when given, token ids of requests are checked against it.
             proposer: guesses tokens ahead, or None for no speculation.
             adapters: slots for the adapters of running requests, or None without adapters.
+            num_labels: classes of a model that classifies; 0 for one that generates.
         """
         self._config = config
         self._kv = kv
@@ -133,6 +135,7 @@ class Scheduler:
             block_size=kv.block_size,
             windows=kv.windows,
             vocab_size=vocab_size,
+            num_labels=num_labels,
         )
         self._groups: dict[RequestId, SequenceGroup] = {}
         self._adapters = adapters

@@ -147,7 +147,7 @@ def test_frequencies_and_a_tied_head_in_the_file_are_ignored(tmp_path: Path) -> 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     message = refused(checkpoint(tmp_path, config={"architectures": ["Bert"]}), UnsupportedModelError)
-    assert "'Bert' is not supported; known: GPT2LMHeadModel, Gemma2ForCausalLM" in message
+    assert "'Bert' is not supported; known: GPT2ForSequenceClassification, GPT2LMHeadModel" in message
 
 
 def test_a_vision_gemma_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from penstock.models.config import read_json_config
 from penstock.models.embedded_model import embedded_path
 from penstock.models.llama import build_model
 from penstock.models.loader import load_model
-from penstock.models.registry import ARCHITECTURES, find_model, known_architectures
+from penstock.models.registry import ARCHITECTURES, CLASSIFIERS, find_model, known_architectures
 
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *CLASSIFIERS])
 def test_every_listed_architecture_has_its_file(architecture: str) -> None:
     assert callable(find_model(architecture))
 

@@ -21,6 +21,7 @@ PASSES = {
 BODIES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
+    "/v1/embeddings": {"input": "a"},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [65]},
     "/generate": {"prompt": "hi"},

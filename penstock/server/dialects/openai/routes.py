@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from penstock.server.dialects.openai import chat, completions, models, tokens
+from penstock.server.dialects.openai import chat, completions, embeddings, models, tokens
 from penstock.server.dialects.openai.fields import refuse_by_name
 from penstock.server.routes import Access, Document, Route
 
@@ -33,6 +33,17 @@ ROUTES: Final[tuple[Route, ...]] = (
             streams=True,
             tag="openai",
             also=(404,),
+        ),
+    ),
+    Route(
+        path="/v1/embeddings",
+        methods=("POST",),
+        access=Access.USER,
+        serve=embeddings.embeddings,
+        body=embeddings.EmbeddingsRequest,
+        counts_as_work=True,
+        document=Document(
+            summary="Vectors of texts", answer=embeddings.EmbeddingsAnswer, tag="openai", also=(404,)
         ),
     ),
     Route(
