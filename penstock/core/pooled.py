@@ -29,6 +29,8 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     tenant_id: TenantId = DEFAULT_TENANT
     cache_salt: str = ""
     """Extra salt of the prefix key; requests with different salts never share blocks."""
+    adapter: str = ""
+    """LoRA adapter in the engine's registry, set by the catalog's client for it; empty for the base model."""
     arrival_s: float = 0.0
     """Monotonic time of this process when the request was received."""
 

@@ -8,6 +8,14 @@ from collections.abc import AsyncGenerator, Sequence
 import msgspec
 
 from penstock.core.ids import ModelName
+from penstock.core.pooled import (
+    Classification,
+    ClassifyRequest,
+    Embedding,
+    EmbedRequest,
+    Score,
+    ScoreRequest,
+)
 from penstock.core.ports import ModelClient
 from penstock.core.text import GenerateRequest, ModelCard, TextDelta
 
@@ -45,6 +53,18 @@ class AdapterClient:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TextDelta]:
         """As the model, with the adapter."""
         return await self._base.generate(msgspec.structs.replace(request, adapter=self._name))
+
+    async def embed(self, request: EmbedRequest) -> Embedding:
+        """As the model, with the adapter."""
+        return await self._base.embed(msgspec.structs.replace(request, adapter=self._name))
+
+    async def score(self, request: ScoreRequest) -> Score:
+        """As the model, with the adapter."""
+        return await self._base.score(msgspec.structs.replace(request, adapter=self._name))
+
+    async def classify(self, request: ClassifyRequest) -> Classification:
+        """As the model, with the adapter."""
+        return await self._base.classify(msgspec.structs.replace(request, adapter=self._name))
 
     async def tokenize(self, request: GenerateRequest, *, add_special_tokens: bool) -> list[int]:
         """As the model."""

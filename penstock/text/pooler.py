@@ -300,6 +300,7 @@ class Pooler:
                 tenant_id=request.tenant_id,
                 cache_salt=request.cache_salt,
                 pooling=pooling,
+                adapter=request.adapter,
             )
         )
         meter.is_accepted = True
