@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from penstock.cli.offline import LLM as LLM
+    from penstock.cli.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
     from penstock.core.params import SamplingParams as SamplingParams
 
-_LAZY = {"LLM": "penstock.cli.offline", "SamplingParams": "penstock.core.params"}
+_LAZY = {
+    "LLM": "penstock.cli.offline",
+    "SamplingParams": "penstock.core.params",
+    "StructuredOutputsParams": "penstock.cli.structured_outputs",
+}
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> object:

@@ -20,6 +20,7 @@ from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_lo
 from penstock.cli.model_source import find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
 from penstock.cli.refused import REFUSED_OPTIONS, refuse
+from penstock.cli.structured_outputs import StructuredOutputsParams, grammars_of
 from penstock.cli.workers import work_off
 from penstock.core.errors import (
     EngineDeadError,
@@ -29,6 +30,7 @@ from penstock.core.errors import (
     PenstockError,
     StartupError,
 )
+from penstock.core.grammar import GrammarSpec
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import GenerateRequest, Message
@@ -45,6 +47,7 @@ OFFLINE_DECODE_STRETCH: Final = 1_000_000.0
 Prompt = str | Mapping[str, object]
 """Text, or `{"prompt": text}`, or `{"prompt_token_ids": [...]}`."""
 Turn = Mapping[str, object] | Message
+Guides = StructuredOutputsParams | Sequence[StructuredOutputsParams | None] | None
 
 T = TypeVar("T")
 
@@ -68,6 +71,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "max_num_batched_tokens": (int,),
     "enable_prefix_caching": (bool,),
     "enable_chunked_prefill": (bool,),
+    "enable_jump_forward": (bool,),
     "block_size": (int,),
     "num_kv_blocks": (int, NONE),
     "kv_cache_memory_bytes": (int, NONE),
@@ -117,6 +121,7 @@ class LLM:
         max_num_batched_tokens: most tokens in one step.
         enable_prefix_caching: keep blocks for prompts that begin alike.
         enable_chunked_prefill: compute prompts in chunks; False computes each whole in one step.
+        enable_jump_forward: append the tokens that a grammar forces without a step of their own.
         block_size: token slots in a KV block, a power of two.
         num_kv_blocks: size of the pool; None derives it.
         kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
@@ -150,6 +155,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
+        enable_jump_forward: bool = True,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
@@ -177,6 +183,7 @@ class LLM:
                     max_num_batched_tokens=max_num_batched_tokens,
                     enable_prefix_caching=enable_prefix_caching,
                     enable_chunked_prefill=enable_chunked_prefill,
+                    enable_jump_forward=enable_jump_forward,
                     step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
                     decode_stretch=OFFLINE_DECODE_STRETCH,
                 )
@@ -234,6 +241,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        structured_outputs: Guides = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue each prompt.
@@ -242,6 +250,8 @@ class LLM:
             prompts: one or several; text, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`.
             sampling_params: one for all or one for each; None takes
                 `get_default_sampling_params`.
+            structured_outputs: what the answers must look like: one for all, or a list with one or None
+                for each.
             use_tqdm: show progress on a terminal.
 
         Returns:
@@ -256,7 +266,11 @@ class LLM:
         params = _one_each(
             sampling_params, num_prompts=len(several), default=self.get_default_sampling_params()
         )
-        requests = [self._request(each, prompt=_prompt(p)) for p, each in zip(several, params, strict=True)]
+        grammars = grammars_of(structured_outputs, num_prompts=len(several))
+        requests = [
+            self._request(each, prompt=_prompt(p), grammar=grammar)
+            for p, each, grammar in zip(several, params, grammars, strict=True)
+        ]
         return self._thread.run(self._answer_all(requests, show=use_tqdm))
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -270,6 +284,7 @@ class LLM:
         messages: Sequence[Turn] | Sequence[Sequence[Turn]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        structured_outputs: Guides = None,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -279,6 +294,7 @@ class LLM:
         Args:
             messages: one conversation or several, turns as `{"role": ..., "content": ...}`.
             sampling_params: as for `generate`.
+            structured_outputs: as for `generate`.
             use_tqdm: show progress on a terminal.
             add_generation_prompt: let the template open the assistant's turn.
             continue_final_message: go on with the last turn instead.
@@ -293,14 +309,16 @@ class LLM:
         params = _one_each(
             sampling_params, num_prompts=len(several), default=self.get_default_sampling_params()
         )
+        grammars = grammars_of(structured_outputs, num_prompts=len(several))
         requests = [
             self._request(
                 each,
+                grammar=grammar,
                 messages=turns,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
             )
-            for turns, each in zip(several, params, strict=True)
+            for turns, each, grammar in zip(several, params, grammars, strict=True)
         ]
         return self._thread.run(self._answer_all(requests, show=use_tqdm))
 
@@ -308,6 +326,7 @@ class LLM:
         self,
         params: SamplingParams,
         *,
+        grammar: GrammarSpec | None = None,
         prompt: str | tuple[int, ...] | None = None,
         messages: tuple[Message, ...] | None = None,
         add_generation_prompt: bool = True,
@@ -324,6 +343,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             params=checked,
+            grammar=grammar,
         )
 
     async def _answer_all(self, requests: list[GenerateRequest], *, show: bool) -> list[RequestOutput]:

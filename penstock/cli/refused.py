@@ -8,7 +8,7 @@ from penstock.core.errors import StartupError
 _ONE_RANK: Final = "this version computes on one rank"
 _NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-cache-memory-bytes"
 _SPEC: Final = "write it into --speculative-config"
-_NO_GUIDED: Final = "guided decoding is not here yet"
+_NO_GUIDED: Final = "llguidance is the one backend, and its limits are fixed"
 
 REFUSED_OPTIONS: Final[dict[str, str]] = {
     "q": "write --quantization",

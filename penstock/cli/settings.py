@@ -120,6 +120,10 @@ class ServeSettings:
         bool,
         setting("Compute prompts in chunks beside running answers; off, each whole in one step."),
     ] = True
+    enable_jump_forward: Annotated[
+        bool,
+        setting("Append the tokens that a grammar forces without a model step of their own."),
+    ] = True
     block_size: Annotated[
         int,
         setting(
@@ -262,6 +266,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             max_num_queued_tokens=settings.max_num_queued_tokens,
             enable_prefix_caching=settings.enable_prefix_caching,
             enable_chunked_prefill=settings.enable_chunked_prefill,
+            enable_jump_forward=settings.enable_jump_forward,
             policy=settings.scheduling_policy,
         ),
         kv=KvConfig(

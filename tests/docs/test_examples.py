@@ -70,6 +70,13 @@ def test_the_openai_example_runs(server: tuple[str, str]) -> None:
     assert "stream: " in out
 
 
+def test_the_guided_example_gets_what_it_asks_for(server: tuple[str, str]) -> None:
+    out = _run(sys.executable, "examples/guided_json.py", server[0])
+    assert "person: name=" in out
+    assert re.search(r"choice: (red|green|blue)\n", out)
+    assert re.search(r"number: [0-9]{3}-[0-9]{4}\n", out)
+
+
 def test_the_shell_example_streams(server: tuple[str, str]) -> None:
     out = _run("bash", "examples/stream.sh", server[0])
     assert "event: close" in out
