@@ -4,6 +4,7 @@ llguidance derives lexers lazily and parses by Earley's algorithm, so that a gra
 touches of it; fuel bounds each part. Called by `compile_pool` from its threads; thread-safe.
 """
 
+import json
 import logging
 import threading
 from collections import OrderedDict
@@ -14,8 +15,9 @@ from typing import Final
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
-from penstock.core.grammar import GrammarSpec, validate_grammar
+from penstock.core.grammar import GrammarKind, GrammarSpec, validate_grammar
 from penstock.engine.grammar.dialects import to_llguidance
+from penstock.engine.grammar.schema_rewrite import SchemaTooLargeError, rewrite_schema
 from penstock.text.tokenizer import Tokenizer
 
 LIMITS: Final = LLParserLimits(
@@ -36,6 +38,8 @@ BYTES_PER_GRAMMAR: Final = 1 << 20
 BYTES_PER_SOURCE_BYTE: Final = 64
 """Measured: schemas of 15 KB take 0.8 MB."""
 MAX_REASON_CHARS: Final = 300
+MAX_REWRITTEN_CHARS: Final = 1 << 15
+"""Longer schemas are not rewritten: it is done in Python, while the step loop waits for the interpreter."""
 
 log = logging.getLogger("penstock.engine.grammar")
 
@@ -151,9 +155,10 @@ class GrammarCompiler:
             raise refusal(spec, f"the model has no tokenizer for it: {error.message}") from None
         except ValueError as error:
             raise refusal(spec, str(error)) from None
-        start = LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
-        if not start.is_error():
-            start.compute_bitmask()  # derives the first lexer states here and not in a step
+        start = _started(tokenizer, source)
+        if start.is_error() and (rewritten := _rewritten(spec)) is not None:
+            second = _started(tokenizer, to_llguidance(rewritten, special_ids=self._special_ids))
+            start = start if second.is_error() else second
         if start.is_error():
             raise refusal(spec, _reason(start))
         num_bytes = BYTES_PER_GRAMMAR + BYTES_PER_SOURCE_BYTE * len(spec.source)
@@ -174,6 +179,26 @@ class GrammarCompiler:
             self._refused[spec] = error
             if len(self._refused) > MAX_CACHED_REFUSALS:
                 self._refused.popitem(last=False)
+
+
+def _started(tokenizer: LLTokenizer, source: str) -> LLMatcher:
+    """A matcher that has its first mask, so that its first lexer states are not derived in a step."""
+    matcher = LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return matcher
+
+
+def _rewritten(spec: GrammarSpec) -> GrammarSpec | None:
+    """A JSON Schema in other keywords, if there is anything to rewrite."""
+    if spec.kind is not GrammarKind.JSON_SCHEMA or len(spec.source) > MAX_REWRITTEN_CHARS:
+        return None
+    schema = json.loads(spec.source)
+    try:
+        rewritten = GrammarSpec.of_json(GrammarKind.JSON_SCHEMA, rewrite_schema(schema))
+    except SchemaTooLargeError:
+        return None
+    return None if rewritten == GrammarSpec.of_json(GrammarKind.JSON_SCHEMA, schema) else rewritten
 
 
 def _reason(matcher: LLMatcher) -> str:
