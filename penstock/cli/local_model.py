@@ -101,6 +101,9 @@ class StepTotals:
     def on_engine_restart(self, _model: ModelName, _reason: str) -> None:
         """An engine in this process is never restarted."""
 
+    def on_grammar(self, _model: ModelName, _outcome: str, _compile_s: float) -> None:
+        """Not summed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalModel:

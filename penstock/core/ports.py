@@ -104,6 +104,10 @@ class EngineEvents(Protocol):
         """When an engine process died or hung and is started again; `reason` is `died` or `hung`."""
         ...
 
+    def on_grammar(self, model: ModelName, outcome: str, compile_s: float) -> None:
+        """When a request's grammar is `compiled`, found `cached` or `refused`; seconds 0 if it was known."""
+        ...
+
 
 class EngineClient(Protocol):
     """The lower waist, used by `text/service`.

@@ -24,6 +24,7 @@ from penstock.engine.wire import (
     Ask,
     FromEngine,
     LoadAdapter,
+    Grammar,
     Output,
     Refused,
     Submit,
@@ -213,6 +214,8 @@ class StreamTable:
         match message:
             case Output():
                 self._on_output(message)
+            case Grammar(outcome=outcome, compile_s=compile_s):
+                self._events.on_grammar(self._name, outcome, compile_s)
             case Accepted(request_id=request_id):
                 if stream := self._streams.get(request_id):
                     stream.accept()

@@ -22,6 +22,7 @@ from penstock.engine.wire import (
     Ask,
     FromEngine,
     LoadAdapter,
+    Grammar,
     Output,
     Ping,
     Pong,
@@ -71,6 +72,7 @@ class EngineLoop:
             for message in self._channel.receive(block=not self._core.has_work and not self._is_loading):
                 self._handle(message)
             for done in self._core.grammars.take_done():
+                self._channel.send(Grammar(done.outcome_word, done.compile_s))
                 self._answer_submit(done.request.request_id, partial(self._core.add_compiled, done))
             self._answer_orders()
             if self._core.has_work and not self._stopped:

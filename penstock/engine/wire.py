@@ -96,6 +96,15 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     error: ErrorInfo
 
 
+class Grammar(msgspec.Struct, frozen=True, tag="grammar"):
+    """What came of a request's grammar, for the metrics; `Accepted` or `Refused` follows."""
+
+    outcome: str
+    """`compiled`, `cached` or `refused`."""
+    compile_s: float
+    """0 if it was known already."""
+
+
 class Output(msgspec.Struct, frozen=True, tag="output"):
     """What a step gave; `stats` is None for deltas outside a step (cancellations)."""
 
@@ -124,7 +133,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 ToEngine = Start | Submit | Abort | Ping | Ask | LoadAdapter | UnloadAdapter | Shutdown
-FromEngine = Loading | Started | Accepted | Refused | Output | Pong | Answer | Fatal
+FromEngine = Loading | Started | Accepted | Refused | Grammar | Output | Pong | Answer | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

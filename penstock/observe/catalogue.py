@@ -182,6 +182,15 @@ METRICS: Final[tuple[Spec, ...]] = (
     _counter("prompt_tokens_cached_total", "Of those, tokens found in the prefix tree."),
     _counter("prompt_tokens_computed_total", "Prompt tokens that went through the model."),
     _counter("generation_tokens_total", "Tokens generated.", otel="gen_ai.client.token.usage{output}"),
+    _counter(
+        "grammar_forced_tokens_total", "Of those, tokens that a grammar forced: no step was made for them."
+    ),
+    _counter(
+        "grammar_requests_total",
+        "Requests with a grammar: compiled, found cached, or refused.",
+        labels=("model_name", "outcome"),
+    ),
+    _histogram("grammar_compile_seconds", "Time to compile a grammar, or to refuse it.", buckets=_SHORT_S),
     _gauge("generation_tokens_per_second", "Tokens generated per second over the last ten seconds."),
     _counter("engine_steps_total", "Engine steps."),
     _counter(

@@ -147,6 +147,9 @@ class RequestLog:
         """Write that an engine was started again."""
         self._logger.warning("engine restarted", extra={"model": model, "reason": reason})
 
+    def on_grammar(self, model: ModelName, outcome: str, compile_s: float) -> None:
+        """Grammars are counted, not logged."""
+
 
 class Fanout:
     """Implements `core.ports.EngineEvents`: hands every event to several sinks, in order."""
@@ -173,3 +176,8 @@ class Fanout:
         """When an engine is started again."""
         for sink in self._sinks:
             sink.on_engine_restart(model, reason)
+
+    def on_grammar(self, model: ModelName, outcome: str, compile_s: float) -> None:
+        """When a request's grammar is compiled, found or refused."""
+        for sink in self._sinks:
+            sink.on_grammar(model, outcome, compile_s)

@@ -152,6 +152,7 @@ class Metrics:
         values["prefix_cache_hits_total"] += stats.num_prefix_hit_tokens
         values["num_preemptions_total"] += stats.num_preemptions
         values["generation_tokens_total"] += stats.num_generated_tokens
+        values["grammar_forced_tokens_total"] += stats.num_forced_tokens
         values["engine_steps_total"] += 1
         if stats.num_drafts:
             _add_drafts(numbers, stats)
@@ -180,6 +181,13 @@ class Metrics:
         for spec in METRICS:
             if spec.kind is Kind.GAUGE and spec.labels == ("model_name",):
                 numbers.values[spec.name] = 0.0
+
+    def on_grammar(self, model: ModelName, outcome: str, compile_s: float) -> None:
+        """When a request's grammar is compiled, found in the cache or refused."""
+        numbers = self._of(model)
+        _bump(numbers.labelled["grammar_requests_total"], outcome)
+        if compile_s:
+            numbers.buckets["grammar_compile_seconds"].observe(compile_s)
 
     def on_http(self, *, route: str, status: int) -> None:
         """After each answer; `route` is a row of the route table."""

@@ -48,6 +48,13 @@ class CompiledRequest:
     compile_s: float
     """0 if it was in the cache."""
 
+    @property
+    def outcome_word(self) -> str:
+        """`compiled`, `cached` or `refused`."""
+        if isinstance(self.outcome, PenstockError):
+            return "refused"
+        return "compiled" if self.compile_s else "cached"
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Job:

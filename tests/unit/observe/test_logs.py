@@ -119,9 +119,9 @@ def test_a_fanout_hands_every_event_to_every_sink():
     fan.on_token_gap(MODEL, 0.1)
     fan.on_request(RECORD)
     fan.on_engine_restart(MODEL, "died")
-    assert seen == [
-        name for name in ("on_step", "on_token_gap", "on_request", "on_engine_restart") for _ in range(2)
-    ]
+    fan.on_grammar(MODEL, "compiled", 0.1)
+    names = ("on_step", "on_token_gap", "on_request", "on_engine_restart", "on_grammar")
+    assert seen == [name for name in names for _ in range(2)]
 
 
 async def test_no_prompt_no_answer_and_no_key_ever_reaches_the_log(writer, stream):

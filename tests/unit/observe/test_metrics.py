@@ -153,6 +153,17 @@ def test_a_restart_is_counted_and_the_gauges_start_from_nothing(metrics):
     assert of(found, "generation_tokens_total") == 2
 
 
+def test_grammars_are_counted_by_what_came_of_them_and_only_compilations_are_timed(metrics):
+    metrics.on_grammar(MODEL, "compiled", 0.3)
+    metrics.on_grammar(MODEL, "cached", 0.0)
+    metrics.on_step(MODEL, msgspec.structs.replace(STEP, num_forced_tokens=2))
+    found = scrape(metrics)
+    assert of(found, "grammar_requests_total", outcome="compiled") == 1
+    assert of(found, "grammar_requests_total", outcome="cached") == 1
+    assert of(found, "grammar_compile_seconds_count") == 1
+    assert of(found, "grammar_forced_tokens_total") == 2
+
+
 def test_unknown_models_share_one_series(metrics):
     for index in range(1000):
         metrics.on_token_gap(ModelName(f"x{index}"), 0.1)

@@ -105,6 +105,9 @@ class Sink:
     def on_engine_restart(self, model: ModelName, reason: str) -> None:
         raise AssertionError
 
+    def on_grammar(self, model: ModelName, outcome: str, compile_s: float) -> None:
+        raise AssertionError
+
 
 class TickingClock:
     """Each look at the clock takes one second."""
