@@ -211,7 +211,7 @@ def main() -> int:
         results["overhead"] = overhead(free, guided, batch=batch, num_steps=num_steps)
         results["refusals"] = refusals(guided)
     slowest_ms = max(
-        each["answered_after_ms"] for name, each in results["refusals"].items() if name in HOSTILE
+        each["answered_after_ms"] for each in results["refusals"].values() if each.get("is_refused")
     )
     ok = (
         results["jump_forward"]["same_tokens"]

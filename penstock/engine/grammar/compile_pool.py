@@ -29,7 +29,7 @@ from penstock.engine.grammar.matcher import Matcher, start_matcher
 NUM_THREADS: Final = 2
 MAX_PENDING: Final = 256
 """Requests whose grammars are being compiled; beyond it 429."""
-CPU_MAX_S: Final = 0.2
+CPU_MAX_S: Final = 0.12
 """A grammar that takes more CPU time is refused; if it compiles later, a second attempt finds it cached."""
 WALL_MAX_S: Final = 2.0
 """As `CPU_MAX_S` by the clock, for a machine whose cores have no time for the thread."""

@@ -157,7 +157,7 @@ def test_grammars_are_counted_by_what_came_of_them_and_only_compilations_are_tim
     metrics.on_grammar(MODEL, "compiled", 0.3)
     metrics.on_grammar(MODEL, "cached", 0.0)
     metrics.on_step(MODEL, msgspec.structs.replace(STEP, num_forced_tokens=2))
-    found = scrape(metrics)
+    found = samples(metrics)
     assert of(found, "grammar_requests_total", outcome="compiled") == 1
     assert of(found, "grammar_requests_total", outcome="cached") == 1
     assert of(found, "grammar_compile_seconds_count") == 1
