@@ -80,6 +80,13 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "tensor_parallel_size": (int,),
     "speculative_config": (Mapping, NONE),
 }
+SCHEDULER_ARGUMENTS: Final = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "enable_jump_forward",
+)
 ENGINE_ARGUMENTS: Final = (
     "dtype",
     "kernels",
@@ -179,11 +186,7 @@ class LLM:
             **{name: given[name] for name in ENGINE_ARGUMENTS},
             scheduler=with_room(
                 SchedulerConfig(
-                    max_num_seqs=max_num_seqs,
-                    max_num_batched_tokens=max_num_batched_tokens,
-                    enable_prefix_caching=enable_prefix_caching,
-                    enable_chunked_prefill=enable_chunked_prefill,
-                    enable_jump_forward=enable_jump_forward,
+                    **{name: given[name] for name in SCHEDULER_ARGUMENTS},
                     step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
                     decode_stretch=OFFLINE_DECODE_STRETCH,
                 )
