@@ -5,7 +5,7 @@ or a half-copied folder is told at once.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,13 +14,15 @@ import msgspec
 
 from penstock.core.errors import CheckpointError, StartupError
 from penstock.core.ids import ModelName
-from penstock.models.embedded_model import EMBEDDED_MODEL_NAME, embedded_path
+from penstock.engine.config import SpeculativeConfig, read_speculative
+from penstock.models.embedded_model import EMBEDDED_MODEL_NAME, embedded_draft_path, embedded_path
 from penstock.models.gguf.families import FAMILIES
 from penstock.models.hub import resolve_model
 from penstock.models.registry import check_architecture
 from penstock.text.gguf.header import is_gguf, read_header
 
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100_000_000
+EMBEDDED_DRAFT_NAME: Final = "embedded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,28 @@ def find_gguf(path: Path, *, revision: str | None = None) -> ModelSource:
     status = path.stat()
     digest = hashlib.blake2b(f"{path.name}:{status.st_size}:{status.st_mtime_ns}".encode(), digest_size=16)
     return ModelSource(path=path, name=ModelName(path.stem), root=path.name, revision=digest.hexdigest())
+
+
+def find_draft(
+    given: Mapping[str, object] | None, *, on_progress: Callable[[int, int], None] | None = None
+) -> SpeculativeConfig | None:
+    """What `speculative_config` says, with the draft model's folder in place of its name.
+
+    Args:
+        given: the mapping; its `model` is as for `find_model`, or `embedded` for the embedded model's draft.
+        on_progress: as for `find_model`.
+
+    Raises:
+        StartupError: a key is wrong, or there is no such model.
+    """
+    config = read_speculative(given)
+    if config is None or not config.model:
+        return config
+    if config.model in {EMBEDDED_DRAFT_NAME, EMBEDDED_MODEL_NAME}:
+        path = embedded_draft_path()
+    else:
+        path = find_model(config.model, on_progress=on_progress).path
+    return msgspec.structs.replace(config, model=str(path))
 
 
 def folder_revision(folder: Path) -> str:

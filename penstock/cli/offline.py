@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from penstock.cli.feed import num_in_flight, with_patience, with_room
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
-from penstock.cli.model_source import find_model
+from penstock.cli.model_source import find_draft, find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
 from penstock.cli.refused import REFUSED_OPTIONS, refuse
 from penstock.cli.structured_outputs import StructuredOutputsParams, grammars_of
@@ -35,7 +35,7 @@ from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import GenerateRequest, Message
 from penstock.core.tokens import EngineInfo
-from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig, read_speculative
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from penstock.text.service import TextService
 
 DEFAULT_MAX_TOKENS: Final = 16
@@ -182,7 +182,7 @@ class LLM:
             model_path=str(source.path),
             model_revision=source.revision,
             quantization=quantization or "none",
-            speculative=read_speculative(speculative_config),
+            speculative=find_draft(speculative_config),
             **{name: given[name] for name in ENGINE_ARGUMENTS},
             scheduler=with_room(
                 SchedulerConfig(

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from penstock.cli.model_source import find_draft
 from penstock.cli.setting import PowerOfTwo, Range, setting
 from penstock.core.errors import StartupError
 from penstock.engine.config import (
@@ -19,7 +20,6 @@ from penstock.engine.config import (
     LoraConfig,
     LoraModule,
     SchedulerConfig,
-    read_speculative,
 )
 from penstock.text.reading import ReadingConfig
 
@@ -256,7 +256,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         num_threads=settings.num_threads,
         max_model_len=settings.max_model_len,
         log_level=settings.log_level,
-        speculative=read_speculative(settings.speculative_config),
+        speculative=find_draft(settings.speculative_config),
         scheduler=SchedulerConfig(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -7,6 +7,7 @@ weights, lay out the cache, size the pool, join the parts, warm up.
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -31,16 +32,20 @@ from penstock.engine.grammar.compile_pool import CompilePool
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
+from penstock.engine.runner.draft_passes import ModelPasses, draft_bytes_per_block, draft_layout
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.kv_budget import resolve_num_blocks
 from penstock.engine.runner.kv_pool import bytes_per_block
 from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.runner import Runner
+from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.cost import TimedStep
-from penstock.engine.scheduler.drafting import Proposer
+from penstock.engine.scheduler.drafting import Proposer, RunnerGuesses
 from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.spec.draft_model import DraftModel
 from penstock.engine.spec.ngram import NgramProposer
+from penstock.engine.spec.vocabulary import check_same_tokens
 from penstock.kernels.cpu.extension import default_num_threads
 from penstock.kernels.ops import kv_block, prepare_adapter
 from penstock.kernels.options import KernelOptions, KvCacheDtype
@@ -82,7 +87,47 @@ def build_core(
     if loaded.kernels.has_own_threads:
         torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the CPUs
     load_time_s = time.monotonic() - began_s
-    return _join(config, loaded, load_time_s=load_time_s, faults=faults)
+    draft_model = _load_draft(config, loaded, num_threads=num_threads)
+    return _join(config, loaded, draft_model=draft_model, load_time_s=load_time_s, faults=faults)
+
+
+def _load_draft(config: EngineConfig, target: LoadedModel, *, num_threads: int) -> LoadedModel | None:
+    """The draft model, if one is asked for, on the threads of the model's own kernels."""
+    if config.speculative is None or config.speculative.method != "draft_model":
+        return None
+    path = Path(config.speculative.model)
+    check_same_tokens(path, target=Path(config.model_path))
+    return load_model(
+        path,
+        dtype=str(target.dtype).removeprefix("torch."),
+        kernels=target.kernels.name,
+        device=config.device,
+        max_model_len=target.max_model_len,
+        options=kernel_options(config, num_threads=num_threads),
+        kernel_set=target.kernels,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A loaded draft model that fits the model."""
+
+    loaded: LoadedModel
+    layout: CacheLayout
+
+    @classmethod
+    def over(cls, loaded: LoadedModel, *, target: LoadedModel, target_layout: CacheLayout) -> "Draft":
+        """Check that it fits.
+
+        Raises:
+            StartupError: as `draft_layout`.
+        """
+        return cls(loaded=loaded, layout=draft_layout(loaded, target=target, target_layout=target_layout))
+
+
+def _drafter(draft: Draft, sampler: Sampler, *, num_blocks: int, block_size: int) -> DraftModel:
+    passes = ModelPasses(draft.loaded, layout=draft.layout, num_blocks=num_blocks, block_size=block_size)
+    return DraftModel(passes, sampler=sampler, num_blocks=num_blocks, block_size=block_size)
 
 
 def kernel_options(config: EngineConfig, *, num_threads: int) -> KernelOptions:
@@ -105,12 +150,20 @@ def kernel_options(config: EngineConfig, *, num_threads: int) -> KernelOptions:
 
 
 def _join(
-    config: EngineConfig, loaded: LoadedModel, *, load_time_s: float, faults: FaultPoints | None
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    draft_model: LoadedModel | None,
+    load_time_s: float,
+    faults: FaultPoints | None,
 ) -> EngineCore:
     layout = make_cache_layout(loaded.model.layer_windows)
     limits = msgspec.structs.replace(config.scheduler, max_model_len=loaded.max_model_len)
     check_whole_prompts(limits, max_model_len=limits.max_model_len)
+    draft = None if draft_model is None else Draft.over(draft_model, target=loaded, target_layout=layout)
     block_bytes = _block_bytes(config, loaded, layout)
+    if draft is not None:
+        block_bytes += draft_bytes_per_block(draft.loaded, draft.layout, block_size=config.kv.block_size)
     num_blocks = resolve_num_blocks(
         config.kv,
         scheduler=limits,
@@ -128,6 +181,9 @@ def _join(
         faults=faults,
         num_adapter_slots=0 if adapters is None else config.lora.max_loras,
         adapter_weights=None if adapters is None else adapters.weights,
+        make_drafter=None
+        if draft is None
+        else partial(_drafter, draft, num_blocks=num_blocks, block_size=config.kv.block_size),
     )
     ranks = LocalRank(runner)
     grammars = CompilePool(GrammarCompiler(Path(config.model_path)), vocab_size=loaded.model.vocab_size)
@@ -194,6 +250,8 @@ def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> list[TimedStep]:
 def _proposer(config: SpeculativeConfig | None) -> Proposer | None:
     if config is None:
         return None
+    if config.method == "draft_model":
+        return RunnerGuesses(num_tokens_max=config.num_tokens)
     low, high = config.lookup
     return NgramProposer(num_min=low, num_max=high, num_tokens_max=config.num_tokens)
 

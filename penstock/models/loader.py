@@ -93,6 +93,7 @@ def load_model(
     max_model_len: int | None = None,
     options: KernelOptions = DEFAULT_OPTIONS,
     on_progress: Progress | None = None,
+    kernel_set: KernelSet | None = None,
 ) -> LoadedModel:
     """Load a checkpoint.
 
@@ -104,6 +105,7 @@ def load_model(
         max_model_len: longest context to serve, in tokens; None for the model's own.
         options: quantization, threads and what else the kernels are told.
         on_progress: told after each tensor.
+        kernel_set: of another model, on whose threads this one is to run; None makes one.
 
     Returns:
         The model; weights whose dtype matches are mapped from the files, without a copy.
@@ -123,7 +125,8 @@ def load_model(
     shape = build(reader, checked).config.shape
     check.refuse_rest()
     options = replace(options, head_dim=shape.head_dim)
-    kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
+    if kernel_set is None:
+        kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
     served_len = _max_model_len(max_model_len, shape.max_position_embeddings)
     weights = _tracked_weights(checkpoint, dtype=torch_dtype, total=check.file_bytes, on_progress=on_progress)
     weights.is_packed = kernel_set.copies_weights

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from penstock.core.ids import SequenceId
-from penstock.engine.scheduler.drafting import Proposer, Wanted
+from penstock.engine.scheduler.drafting import Proposer, RunnerGuesses, Wanted
 from penstock.engine.spec.ngram import NgramProposer
 from penstock.sim.workload import Setting
 
@@ -34,6 +34,8 @@ def make_proposer(setting: Setting, *, rng: random.Random) -> Proposer | None:
     """What the setting names; None where nobody guesses."""
     if setting.speculation == "none":
         return None
+    if setting.speculation == "runner":
+        return RunnerGuesses(num_tokens_max=setting.num_drafts_max)
     if setting.speculation == "wild":
         return WildProposer(setting, rng=rng)
     return NgramProposer(num_min=2, num_max=4, num_tokens_max=setting.num_drafts_max)

@@ -7,13 +7,18 @@ which is checked over everything that attention would read. Faults are injected 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from penstock.core.ids import SequenceId
 from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
 from penstock.engine.scheduler.plan import (
+    UNKNOWN_DRAFT,
+    Proposal,
     SampledToken,
     SampleSpec,
     ScheduledSequence,
@@ -82,6 +87,19 @@ class FaultRates:
     step_error: float = 0.0
 
 
+def has_blanks(entry: ScheduledSequence) -> bool:
+    """True if the runner is to guess its drafts."""
+    return entry.num_drafts > 0 and entry.token_ids[-1] == UNKNOWN_DRAFT
+
+
+def fill_in(entry: ScheduledSequence, drafts: Sequence[int] | None) -> ScheduledSequence:
+    """The entry with `drafts` in place of its own; None leaves it."""
+    if drafts is None:
+        return entry
+    known = entry.token_ids[: len(entry.token_ids) - entry.num_drafts]
+    return replace(entry, token_ids=[*known, *drafts], num_drafts=len(drafts))
+
+
 class FakeRunner:
     """See the module; has the launch and collect of a runner."""
 
@@ -115,7 +133,11 @@ class FakeRunner:
         self._prepare(plan)
         tokens: list[SampledToken] = []
         failures: list[SequenceFailure] = []
-        for entry in plan.sequences:
+        proposals = [
+            Proposal(entry.seq_id, self._guess(entry)) for entry in plan.sequences if has_blanks(entry)
+        ]
+        filled = {each.seq_id: each.token_ids for each in proposals}
+        for entry in [fill_in(entry, filled.get(entry.seq_id)) for entry in plan.sequences]:
             failure = self._inject(entry)
             self._compute(entry, is_bad=failure is not None and failure.code == "numerical_error")
             if failure is None:
@@ -123,8 +145,17 @@ class FakeRunner:
             else:
                 failures.append(failure)
         return StepResult(
-            step_id=plan.step_id, tokens=tokens, failures=failures, step_time_s=self._step_time_s(plan)
+            step_id=plan.step_id,
+            tokens=tokens,
+            failures=failures,
+            proposals=proposals,
+            step_time_s=self._step_time_s(plan),
         )
+
+    def _guess(self, entry: ScheduledSequence) -> tuple[int, ...]:
+        """At most as many tokens as there are blanks, by chance."""
+        num_tokens = self._rng.randint(0, entry.num_drafts)
+        return tuple(self._rng.randrange(self._vocab_size) for _ in range(num_tokens))
 
     def collect(self, handle: StepResult) -> StepResult:
         """The outcome of a launched step."""

@@ -52,8 +52,8 @@ class Setting:
     overlaps: bool
     """Plan step n + 1 before step n is applied."""
     has_connector: bool
-    speculation: Literal["none", "ngram", "wild"]
-    """Who guesses: nobody, the n-gram index, or chance."""
+    speculation: Literal["none", "ngram", "wild", "runner"]
+    """Who guesses: nobody, the n-gram index, chance, or the runner."""
     num_drafts_max: int
 
 
@@ -130,7 +130,7 @@ def _make_setting(
         faults=FaultRates(numerical_error=0.01, step_error=0.005) if has_faults else FaultRates(),
         overlaps=rng.random() < 0.3,
         has_connector=config.enable_prefix_caching and rng.random() < 0.3,
-        speculation=rng.choice(("none", "ngram", "wild", "wild")),
+        speculation=rng.choice(("none", "ngram", "wild", "runner")),
         num_drafts_max=rng.choice((1, 3, 9)),
     )
 

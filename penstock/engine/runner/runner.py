@@ -44,6 +44,7 @@ from penstock.engine.scheduler.plan import (
     StepPlan,
     StepResult,
 )
+from penstock.engine.spec.proposer import Guesses, RunnerProposer
 from penstock.engine.spec.verify import DraftRun, Draw, verify
 from penstock.kernels.adapters import AdapterWeights
 from penstock.kernels.ops import KernelSet, kv_block, rows_not_finite
@@ -88,6 +89,7 @@ class StepHandle:
     finished_seq_ids: Sequence[SequenceId]
     """Forgotten when the step is collected: the step before it, collected later than this step's launch, may
     still draw for them."""
+    guesses: Guesses
     launch_time_s: float
 
 
@@ -104,6 +106,7 @@ class Runner:
         faults: FaultPoints | None = None,
         num_adapter_slots: int = 0,
         adapter_weights: Callable[[str], AdapterWeights] | None = None,
+        make_drafter: Callable[[Sampler], RunnerProposer] | None = None,
     ) -> None:
         """Reserve the KV memory.
 
@@ -115,6 +118,7 @@ class Runner:
             faults: where tests make it fail; None in production.
             num_adapter_slots: different adapters in one step, 0 without adapters.
             adapter_weights: of a version that is bound to a slot.
+            make_drafter: makes who guesses tokens here, given the sampler; None if nobody does.
         """
         self._model = loaded.model
         self._layout = layout
@@ -133,6 +137,7 @@ class Runner:
         self._kernels = loaded.kernels
         self._sampler = Sampler(native=_native_sampler(loaded.kernels))
         self._pools = Pools()
+        self._drafter = None if make_drafter is None else make_drafter(self._sampler)
 
     @property
     def model(self) -> CausalLM:
@@ -143,7 +148,8 @@ class Runner:
     def buffer_bytes(self) -> int:
         """Bytes kept beside KV and weights: activations, scratch block, block tables, sampling states."""
         own = self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
-        return own + self._model_bytes()
+        drafter = self._drafter.buffer_bytes if self._drafter else 0
+        return own + self._model_bytes() + drafter
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Prepare blocks and run the model; needs no result of an earlier step.
@@ -167,12 +173,14 @@ class Runner:
         self._bind_adapters(plan.adapter_bindings)
         self._pool.zero_blocks(plan.blocks_to_zero)
         self._pool.copy_blocks(plan.block_copies)
-        passes, failures = self._compute(plan.sequences) if plan.sequences else ([], [])
+        guesses = self._guess(plan)
+        passes, failures = self._compute(guesses.sequences) if guesses.sequences else ([], [])
         return StepHandle(
             step_id=plan.step_id,
             passes=passes,
             failures=failures,
             finished_seq_ids=plan.finished_seq_ids,
+            guesses=guesses,
             launch_time_s=time.perf_counter() - began_s,
         )
 
@@ -181,6 +189,14 @@ class Runner:
             assert self._adapter_weights is not None, "a plan binds adapters only where they are enabled"
             weights = self._adapter_weights(binding.revision) if binding.revision else None
             self._adapters[binding.slot] = weights
+
+    def _guess(self, plan: StepPlan) -> Guesses:
+        """The plan's sequences, with tokens where it leaves guesses to the runner."""
+        if self._drafter is None:
+            return Guesses(sequences=plan.sequences, proposals=[], num_caught_up_tokens=0)
+        self._drafter.add(plan.new_sequences)
+        self._drafter.move_blocks(copies=plan.block_copies, zeroed=plan.blocks_to_zero)
+        return self._drafter.fill(plan.sequences)
 
     def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
         """Sample and answer; called once per handle, in the order of the launches.
@@ -200,6 +216,8 @@ class Runner:
         began_s = time.perf_counter()
         self._sampler.forget(handle.finished_seq_ids)
         self._pools.forget(handle.finished_seq_ids)
+        if self._drafter:
+            self._drafter.forget(handle.finished_seq_ids)
         outcomes: list[Outcome] = list(handle.failures)
         for done in handle.passes:
             outcomes.extend(self._sample(done, masks=masks))
@@ -210,6 +228,8 @@ class Runner:
             failures=[outcome for outcome in outcomes if isinstance(outcome, SequenceFailure)],
             prompt_logprobs=[part for done in handle.passes for part in done.prompt_logprobs],
             pooled=[self._pools.take(part) for done in handle.passes for part in done.pools],
+            proposals=handle.guesses.proposals,
+            num_caught_up_tokens=handle.guesses.num_caught_up_tokens,
             step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
         )
 
@@ -244,6 +264,9 @@ class Runner:
             self._sampler.add(plan.new_sequences)
             began_s = time.perf_counter()
             with _inference():
+                if self._drafter:
+                    self._drafter.warm_up(plan.sequences)
+                    began_s = time.perf_counter()
                 self._sample(self._forward(plan.sequences), masks=None)
             timed.append(TimedStep(load_of(plan), time.perf_counter() - began_s))
             self._sampler.forget(plan.finished_seq_ids)

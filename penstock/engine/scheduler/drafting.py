@@ -239,6 +239,8 @@ class Drafting:
 
     def learn(self, seq_id: SequenceId, *, num_drafts: int, num_right: int) -> None:
         """Note that of `num_drafts` verified guesses the first `num_right` stood."""
+        if not num_drafts:
+            return
         known = self._known.setdefault(seq_id, Acceptance(last_step=self._step))
         known.learn(num_right=num_right, is_cut=num_right < num_drafts, step=self._step)
 

@@ -37,7 +37,7 @@ class StepCounts:
 
     def count_draft(self, *, num_tokens: int, num_accepted: int) -> None:
         """Add one sequence's drafts, of which the first `num_accepted` stood."""
-        self.num_drafts += 1
+        self.num_drafts += num_tokens > 0
         self.num_draft_tokens += num_tokens
         missing = num_accepted - len(self.num_accepted_tokens)
         self.num_accepted_tokens.extend([0] * missing)

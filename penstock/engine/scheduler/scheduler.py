@@ -782,15 +782,17 @@ class Scheduler:
     ) -> None:
         """Keep what confirmed drafts computed, give back the blocks of the others, and learn from both."""
         num_drawn = Counter(sampled.seq_id for sampled in result.tokens)
+        num_guessed = {each.seq_id: len(each.token_ids) for each in result.proposals}
         for entry in plan.sequences:
             if not entry.num_drafts:
                 continue
+            num_drafts = num_guessed.get(entry.seq_id, entry.num_drafts)
             num_right = max(0, num_drawn[entry.seq_id] - 1)
-            counts.count_draft(num_tokens=entry.num_drafts, num_accepted=num_right)
+            counts.count_draft(num_tokens=num_drafts, num_accepted=num_right)
             seq = self._sequences.get(entry.seq_id)
             if seq is None or seq.finish_reason is not None:
                 continue
-            drafting.learn(seq.seq_id, num_drafts=entry.num_drafts, num_right=num_right)
+            drafting.learn(seq.seq_id, num_drafts=num_drafts, num_right=num_right)
             self._settle_blocks(seq)
             self._kv.free_tail(seq.blocks, num_tokens=seq.num_computed_tokens)
 
