@@ -125,6 +125,14 @@ class Draft:
         return cls(loaded=loaded, layout=draft_layout(loaded, target=target, target_layout=target_layout))
 
 
+def _make_drafter(
+    draft: Draft | None, *, num_blocks: int, block_size: int
+) -> Callable[[Sampler], DraftModel] | None:
+    if draft is None:
+        return None
+    return partial(_drafter, draft, num_blocks=num_blocks, block_size=block_size)
+
+
 def _drafter(draft: Draft, sampler: Sampler, *, num_blocks: int, block_size: int) -> DraftModel:
     passes = ModelPasses(draft.loaded, layout=draft.layout, num_blocks=num_blocks, block_size=block_size)
     return DraftModel(passes, sampler=sampler, num_blocks=num_blocks, block_size=block_size)
@@ -161,9 +169,7 @@ def _join(
     limits = msgspec.structs.replace(config.scheduler, max_model_len=loaded.max_model_len)
     check_whole_prompts(limits, max_model_len=limits.max_model_len)
     draft = None if draft_model is None else Draft.over(draft_model, target=loaded, target_layout=layout)
-    block_bytes = _block_bytes(config, loaded, layout)
-    if draft is not None:
-        block_bytes += draft_bytes_per_block(draft.loaded, draft.layout, block_size=config.kv.block_size)
+    block_bytes = _block_bytes(config, loaded, layout, draft)
     num_blocks = resolve_num_blocks(
         config.kv,
         scheduler=limits,
@@ -181,9 +187,7 @@ def _join(
         faults=faults,
         num_adapter_slots=0 if adapters is None else config.lora.max_loras,
         adapter_weights=None if adapters is None else adapters.weights,
-        make_drafter=None
-        if draft is None
-        else partial(_drafter, draft, num_blocks=num_blocks, block_size=config.kv.block_size),
+        make_drafter=_make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size),
     )
     ranks = LocalRank(runner)
     grammars = CompilePool(GrammarCompiler(Path(config.model_path)), vocab_size=loaded.model.vocab_size)
@@ -256,9 +260,11 @@ def _proposer(config: SpeculativeConfig | None) -> Proposer | None:
     return NgramProposer(num_min=low, num_max=high, num_tokens_max=config.num_tokens)
 
 
-def _block_bytes(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout) -> int:
-    shape = loaded.kv_shape(block_size=config.kv.block_size)
-    return bytes_per_block(layout, block=kv_block(loaded.kernels, shape))
+def _block_bytes(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, draft: Draft | None) -> int:
+    size = config.kv.block_size
+    shape = loaded.kv_shape(block_size=size)
+    of_draft = draft_bytes_per_block(draft.loaded, draft.layout, block_size=size) if draft else 0
+    return bytes_per_block(layout, block=kv_block(loaded.kernels, shape)) + of_draft
 
 
 def _kv_manager(config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, num_blocks: int) -> KvManager:
