@@ -28,11 +28,15 @@ def unpack_words(words: Tensor, *, bits: int, dim: int) -> Tensor:
     Returns:
         uint8; `dim` is 32 / bits times as long.
     """
-    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
     rows, cols = words.shape
-    spread = words[:, None, :] >> shifts[:, None] if dim == 0 else words[:, :, None] >> shifts
-    values = (spread & ((1 << bits) - 1)).to(torch.uint8)
-    return values.reshape((rows * len(shifts), cols) if dim == 0 else (rows, cols * len(shifts)))
+    values = (
+        words.contiguous().view(torch.uint8).view(rows, cols, WORD_BITS // 8)
+    )  # little endian, as the files
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=3).flatten(2)
+    if dim == 0:
+        return values.transpose(1, 2).flatten(0, 1)
+    return values.flatten(1)
 
 
 def stored_bytes(files: Checkpoint, module: str, suffixes: Collection[str]) -> int:
