@@ -28,8 +28,8 @@ from tools.embedded.tokenizer import BOS
 from tools.embedded.train_draft import DRAFT_CONFIG, load_target
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8)
-STORY_TOKENS = 160
-NUM_STORIES = 60
+STORY_TOKENS = 128
+NUM_STORIES = 40
 NUM_HARD = 20  # of each kind
 OPENING_WORDS = 25
 SAMPLED_TEMPERATURE = 0.8

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from penstock import LLM, SamplingParams
 from tools.embedded import data
-from tools.embedded.instructions import make_conversation
+from tools.embedded.instructions import Conversation, make_conversation
 from tools.embedded.tokenizer import BOS, EOS, SPECIALS, TURN_END
 
 STREAM_SEED = 31
@@ -89,6 +89,16 @@ def ask(llm: LLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> list[A
             said.append(SPECIALS.index(TURN_END))
         answers.append(Answer(prompt=tuple(ids), said=tuple(said)))
     return answers
+
+
+def greedy_texts(folder: Path, asked: Sequence[Conversation], *, max_tokens: int) -> list[str]:
+    """What the model of a folder says to the last turn of each conversation, spaces at the ends aside."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    questions = [
+        Question(text=data.prompt_text(one), temperature=0.0, max_tokens=max_tokens) for one in asked
+    ]
+    with LLM(folder, max_num_seqs=64, max_model_len=MAX_MODEL_LEN, num_threads=1) as llm:
+        return [tokenizer.decode(list(one.said)).strip() for one in ask(llm, tokenizer, questions)]
 
 
 def join(answers: Sequence[Answer]) -> data.Answers:

@@ -1,7 +1,7 @@
 """Measures an exported model: exact answers by kind, perplexity, and perplexity by position.
 
-It loads the folder through `transformers`, so it also shows that the folder is complete. It
-prints one JSON document; `card.py` turns that into the model card.
+It loads the folder through `transformers` for the perplexity, so it also shows that the folder is complete,
+and through the offline API for the answers. It prints one JSON document; `card.py` turns that into the card.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.embedded import data
+from tools.embedded.answers import greedy_texts
 from tools.embedded.instructions import EVAL_SEED, KINDS, Conversation, evaluation_set, make_conversation
 
 WINDOW = 1024
@@ -113,12 +114,6 @@ class Answer:
         return self.text == self.question.expected.strip()
 
 
-def ask(loaded: Loaded, question: Conversation) -> Answer:
-    """Answer one question greedily."""
-    text = loaded.generate(data.prompt_text(question), num_tokens=NEW_TOKENS_MAX)
-    return Answer(question=question, text=text)
-
-
 def answer_rates(answers: list[Answer]) -> dict[str, str]:
     """Exact answers of each kind and in all, as `right/asked`."""
     right: dict[str, int] = defaultdict(int)
@@ -135,9 +130,11 @@ def trained_questions(count: int) -> list[Conversation]:
     return [make_conversation(999, i, kind=KINDS[i % len(KINDS)]) for i in range(count)]
 
 
-def evaluate_answers(loaded: Loaded, count: int, *, seed: int, show_wrong: bool) -> dict[str, str]:
-    """Ask the first `count` held-out questions of a seed."""
-    answers = [ask(loaded, question) for question in evaluation_set(seed=seed, count=count)]
+def evaluate_answers(model: Path, count: int, *, seed: int, show_wrong: bool) -> dict[str, str]:
+    """Ask the first `count` held-out questions of a seed, greedily and in one batch."""
+    questions = evaluation_set(seed=seed, count=count)
+    texts = greedy_texts(model, questions, max_tokens=NEW_TOKENS_MAX)
+    answers = [Answer(question=one, text=text) for one, text in zip(questions, texts, strict=True)]
     for answer in answers:
         if show_wrong and not answer.is_exact:
             asked = answer.question.messages[-2]["content"]
@@ -167,7 +164,7 @@ def main() -> None:
     ids = ids[: arguments.tokens] if arguments.tokens else ids
     figures: dict[str, Any] = {  # Any: JSON values of several types
         "questions": evaluate_answers(
-            loaded, arguments.questions, seed=arguments.seed, show_wrong=arguments.show_wrong
+            arguments.model, arguments.questions, seed=arguments.seed, show_wrong=arguments.show_wrong
         ),
         "held_out_tokens": len(ids),
         "perplexity": perplexity(loaded, ids),

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from penstock import LLM
-from tools.embedded.answers import MAX_MODEL_LEN, Question, ask
-from tools.embedded.data import prompt_text
+from tools.embedded.answers import greedy_texts
 from tools.embedded.instructions import EVAL_SEED, Conversation, make_conversation
 
 ANSWER_TOKENS = 500
@@ -49,17 +47,12 @@ def groups(tokenizer: Tokenizer, *, seed: int, count: int) -> dict[str, list[Con
 
 def rates(model: Path, *, seed: int, count: int) -> dict[str, str]:
     """Exact answers of each group as `right/asked`."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    measured = {}
-    with LLM(model, max_num_seqs=64, max_model_len=MAX_MODEL_LEN, num_threads=1) as llm:
-        for name, asked in groups(tokenizer, seed=seed, count=count).items():
-            questions = [
-                Question(text=prompt_text(one), temperature=0.0, max_tokens=ANSWER_TOKENS) for one in asked
-            ]
-            said = [tokenizer.decode(list(one.said)).strip() for one in ask(llm, tokenizer, questions)]
-            right = sum(text == one.expected.strip() for text, one in zip(said, asked, strict=True))
-            measured[name] = f"{right}/{len(asked)}"
-    return measured
+    asked = groups(Tokenizer.from_file(str(model / "tokenizer.json")), seed=seed, count=count)
+    texts = iter(
+        greedy_texts(model, [one for group in asked.values() for one in group], max_tokens=ANSWER_TOKENS)
+    )
+    right = {name: sum(next(texts) == one.expected.strip() for one in group) for name, group in asked.items()}
+    return {name: f"{right[name]}/{len(group)}" for name, group in asked.items()}
 
 
 def main() -> None:

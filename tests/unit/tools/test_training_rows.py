@@ -1,5 +1,6 @@
 """Rows and checkpoints of the embedded model's training, on tiny sizes."""
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tools.embedded import checkpoint
+from tools.embedded.average import average
 from tools.embedded.data import NO_LOSS, Cursor, RowSource
 from tools.embedded.model import LanguageModel, ModelConfig, causal_attention
 from tools.embedded.optimizer import make_optimizers
@@ -25,6 +27,8 @@ TINY = ModelConfig(
     head_dim=8,
     max_position_embeddings=64,
 )
+
+OTHER = replace(TINY, num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -112,3 +116,20 @@ def test_tokens_end_a_run_whatever_the_time() -> None:
     assert control.rate(20, control.decay_left(now, 800)) == 0.5
     assert control.decay_left(now, 1000) == 0
     assert Control().decay_left(now, 10**12) == float("inf")
+
+
+def test_the_mean_of_two_checkpoints_lies_between_them(tmp_path: Path) -> None:
+    """Weights by their share; counters of the later one; another network is refused."""
+    models = [LanguageModel(TINY), LanguageModel(TINY)]
+    for number, model in enumerate(models):
+        progress = {"step": number}
+        checkpoint.write(tmp_path / f"{number}", model=model, optimizers=[], progress=progress)
+    average(tmp_path / "0", tmp_path / "1", tmp_path / "mean", share=0.25)
+    mean = checkpoint.read(tmp_path / "mean")
+    assert mean.progress == {"step": 1}
+    for name, weight in mean.weights.items():
+        first, second = (dict(model.named_parameters())[name] for model in models)
+        torch.testing.assert_close(weight, 0.75 * first + 0.25 * second)
+    checkpoint.write(tmp_path / "other", model=LanguageModel(OTHER), optimizers=[], progress={})
+    with pytest.raises(ValueError, match="not checkpoints of one network"):
+        average(tmp_path / "0", tmp_path / "other", tmp_path / "mean", share=0.5)
