@@ -148,6 +148,7 @@ def main() -> None:
         for name, several in answers.items()
     }
     measured["chat"] = [one for name in chat for one in measured[name]]
+    measured["chat, records aside"] = [one for name in chat if "repeat" not in name for one in measured[name]]
     text = json.dumps({name: figures(several) for name, several in measured.items()}, indent=2)
     print(text)
     if arguments.output:
