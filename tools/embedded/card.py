@@ -91,10 +91,11 @@ Exact greedy answers to harder forms (`tools/embedded/hard.py`), all held out, a
 ## The draft
 
 `draft/` is a second, smaller model with the same tokenizer, which foretells the first for speculative
-decoding and is of no use by itself: Llama ({draft_layers} layers, hidden size {draft_hidden}, {draft_heads} query heads, {draft_kv_heads}
-key-value head of size {draft_head_dim}, feed-forward {draft_inner}, tied embeddings), {draft_millions:.2f} million parameters,
-{draft_megabytes:.2f} MB with its tokenizer. It was distilled from the first, at last from the shipped weights, on
-{draft_tokens:.1f} million tokens: the data above and what the first said itself, greedily and sampled.
+decoding and is of no use by itself: Llama ({draft_layers} layers, hidden size {draft_hidden}, {draft_heads}
+query heads, {draft_kv_heads} key-value head of size {draft_head_dim}, feed-forward {draft_inner}, tied
+embeddings), {draft_millions:.2f} million parameters, {draft_megabytes:.2f} MB with its tokenizer. It was
+distilled from the first, at last from the shipped weights, on {draft_tokens:.1f} million tokens: the data
+above and what the first said itself, greedily and sampled.
 
 How often the draft's likeliest token is the one that the model then says, over all places of held-out
 answers; the probability that both share (at temperature 1, or that of the sampling); and the tokens that
