@@ -9,7 +9,7 @@ from typing import Final
 
 from rich.console import Console
 
-from penstock.cli.talk import Partner
+from penstock.cli.talk import Partner, Thought
 from penstock.core.errors import PenstockError
 from penstock.core.params import SamplingParams
 from penstock.core.text import Message
@@ -121,11 +121,18 @@ class Chat:
     async def _stream(self, pieces: list[str], clock: AnswerClock) -> None:
         clock.start()
         answer = self._partner.answer(self._conversation.messages, self._conversation.params)
+        is_thought = False
         async with aclosing(answer) as stream:
             async for piece in stream:
                 if not piece:
                     continue
                 clock.piece()
-                pieces.append(piece)
-                shown = piece.translate(_CONTROLS)
-                self._console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
+                self._show(piece, follows_thought=is_thought and not isinstance(piece, Thought))
+                is_thought = isinstance(piece, Thought)
+                if not is_thought:
+                    pieces.append(piece)
+
+    def _show(self, piece: str, *, follows_thought: bool) -> None:
+        style = "dim" if isinstance(piece, Thought) else None
+        shown = ("\n" if follows_thought else "") + piece.translate(_CONTROLS)
+        self._console.print(shown, end="", style=style, markup=False, highlight=False, soft_wrap=True)

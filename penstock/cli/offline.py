@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self, TypeGuard, TypeVar
+from typing import Any, Final, Literal, Self, TypeGuard, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from penstock.cli.feed import num_in_flight, with_patience, with_room
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
-from penstock.cli.model_source import find_draft, find_model
+from penstock.cli.model_source import ModelSource, find_draft, find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
 from penstock.cli.refused import REFUSED_OPTIONS, refuse
 from penstock.cli.structured_outputs import StructuredOutputsParams, grammars_of
@@ -33,9 +33,10 @@ from penstock.core.errors import (
 from penstock.core.grammar import GrammarSpec
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
-from penstock.core.text import GenerateRequest, Message
+from penstock.core.text import GenerateRequest, Message, ToolChoice, ToolMode
 from penstock.core.tokens import EngineInfo
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.text.reading import ReadingConfig
 from penstock.text.service import TextService
 
 DEFAULT_MAX_TOKENS: Final = 16
@@ -77,6 +78,11 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "kv_cache_memory_bytes": (int, NONE),
     "num_threads": (int, NONE),
     "chat_template": (str, Path, NONE),
+    "enable_auto_tool_choice": (bool,),
+    "tool_call_parser": (str,),
+    "reasoning_parser": (str,),
+    "reasoning_start_str": (str,),
+    "reasoning_end_str": (str,),
     "tensor_parallel_size": (int,),
     "speculative_config": (Mapping, NONE),
 }
@@ -99,6 +105,14 @@ ENGINE_ARGUMENTS: Final = (
     "max_model_len",
 )
 """Those that `EngineConfig` calls the same."""
+READING_ARGUMENTS: Final = (
+    "enable_auto_tool_choice",
+    "tool_call_parser",
+    "reasoning_parser",
+    "reasoning_start_str",
+    "reasoning_end_str",
+)
+"""Those that `ReadingConfig` calls the same."""
 TYPE_WORDS: Final = {
     str: "text",
     Path: "a path",
@@ -136,6 +150,11 @@ class LLM:
         thread_affinity: CPUs to pin the threads of the native kernels to, as `0-3,8`.
         isa: instruction set of the native kernels; auto takes `PENSTOCK_ISA` or the best.
         chat_template: file with a Jinja template in place of the model's.
+        enable_auto_tool_choice: let the model decide to call tools; False refuses `tool_choice` auto.
+        tool_call_parser: how the model spells tool calls; `auto` reads it from the chat template.
+        reasoning_parser: how the model marks its thoughts; `auto` reads it from template and tokenizer.
+        reasoning_start_str: with `reasoning_parser` `tags`: what opens a thought.
+        reasoning_end_str: with `reasoning_parser` `tags`: what closes it.
         tensor_parallel_size: 1; this version computes on one rank.
         speculative_config: who guesses tokens ahead, as `{"method": "ngram"}`; None for nobody.
         unknown: every other argument is refused by name.
@@ -170,6 +189,11 @@ class LLM:
         thread_affinity: str | None = None,
         isa: str = "auto",
         chat_template: str | Path | None = None,
+        enable_auto_tool_choice: bool = True,
+        tool_call_parser: str = "auto",
+        reasoning_parser: str = "auto",
+        reasoning_start_str: str = "<think>",
+        reasoning_end_str: str = "</think>",
         tensor_parallel_size: int = 1,
         speculative_config: Mapping[str, object] | None = None,
         **unknown: object,
@@ -178,26 +202,7 @@ class LLM:
         _check_types({name: given[name] for name in ARGUMENT_TYPES})
         _refuse_arguments(unknown, tensor_parallel_size=tensor_parallel_size)
         source = find_model(None if model is None else str(model), revision=revision)
-        config = EngineConfig(
-            model_path=str(source.path),
-            model_revision=source.revision,
-            quantization=quantization or "none",
-            speculative=find_draft(speculative_config),
-            **{name: given[name] for name in ENGINE_ARGUMENTS},
-            scheduler=with_room(
-                SchedulerConfig(
-                    **{name: given[name] for name in SCHEDULER_ARGUMENTS},
-                    step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
-                    decode_stretch=OFFLINE_DECODE_STRETCH,
-                )
-            ),
-            kv=KvConfig(
-                block_size=block_size,
-                cache_dtype=kv_cache_dtype,
-                num_blocks=num_kv_blocks,
-                kv_cache_memory_bytes=kv_cache_memory_bytes,
-            ),
-        )
+        config = _engine_config(given, source=source)
         self.totals = StepTotals()
         """Sums over the engine's steps so far."""
         self._rng = random.Random(seed)  # noqa: S311 - seeds of answers, no secret
@@ -207,7 +212,13 @@ class LLM:
         self._local: LocalModel | None = None
         try:
             self._local = self._thread.run(
-                open_local_model(source, config, events=self.totals, chat_template=template)
+                open_local_model(
+                    source,
+                    config,
+                    events=self.totals,
+                    chat_template=template,
+                    reading=ReadingConfig(**{name: given[name] for name in READING_ARGUMENTS}),
+                )
             )
         except BaseException:
             self._thread.close()
@@ -291,6 +302,9 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        tool_choice: str | Mapping[str, object] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
         """Answer each conversation by the model's chat template.
 
@@ -301,6 +315,10 @@ class LLM:
             use_tqdm: show progress on a terminal.
             add_generation_prompt: let the template open the assistant's turn.
             continue_final_message: go on with the last turn instead.
+            tools: functions in OpenAI's form, for every conversation; the calls are in `tool_calls` of the
+                answers.
+            tool_choice: `auto`, `none`, `required`, or `{"type": "function", "function": {"name": ...}}`.
+            chat_template_kwargs: variables for the template, which must read them.
 
         Returns:
             One output per conversation, in their order; `prompt` is the rendered text.
@@ -314,12 +332,17 @@ class LLM:
         )
         grammars = grammars_of(structured_outputs, num_prompts=len(several))
         requests = [
-            self._request(
-                each,
-                grammar=grammar,
-                messages=turns,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
+            msgspec.structs.replace(
+                self._request(
+                    each,
+                    grammar=grammar,
+                    messages=turns,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                ),
+                tools=tuple(map(dict, tools or ())),
+                tool_choice=_tool_choice(tool_choice),
+                chat_template_kwargs=dict(chat_template_kwargs or {}),
             )
             for turns, each, grammar in zip(several, params, grammars, strict=True)
         ]
@@ -385,12 +408,35 @@ async def answer_whole(service: TextService, request: GenerateRequest) -> Reques
         outputs=[CompletionOutput(index=index) for index in range(request.params.n)],
     )
     try:
-        await _fill(output, service, msgspec.structs.replace(request, prompt=tuple(token_ids), messages=None))
+        rendered = msgspec.structs.replace(
+            request, prompt=tuple(token_ids), messages=None, is_rendered=request.messages is not None
+        )
+        await _fill(output, service, rendered)
     except EngineDeadError:
         raise
     except EngineError as error:
         output.fail(error.message)
     return output
+
+
+def _tool_choice(choice: str | Mapping[str, object] | None) -> ToolChoice:
+    """As on OpenAI's wire.
+
+    Raises:
+        InvalidParameterError: it is none of the words, and names no function.
+    """
+    if choice is None:
+        return ToolChoice()
+    if isinstance(choice, str) and choice in {ToolMode.AUTO, ToolMode.NONE, ToolMode.REQUIRED}:
+        return ToolChoice(ToolMode(choice))
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise InvalidParameterError(
+            f"tool_choice is {choice!r:.80}, it must be 'auto', 'none', 'required' or name a function",
+            param="tool_choice",
+        )
+    return ToolChoice(ToolMode.NAMED, name)
 
 
 def _unanswered(request: GenerateRequest, error: PenstockError) -> RequestOutput:
@@ -446,6 +492,30 @@ class OfflineProgress:
         elapsed_s = self._progress.tasks[self._task].elapsed or 0.0
         speed = self._num_tokens / elapsed_s if elapsed_s else 0.0
         self._progress.update(self._task, advance=1, speed=speed)
+
+
+def _engine_config(given: Mapping[str, Any], *, source: ModelSource) -> EngineConfig:  # arguments of `LLM`
+    """The engine's part of the arguments, whose types have been checked."""
+    return EngineConfig(
+        model_path=str(source.path),
+        model_revision=source.revision,
+        quantization=given["quantization"] or "none",
+        speculative=find_draft(given["speculative_config"]),
+        **{name: given[name] for name in ENGINE_ARGUMENTS},
+        scheduler=with_room(
+            SchedulerConfig(
+                **{name: given[name] for name in SCHEDULER_ARGUMENTS},
+                step_time_target_ms=OFFLINE_STEP_TIME_TARGET_MS,
+                decode_stretch=OFFLINE_DECODE_STRETCH,
+            )
+        ),
+        kv=KvConfig(
+            block_size=given["block_size"],
+            cache_dtype=given["kv_cache_dtype"],
+            num_blocks=given["num_kv_blocks"],
+            kv_cache_memory_bytes=given["kv_cache_memory_bytes"],
+        ),
+    )
 
 
 def _check_types(arguments: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from penstock.core.text import TextDelta, TextLogprob
+from penstock.core.tools import CalledTool, add_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,18 +22,24 @@ class CompletionOutput:
 
     index: int
     text: str = ""
+    reasoning_content: str = ""
+    """What was thought before; of conversations alone."""
+    tool_calls: list[CalledTool] = field(default_factory=list)
+    """Calls of `tools`, each with `id`, `name` and `arguments` as JSON text."""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     """Sum over the tokens; None unless `logprobs` was asked for."""
     logprobs: list[dict[int, Logprob]] | None = None
     """For each token its own entry and the likeliest ones; None unless asked for."""
     finish_reason: str | None = None
-    """`stop`, `length`, or `error`."""
+    """`stop`, `length`, `tool_calls`, or `error`."""
     stop_reason: int | str | None = None
 
     def add(self, delta: TextDelta) -> None:
         """Append what a delta brings."""
         self.text += delta.text
+        self.reasoning_content += delta.reasoning
+        add_calls(self.tool_calls, delta.tool_calls)
         self.token_ids.extend(delta.token_ids)
         for entry in delta.logprobs or ():
             self._add_logprob(entry)

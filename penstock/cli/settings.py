@@ -29,6 +29,13 @@ ToolParserName = Literal[
     "auto",
     "none",
     "hermes",
+    "llama3_json",
+    "mistral",
+    "pythonic",
+    "qwen3_coder",
+    "deepseek_v3",
+    "deepseek_v31",
+    "generic",
 ]
 ReasoningParserName = Literal["auto", "none", "tags", "deepseek_r1", "qwen3", "glm45", "mistral", "seed_oss"]
 

@@ -29,8 +29,15 @@ class TalkError(PenstockError):
     default_code = "no_answer"
 
 
+class Thought(str):
+    """A piece of what the model thinks before it answers; no part of the answer."""
+
+    __slots__ = ()
+
+
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -54,7 +61,7 @@ class Partner(Protocol):
     """Answers a conversation; used by `chat` alone."""
 
     def answer(self, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[str, None]:
-        """Pieces of the next assistant turn; closing the iterator stops the answer."""
+        """Pieces of the next assistant turn, thoughts as `Thought`; closing the iterator stops the answer."""
         ...
 
     async def close(self) -> None:
@@ -80,6 +87,8 @@ class ModelPartner:
         stream = await self._client.generate(request)
         try:
             async for delta in stream:
+                if delta.reasoning:
+                    yield Thought(delta.reasoning)
                 yield delta.text
         finally:
             await stream.aclose()
@@ -208,7 +217,10 @@ def _piece(line: bytes) -> str | None:
     event = msgspec.json.decode(data, type=_Event)
     if event.error is not None:
         raise TalkError(_message_in(event.error)[:MAX_ERROR_CHARS])
-    return event.choices[0].delta.content or "" if event.choices else ""
+    if not event.choices:
+        return ""
+    delta = event.choices[0].delta
+    return Thought(delta.reasoning_content) if delta.reasoning_content else delta.content or ""
 
 
 def _message_in(error: object) -> str:

@@ -75,6 +75,13 @@ def tool_schema(tool: dict[str, object]) -> dict[str, object]:
     return schema if isinstance(schema, dict) and schema else {"type": "object", "properties": {}}
 
 
+def is_strict(tool: dict[str, object]) -> bool:
+    """Whether the arguments of a checked tool must follow its schema even where the model decides to call."""
+    function = tool["function"]
+    assert isinstance(function, dict)
+    return function.get("strict") is True
+
+
 def validate_tools(request: GenerateRequest) -> None:
     """Check `tools`, `tool_choice` and what they mean together.
 

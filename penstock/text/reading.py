@@ -4,19 +4,20 @@ Chosen once at start from the model's own files or the operator's options, then 
 conversation's answers are read; those to raw prompts are not. Used by `service`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
 
 from penstock.core.errors import InvalidParameterError, StartupError
-from penstock.core.grammar import GrammarSpec
+from penstock.core.grammar import GrammarKind, GrammarSpec, validate_grammar
 from penstock.core.text import GenerateRequest, ToolMode
-from penstock.core.tools import tool_name, tool_schema
+from penstock.core.tools import is_strict, tool_name, tool_schema
 from penstock.text.answer_reader import AnswerReader
 from penstock.text.reasoning import REASONING_STYLES, ReasoningParser, ReasoningStyle
 from penstock.text.tokenizer import Tokenizer
 from penstock.text.tool_parsers import TOOL_PARSERS, ToolParser
+from penstock.text.tool_parsers.lark import LarkWriter
 
 AUTO: Final = "auto"
 NONE: Final = "none"
@@ -24,6 +25,11 @@ TAGS: Final = "tags"
 """The reasoning parser whose tags are settings."""
 MAX_TAG_CHARS: Final = 64
 _TAIL_TOKENS: Final = 16
+_ANSWERS: Final[dict[GrammarKind, Callable[[str], object]]] = {
+    GrammarKind.JSON_SCHEMA: msgspec.json.decode,
+    GrammarKind.JSON_OBJECT: lambda _: {"type": "object"},
+}
+"""Grammars that are JSON, as a schema."""
 
 _TOOL_SIGNS: Final = (
     ("<function=", "qwen3_coder"),
@@ -73,8 +79,9 @@ class Reading:
         marks = () if tools is None else tools.markers
         tags = () if reasoning is None else (reasoning.start, reasoning.end)
         self.special_ids = _special_ids(tokenizer, (*marks, *tags))
-        """Markers that are special tokens of the model, with their ids."""
-        self.kept_ids = frozenset(self.special_ids.values())
+        """Markers that no text spells in a grammar, since they are tokens of their own, with their ids."""
+        self.kept_ids = frozenset(filter(tokenizer.is_special, self.special_ids.values()))
+        """Those that are shown to the readers though `skip_special_tokens` leaves them out."""
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what this model's answers cannot be read for.
@@ -106,27 +113,65 @@ class Reading:
             )
 
     def grammar(self, request: GenerateRequest, *, token_ids: list[int]) -> GrammarSpec | None:
-        """What the answer must look like: the request's own grammar, or calls if it asks for calls.
+        """What the answer must look like: the request's own grammar, or what its tools ask for.
 
         Raises:
-            InvalidParameterError: it asks for both.
+            InvalidParameterError: it asks for both, or for what the format cannot enforce.
         """
         mode = request.tool_choice.mode
-        if mode not in {ToolMode.REQUIRED, ToolMode.NAMED}:
-            return request.grammar
+        is_forced = mode in {ToolMode.REQUIRED, ToolMode.NAMED}
+        if not is_forced and not (mode is ToolMode.AUTO and any(map(is_strict, request.tools))):
+            return self._widened(request, token_ids=token_ids)
         if request.grammar is not None:
+            what = f"tool_choice is {mode}" if is_forced else "tools holds strict: true"
             raise InvalidParameterError(
-                f"tool_choice is {mode}, it cannot be used with response_format or structured_outputs",
-                param="tool_choice",
+                f"{what}, it cannot be used with response_format or structured_outputs",
+                param="tool_choice" if is_forced else "tools",
             )
+        made = self._forced(request, token_ids=token_ids) if is_forced else self._strict(request)
+        validate_grammar(made, param="tools")
+        return made
+
+    def _widened(self, request: GenerateRequest, *, token_ids: list[int]) -> GrammarSpec | None:
+        """The request's own grammar; if it is JSON, calls may replace it and a begun thought come first."""
+        own = request.grammar
+        schema = None if own is None else _ANSWERS.get(own.kind, lambda _: None)(own.source)
+        if schema is None:
+            return own
+        style = self.reasoning
+        inside = style is not None and self._is_inside(request, token_ids=token_ids, style=style)
+        may_call = bool(request.tools) and request.tool_choice.mode is ToolMode.AUTO
+        if not inside and not may_call:
+            return own
+        lark = LarkWriter(self.special_ids)
+        starts = [lark.rule("answer", lark.schema(schema))]
+        if may_call:
+            assert self.tools is not None, "check() has passed"
+            calls = self.tools.add_calls(lark, _schemas(request), is_parallel=request.parallel_tool_calls)
+            starts.append(calls)
+        first = f"{lark.thought(style, is_inside=True)} " if style is not None and inside else ""
+        lark.rule("start", f"{first}({' | '.join(starts)})")
+        return lark.spec()
+
+    def _forced(self, request: GenerateRequest, *, token_ids: list[int]) -> GrammarSpec:
         assert self.tools is not None, "check() has passed"
         style = self.reasoning
         return self.tools.grammar(
             _schemas(request),
-            is_parallel=request.parallel_tool_calls and mode is not ToolMode.NAMED,
+            is_parallel=request.parallel_tool_calls and request.tool_choice.mode is not ToolMode.NAMED,
             special_ids=self.special_ids,
             thought=style,
             is_inside=style is not None and self._is_inside(request, token_ids=token_ids, style=style),
+        )
+
+    def _strict(self, request: GenerateRequest) -> GrammarSpec:
+        assert self.tools is not None, "check() has passed"
+        schemas = {
+            tool_name(tool): tool_schema(tool) if is_strict(tool) else {"type": "object"}
+            for tool in request.tools
+        }
+        return self.tools.strict_grammar(
+            schemas, is_parallel=request.parallel_tool_calls, special_ids=self.special_ids
         )
 
     def readers(self, request: GenerateRequest, *, token_ids: list[int]) -> list[AnswerReader | None]:
@@ -208,7 +253,7 @@ def _choice(
     if name == NONE:
         return None
     if name == AUTO:
-        return next((parser for sign, parser in signs if sign in template and parser in known), None)
+        return next((parser for sign, parser in signs if sign in template), None)
     if name not in known:
         names = ", ".join([AUTO, NONE, *sorted(known)])
         raise StartupError(f"{option} is {name[:64]!r}, it must be one of {names}", param=option)
@@ -227,9 +272,15 @@ def _tags(config: ReadingConfig) -> ReasoningStyle:
 
 def _thinks(tokenizer: Tokenizer) -> bool:
     """Whether the tags have tokens of their own: the model was trained on them."""
-    return all(tokenizer.token_id(tag) is not None for tag in ("<think>", "</think>"))
+    return {"<think>", "</think>"} <= tokenizer.added_ids_by_text.keys()
 
 
 def _special_ids(tokenizer: Tokenizer, texts: tuple[str, ...]) -> dict[str, int]:
-    found = {text: tokenizer.token_id(text) for text in texts}
-    return {text: i for text, i in found.items() if i is not None and tokenizer.is_special(i)}
+    """Grammars take an added token for special if it is marked so, or is written in angle brackets."""
+    added = tokenizer.added_ids_by_text
+    return {
+        text: added[text]
+        for text in texts
+        if text in added
+        and (tokenizer.is_special(added[text]) or (text.startswith("<") and text.endswith(">")))
+    }

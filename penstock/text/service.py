@@ -214,7 +214,7 @@ class TextService:
         tokens = (
             _no_tokens(request)
             if params.max_tokens == 0 and not asks_of_prompt
-            else await self._engine.generate(await self._engine_request(request, token_ids, params=params))
+            else await self._submit(request, await self._engine_request(request, token_ids, params=params))
         )
         return TextStream(
             tokens,
@@ -224,6 +224,17 @@ class TextService:
             first=() if asks_of_prompt or echo is None else _echo(request, text=echo),
             prompt=PromptReader(self._tokenizer, request, token_ids=token_ids, echo=echo),
         )
+
+    async def _submit(self, request: GenerateRequest, submitted: EngineRequest) -> AsyncGenerator[TokenDelta]:
+        """Ask the engine; that a grammar which was made of tools cannot be enforced is told of the tools."""
+        try:
+            return await self._engine.generate(submitted)
+        except InvalidParameterError as error:
+            if submitted.grammar is None or submitted.grammar is request.grammar:
+                raise
+            message = error.message.replace("structured_outputs", "tools")
+            param = "tools" if error.param == "structured_outputs" else error.param
+            raise InvalidParameterError(message, code=error.code, param=param) from None
 
     async def _token_ids(
         self, request: GenerateRequest, *, add_special_tokens: bool, param: str = "prompt"

@@ -89,11 +89,6 @@ class Tokenizer:
         """True for tokens that `skip_special_tokens` leaves out."""
         return token_id in self.table.special_ids
 
-    def token_id(self, text: str) -> int | None:
-        """The id of the token that is spelled `text` in the vocabulary, if there is one."""
-        found: int | None = self._backend.token_to_id(text)
-        return found
-
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes that the token stands for; empty for an unknown id."""
         return self.table.token_bytes(token_id)

@@ -77,6 +77,14 @@ def test_the_guided_example_gets_what_it_asks_for(server: tuple[str, str]) -> No
     assert re.search(r"number: [0-9]{3}-[0-9]{4}\n", out)
 
 
+def test_the_agent_example_calls_its_functions_and_answers_with_their_results(server: tuple[str, str]) -> None:
+    out = _run(sys.executable, "examples/tool_agent.py", server[0])
+    assert 'calls: get_weather {"city": "Paris"}' in out
+    assert "answer: The weather in Paris is sunny, 21 degrees." in out
+    assert 'calls: add {"a": 345, "b": 77}' in out
+    assert "answer: The sum of 345 and 77 is 422." in out
+
+
 def test_the_shell_example_streams(server: tuple[str, str]) -> None:
     out = _run("bash", "examples/stream.sh", server[0])
     assert "event: close" in out

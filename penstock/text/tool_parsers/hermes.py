@@ -16,6 +16,7 @@ class HermesParser(JsonToolParser):
 
     name = "hermes"
     markers = (OPEN, CLOSE)
+    trigger = OPEN
 
     @classmethod
     def call_rule(cls, lark: LarkWriter, name: str, schema: Mapping[str, object]) -> str:
@@ -30,4 +31,5 @@ class HermesParser(JsonToolParser):
 
     def _tagged(self) -> Reading[None]:
         yield from self.cursor.skip_space()
+        yield from self.cursor.expect("{")
         yield from self._read_call()

@@ -9,34 +9,25 @@ from penstock.text.cursor import MalformedError, Reading
 from penstock.text.json_scanner import JsonScanner
 from penstock.text.tool_parsers.parser import ToolParser
 
-NAME_KEYS = frozenset({"name"})
-ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
-
 
 class JsonToolParser(ToolParser):
     """Reads one call object at a time; subclasses find where it begins and what follows it."""
 
+    name_keys: ClassVar[frozenset[str]] = frozenset({"name"})
+    argument_keys: ClassVar[frozenset[str]] = frozenset({"arguments", "parameters"})
+    other_keys: ClassVar[frozenset[str] | None] = None
+    """Further keys that a call may have; None: any, since something else marks it as a call."""
     may_lack_arguments: ClassVar[bool] = True
     """Whether an object with a tool's name alone is a call; not where nothing else marks it as one."""
-    known_keys: ClassVar[frozenset[str] | None] = None
-    """Keys that a call may have; None: any, since something else marks it as a call."""
 
     def _read_call(self) -> Reading[None]:
-        """Take one call object, from its opening brace on.
+        """Take one call object, from behind its opening brace on.
 
         Raises:
             MalformedError: it is none; or it is none any more, and the call has been announced.
         """
-        cursor = self.cursor
-        yield from cursor.expect("{")
         call = _Call()
-        yield from cursor.skip_space()
-        while not (yield from cursor.match("}")):
-            if call.num_keys:
-                yield from cursor.expect(",")
-                yield from cursor.skip_space()
-            yield from self._read_member(call)
-            yield from cursor.skip_space()
+        yield from self._read_members(call)
         if not call.name or not (call.has_arguments or self.may_lack_arguments):
             raise MalformedError("this is not a call")
         if not call.has_arguments:
@@ -44,23 +35,57 @@ class JsonToolParser(ToolParser):
             self._argue("{}")
         self._end_call()
 
+    def _read_array(self) -> Reading[None]:
+        """Take call objects, from behind their opening bracket; what follows a bad one is content.
+
+        Raises:
+            MalformedError: the first one is none.
+        """
+        cursor = self.cursor
+        while True:
+            yield from cursor.skip_space()
+            yield from cursor.expect("{")
+            yield from self._read_call()
+            if self.is_ended:
+                return
+            cursor.hold()
+            yield from cursor.skip_space()
+            if (yield from cursor.match("]")):
+                cursor.drop()
+                return
+            yield from cursor.expect(",")
+
+    def _read_members(self, call: "_Call") -> Reading[None]:
+        cursor = self.cursor
+        yield from cursor.skip_space()
+        is_first = True
+        while not (yield from cursor.match("}")):
+            if not is_first:
+                yield from cursor.expect(",")
+                yield from cursor.skip_space()
+            is_first = False
+            yield from self._read_member(call)
+            yield from cursor.skip_space()
+
     def _read_member(self, call: "_Call") -> Reading[None]:
         cursor = self.cursor
         key = yield from self._read_string()
-        if self.known_keys is not None and key not in self.known_keys:
-            raise MalformedError("a call has no such key")
-        call.num_keys += 1
         yield from cursor.skip_space()
         yield from cursor.expect(":")
         yield from cursor.skip_space()
-        if key in NAME_KEYS and not call.name:
+        if key in self.name_keys and not call.name:
             yield from self._read_name(call)
-        elif key in ARGUMENT_KEYS and not call.has_arguments:
+        elif key in self.argument_keys and not call.has_arguments:
             yield from self._read_arguments(call)
-        else:
+        elif self.other_keys is None or key in self.other_keys:
             yield from self._copy_json(_nowhere)
+        else:
+            raise MalformedError("a call has no such key")
 
     def _read_name(self, call: "_Call") -> Reading[None]:
+        if (yield from self.cursor.match("{")):
+            yield from self._read_members(call)
+            return
         name = yield from self._read_string()
         if name not in self.schemas:
             raise MalformedError("no tool of the request has this name")
@@ -92,13 +117,12 @@ class JsonToolParser(ToolParser):
 class _Call:
     """What is known of the call that is being read."""
 
-    __slots__ = ("early", "has_arguments", "name", "num_keys")
+    __slots__ = ("early", "has_arguments", "name")
 
     def __init__(self) -> None:
         self.name = ""
         self.early: list[str] = []
         self.has_arguments = False
-        self.num_keys = 0
 
 
 def _nowhere(_text: str) -> None:

@@ -16,18 +16,19 @@ from typing import ClassVar, Final
 
 import msgspec
 
+from penstock.core.errors import InvalidParameterError
 from penstock.core.grammar import GrammarSpec
 from penstock.core.text import ToolCallDelta
 from penstock.text.cursor import SPACE, Cursor, MalformedError, Reading
 from penstock.text.json_scanner import JsonScanner
 from penstock.text.reasoning import ReasoningStyle
+from penstock.text.tool_parsers.closed_schema import closed
 from penstock.text.tool_parsers.lark import LarkWriter
 
 MAX_HELD_CHARS: Final = 16_384
 """Most that is held back: a call whose arguments come before its name, or a value that is converted whole."""
 MAX_GAP_CHARS: Final = 64
 """Blanks before and between calls that are taken for the format, not for content."""
-_TAIL: Final = re.compile(r"[ \t\r\n}\]]*")
 MAX_CALLS: Final = 128
 """Calls in one answer; what looks like more is content."""
 
@@ -49,6 +50,12 @@ class ToolParser(ABC):
     """As in `--tool-call-parser`."""
     markers: ClassVar[tuple[str, ...]] = ()
     """Texts that may be special tokens of the model; they are shown to the parser all the same."""
+    trigger: ClassVar[str] = ""
+    """What every call of a forced answer begins with; empty if a call may look like any text."""
+    separators: ClassVar[re.Pattern[str]] = SPACE
+    """Characters that may stand between two calls."""
+    tail: ClassVar[re.Pattern[str]] = re.compile(r"[ \t\r\n}\]]*")
+    """Characters that may stand between a call and what closes it: models write a bracket too many."""
 
     def __init__(self, schemas: Mapping[str, Mapping[str, object]], *, is_parallel: bool = True) -> None:
         """Begin an answer.
@@ -91,9 +98,50 @@ class ToolParser(ABC):
             is_inside: whether the answer begins inside the thought.
         """
         lark = LarkWriter(special_ids)
-        lark.rule("start", " ".join([*_thought(lark, thought, is_inside=is_inside), "calls"]))
-        call = lark.one_of("call", [cls.call_rule(lark, name, schema) for name, schema in schemas.items()])
-        cls.calls_rule(lark, call, is_parallel=is_parallel)
+        first = [] if thought is None else [lark.thought(thought, is_inside=is_inside)]
+        lark.rule("start", " ".join([*first, cls.add_calls(lark, schemas, is_parallel=is_parallel)]))
+        return lark.spec()
+
+    @classmethod
+    def add_calls(
+        cls, lark: LarkWriter, schemas: Mapping[str, Mapping[str, object]], *, is_parallel: bool
+    ) -> str:
+        """Add the rule for calls of these tools; returns its name."""
+        bodies = [cls.call_rule(lark, name, closed(schema)) for name, schema in schemas.items()]
+        call = lark.one_of("call", bodies)
+        # Where the marker of each call is taken by something before it, one follows.
+        cls.calls_rule(lark, call, is_parallel=is_parallel and not lark.num_skipped)
+        return "calls"
+
+    @classmethod
+    def strict_grammar(
+        cls,
+        schemas: Mapping[str, Mapping[str, object]],
+        *,
+        is_parallel: bool,
+        special_ids: Mapping[str, int],
+    ) -> GrammarSpec:
+        """What an answer looks like that says what it likes, but calls tools only as their schemas allow.
+
+        Args:
+            schemas: of all tools; of those that are not strict `{"type": "object"}`.
+            is_parallel: whether there may be several calls.
+            special_ids: markers that are special tokens, with their ids.
+
+        Raises:
+            InvalidParameterError: calls of this format have no marker, so text cannot be told from them.
+        """
+        if not cls.trigger:
+            raise InvalidParameterError(
+                "tools holds strict: true, with this model's format of calls that needs tool_choice required "
+                "or a named function",
+                param="tools",
+            )
+        lark = LarkWriter(special_ids, skipped=cls.trigger)
+        calls = cls.add_calls(lark, schemas, is_parallel=is_parallel)
+        said = f"{lark.until('said', cls.trigger)} {calls}"
+        last = lark.without("LAST", cls.trigger)
+        lark.rule("start", f"({said})* {last}" if is_parallel else f"{said} | {last}")
         return lark.spec()
 
     @classmethod
@@ -184,22 +232,24 @@ class ToolParser(ABC):
             self._end_call()
         self._say(self.cursor.release())
 
-    def _find_call(self, markers: tuple[str, ...]) -> Reading[str]:
+    def _find_call(self, markers: tuple[str, ...], *, at_gap: tuple[str, ...] = ()) -> Reading[str]:
         """Give out content up to one of `markers`, and hold from there on; empty at the end of the text.
 
         Blanks before a marker are held too if nothing else stands between it and the last call or the
-        beginning.
+        beginning; there, `at_gap` are markers as well.
         """
         cursor = self.cursor
         if self._is_at_gap:
             cursor.hold()
-            yield from cursor.take(SPACE, num_chars_max=MAX_GAP_CHARS)
-            marker = yield from cursor.match_any(markers)
+            blanks = self.separators if self.num_calls else SPACE
+            yield from cursor.take(blanks, num_chars_max=MAX_GAP_CHARS)
+            marker = yield from cursor.match_any((*markers, *at_gap))
             if marker:
                 return marker
             gap = cursor.release()
             is_end = not (yield from cursor.peek())
-            self._say("" if is_end and self.num_calls else gap)
+            self._say("" if is_end and self.num_calls and not gap.strip() else gap)
+        self._is_at_gap = False
         marker = yield from cursor.find(markers, self._say)
         if marker:
             cursor.hold(marker)
@@ -224,7 +274,7 @@ class ToolParser(ABC):
         if self.is_ended:
             return
         self.cursor.hold()
-        yield from self.cursor.take(_TAIL, num_chars_max=MAX_GAP_CHARS)
+        yield from self.cursor.take(self.tail, num_chars_max=MAX_GAP_CHARS)
         if (yield from self.cursor.match_any(closes)):
             self.cursor.drop()
         else:
@@ -265,16 +315,6 @@ class ToolParser(ABC):
             scanner.finish()
         if scanner.is_bad:
             raise MalformedError("this is not JSON")
-
-
-def _thought(lark: LarkWriter, style: ReasoningStyle | None, *, is_inside: bool) -> list[str]:
-    """Expressions for what may be thought before the calls."""
-    if style is None:
-        return []
-    lark.rule("thought", f"thinking {lark.text(style.end)} blanks")
-    lark.rule("thinking[lazy]", "/(?s:.*)/")
-    lark.rule("blanks", r"/[\r\n]{0,2}/")
-    return ["thought"] if is_inside else [f"({lark.text(style.start)} thought)?"]
 
 
 def _decoded(text: str) -> str:

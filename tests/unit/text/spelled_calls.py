@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from penstock.core.tools import CalledTool, add_calls
 from penstock.text.tool_parsers import TOOL_PARSERS
+from penstock.text.tool_parsers.deepseek_v3 import BEGIN, BEGIN_ALL, END, END_ALL, SEPARATOR
 
 Call = tuple[str, dict]
 
@@ -25,10 +26,64 @@ def _object(call: Call, key: str = "arguments") -> str:
     return _dump({"name": call[0], key: call[1]})
 
 
+def _keywords(call: Call) -> str:
+    return f"{call[0]}({', '.join(f'{key}={value!r}' for key, value in call[1].items())})"
+
+
+def _xml(call: Call) -> str:
+    values = {key: value if isinstance(value, str) else _dump(value) for key, value in call[1].items()}
+    inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={call[0]}>\n{inside}</function>\n</tool_call>"
+
+
+def _deepseek(call: Call) -> str:
+    return f"{BEGIN}function{SEPARATOR}{call[0]}\n```json\n{_dump(call[1])}\n```{END}"
+
+
 SPELLINGS: dict[str, Spelling] = {
     "hermes": Spelling(
         one=lambda call: f"<tool_call>\n{_object(call)}\n</tool_call>",
         parts=("<tool_call>", "</tool_call>", '{"name": "f", ', '"arguments": {', "}", " \n"),
+    ),
+    "llama3_json": Spelling(
+        one=lambda call: _object(call, "parameters"),
+        join="; ".join,
+        parts=("<|python_tag|>", '{"name": "f", ', '"parameters": {', "}", "; "),
+    ),
+    "mistral": Spelling(
+        one=_object,
+        join=lambda each: f"[TOOL_CALLS] [{', '.join(each)}]",
+        parts=("[TOOL_CALLS]", "[ARGS]", "f", '{"name": "f", ', '"arguments": {', "}", "]"),
+    ),
+    "pythonic": Spelling(
+        one=_keywords,
+        join=lambda each: f"[{', '.join(each)}]",
+        parts=("<|python_start|>", "[", "f(", "a=", "'x'", '"\\u00e9"', ", ", ")", "]", "1", "True"),
+    ),
+    "qwen3_coder": Spelling(
+        one=_xml,
+        parts=(
+            "<tool_call>",
+            "<function=f>",
+            "<parameter=a>",
+            "\n</parameter>",
+            "</function>",
+            "</tool_call>",
+        ),
+    ),
+    "deepseek_v3": Spelling(
+        one=_deepseek,
+        join=lambda each: BEGIN_ALL + "\n".join(each) + END_ALL,
+        parts=(BEGIN_ALL, BEGIN, END, END_ALL, f"function{SEPARATOR}f\n", "```json\n", "```", '{"a": 1}'),
+    ),
+    "deepseek_v31": Spelling(
+        one=lambda call: f"{BEGIN}{call[0]}{SEPARATOR}{_dump(call[1])}{END}",
+        join=lambda each: BEGIN_ALL + "".join(each) + END_ALL,
+        parts=(BEGIN_ALL, BEGIN, END, END_ALL, f"f{SEPARATOR}", '{"a": 1}'),
+    ),
+    "generic": Spelling(
+        one=lambda call: f"```json\n{_object(call)}\n```",
+        parts=("```json", "```", '{"name": "f", ', '"arguments": {', "[", "]", "}", "<tool_call>", ","),
     ),
 }
 

@@ -29,8 +29,8 @@ class FunctionDefinition(WireModel):
     )
     strict: Flag | None = Field(
         default=None,
-        description="True: with tool_choice required or a named function the arguments follow the schema, "
-        "as they do without it; with auto they are not enforced, so only false or null are taken.",
+        description="True: the arguments follow the schema also with tool_choice auto; with required or a "
+        "named function they always do.",
     )
 
 
