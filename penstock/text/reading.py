@@ -4,7 +4,7 @@ Chosen once at start from the model's own files or the operator's options, then 
 conversation's answers are read; those to raw prompts are not. Used by `service`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -25,11 +25,6 @@ TAGS: Final = "tags"
 """The reasoning parser whose tags are settings."""
 MAX_TAG_CHARS: Final = 64
 _TAIL_TOKENS: Final = 16
-_ANSWERS: Final[dict[GrammarKind, Callable[[str], object]]] = {
-    GrammarKind.JSON_SCHEMA: msgspec.json.decode,
-    GrammarKind.JSON_OBJECT: lambda _: {"type": "object"},
-}
-"""Grammars that are JSON, as a schema."""
 
 _TOOL_SIGNS: Final = (
     ("<function=", "qwen3_coder"),
@@ -135,7 +130,7 @@ class Reading:
     def _widened(self, request: GenerateRequest, *, token_ids: list[int]) -> GrammarSpec | None:
         """The request's own grammar; if it is JSON, calls may replace it and a begun thought come first."""
         own = request.grammar
-        schema = None if own is None else _ANSWERS.get(own.kind, lambda _: None)(own.source)
+        schema = _schema_of(own)
         if schema is None:
             return own
         style = self.reasoning
@@ -207,6 +202,16 @@ class Reading:
             return style.is_inside(self._tokenizer.decode(token_ids[-_TAIL_TOKENS:]))
         text = self._tokenizer.decode(token_ids)
         return text.rfind(style.start) > text.rfind(style.end)
+
+
+def _schema_of(grammar: GrammarSpec | None) -> object:
+    """The schema of a grammar that is JSON; None for others."""
+    if grammar is not None and grammar.kind is GrammarKind.JSON_OBJECT:
+        return {"type": "object"}
+    if grammar is None or grammar.kind is not GrammarKind.JSON_SCHEMA:
+        return None
+    schema: object = msgspec.json.decode(grammar.source)
+    return schema
 
 
 def _schemas(request: GenerateRequest) -> dict[str, Mapping[str, object]]:
