@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from penstock.cli.adapters import ServedAdapters
 from penstock.cli.model_source import ModelSource
-from penstock.cli.settings import ServeSettings, engine_config, reading_config
+from penstock.cli.settings import ServeSettings, engine_config, pooling_config, reading_config
 from penstock.core.ids import ModelName
 from penstock.core.ports import AdapterAdmin, Clock, EngineAdmin, EngineClient, EngineEvents
 from penstock.core.tokens import EngineInfo
@@ -79,6 +79,7 @@ class ServedModel:
         clock: for times.
         chat_template: file in place of the model's own, or None.
         reading: how answers are read for tool calls and thoughts.
+        pooling: how prompts become vectors and scores.
         adapters: where the model's adapters are put once they can be ordered.
         lora_dir: folders that operators may load as adapters.
     """
@@ -94,6 +95,7 @@ class ServedModel:
         clock: Clock,
         chat_template: Path | None,
         reading: ReadingConfig,
+        pooling: PoolingConfig,
         adapters: dict[ModelName, AdapterAdmin],
         lora_dir: Path | None,
     ) -> None:
@@ -105,6 +107,7 @@ class ServedModel:
         self._clock = clock
         self._chat_template = chat_template
         self._reading = reading
+        self._pooling = pooling
         self._adapters = adapters
         self._lora_dir = lora_dir
         self._service: TextService | None = None
@@ -166,6 +169,7 @@ class ServedModel:
             clock=self._clock,
             chat_template=self._chat_template,
             reading=self._reading,
+            pooling=self._pooling,
         )
 
 
@@ -201,6 +205,7 @@ def build_model_side(
         clock=clock,
         chat_template=settings.chat_template,
         reading=reading_config(settings),
+        pooling=pooling_config(settings),
         adapters=adapters,
         lora_dir=settings.lora_dir,
     )

@@ -21,6 +21,7 @@ from penstock.engine.config import (
     LoraModule,
     SchedulerConfig,
 )
+from penstock.text.pooling_config import PoolingConfig
 from penstock.text.reading import ReadingConfig
 
 GIB = 1 << 30
@@ -219,6 +220,13 @@ class ServeSettings:
     reasoning_end_str: Annotated[
         str, setting("With --reasoning-parser tags: what closes a thought, 1 to 64 characters.")
     ] = "</think>"
+    score_yes_token: Annotated[
+        str,
+        setting("Scores by a generative model: its answer to a fitting document, one token."),
+    ] = "yes"  # noqa: S105 - a word, not a secret
+    score_no_token: Annotated[
+        str, setting("Scores by a generative model: its answer to any other, one token.")
+    ] = "no"  # noqa: S105 - a word, not a secret
     api_key: Annotated[str | None, setting("Key that clients must send; none means open.")] = None
     admin_key: Annotated[
         str | None, setting("Key of the admin listener on 127.0.0.1; without one it is not opened.")
@@ -245,6 +253,11 @@ def reading_config(settings: ServeSettings) -> ReadingConfig:
         reasoning_start_str=settings.reasoning_start_str,
         reasoning_end_str=settings.reasoning_end_str,
     )
+
+
+def pooling_config(settings: ServeSettings) -> PoolingConfig:
+    """How prompts become scores."""
+    return PoolingConfig(score_yes_token=settings.score_yes_token, score_no_token=settings.score_no_token)
 
 
 def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: str) -> EngineConfig:

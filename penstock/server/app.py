@@ -18,7 +18,7 @@ from penstock.gateway.catalog import Catalog
 from penstock.gateway.keys import FailureLimit, KeyRing
 from penstock.server import document, health
 from penstock.server.body import BodyBudget
-from penstock.server.dialects import plain
+from penstock.server.dialects import plain, scores
 from penstock.server.dialects.openai import routes as openai
 from penstock.server.edge import Edge
 from penstock.server.endpoint import Endpoint
@@ -30,7 +30,7 @@ from penstock.server.routes import Access, Route
 from penstock.server.services import Gate, HttpEvents, Services
 
 TITLE: Final = "Penstock"
-_SERVING: Final[tuple[Route, ...]] = (*openai.ROUTES, *plain.ROUTES, *health.ROUTES)
+_SERVING: Final[tuple[Route, ...]] = (*openai.ROUTES, *scores.ROUTES, *plain.ROUTES, *health.ROUTES)
 PUBLIC_ROUTES: Final[tuple[Route, ...]] = (
     *_SERVING,
     *document.routes_for(_SERVING, title=TITLE, access=Access.PUBLIC),

@@ -144,7 +144,7 @@ VARIANTS: dict[str, Make] = {
 """Options that change the arithmetic, by what they are."""
 
 
-def _randomise(model: torch.nn.Module, *, seed: int) -> None:
+def randomise(model: torch.nn.Module, *, seed: int) -> None:
     """Fill with values under which every weight, bias and norm matters and logits are of order 1."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -167,7 +167,7 @@ def tiny_model(  # transformers has no common type
         config.head_dim = head_dim
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    _randomise(model, seed=seed)
+    randomise(model, seed=seed)
     model.tie_weights()
     return model
 
