@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -31,14 +32,27 @@ class _Rows(NamedTuple):
 class StepMasks:
     """`MaskSource` of one step."""
 
-    def __init__(self, buffer: npt.NDArray[np.int32], first_rows: Mapping[SequenceId, int]) -> None:
+    def __init__(
+        self,
+        buffer: npt.NDArray[np.int32],
+        first_rows: Mapping[SequenceId, int],
+        filled: "Future[None]",
+    ) -> None:
         self._buffer = buffer
         self._first_rows = first_rows
+        self._filled = filled
 
     def row(self, seq_id: SequenceId, *, depth: int = 0) -> Mask | None:
         """See `MaskSource`."""
         first = self._first_rows.get(seq_id)
-        return None if first is None else self._buffer[first + depth]
+        if first is None:
+            return None
+        self._filled.result()
+        return self._buffer[first + depth]
+
+    def wait(self) -> None:
+        """Until every mask is filled: the matchers must not move before."""
+        self._filled.result()
 
 
 class MaskFiller:
@@ -51,6 +65,7 @@ class MaskFiller:
             num_words: of a mask, 32 tokens each; at least what llguidance and the model need.
         """
         self._buffer = np.zeros((0, num_words), np.int32)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="penstock-masks")
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +73,7 @@ class MaskFiller:
         return self._buffer.nbytes
 
     def fill(self, plan: StepPlan, constraints: Mapping[SequenceId, Constraint]) -> StepMasks | None:
-        """Compute the masks of every row that a constrained sequence draws from; None if there is none.
+        """Begin to compute the masks of every row that a constrained sequence draws from; None without any.
 
         Args:
             plan: whose samples and drafts need masks.
@@ -70,10 +85,15 @@ class MaskFiller:
         num_rows = needed[-1].end if needed else 0
         if num_rows > len(self._buffer):
             self._buffer = np.zeros((2 ** (num_rows - 1).bit_length(), self._buffer.shape[1]), np.int32)
-        for rows in needed:
-            part = self._buffer[rows.first : rows.end]
-            rows.constraint.fill(part, draft_token_ids=rows.draft_token_ids)
-        return StepMasks(self._buffer, {rows.seq_id: rows.first for rows in needed})
+        filled = self._thread.submit(_fill, self._buffer, needed)
+        return StepMasks(self._buffer, {rows.seq_id: rows.first for rows in needed}, filled)
+
+
+def _fill(buffer: npt.NDArray[np.int32], needed: list[_Rows]) -> None:
+    """In the filler's thread, while the model runs: llguidance releases the GIL, and so do the kernels."""
+    for rows in needed:
+        part = buffer[rows.first : rows.end]
+        rows.constraint.fill(part, draft_token_ids=rows.draft_token_ids)
 
 
 def _rows_of(plan: StepPlan, constraints: Mapping[SequenceId, Constraint]) -> list[_Rows]:

@@ -1,5 +1,6 @@
 """`Constraint` over llguidance's matcher: one answer's place in its grammar."""
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -11,6 +12,10 @@ from penstock.core.tokens import EngineRequest
 from penstock.engine.grammar.compile import Compiled
 
 NO_BITS: Final = np.int32(0)
+FREE_CPU_S: Final = 0.5
+"""CPU time that the masks of one answer may take, beside `CPU_PER_MASK_S` for each."""
+CPU_PER_MASK_S: Final = 0.005
+"""A usual mask takes a hundredth of it; an answer that takes more fails, so that a step is not its own."""
 
 
 class Matcher:
@@ -32,6 +37,7 @@ class Matcher:
         self._num_words = num_words
         self._avoided_ids = avoided_ids
         self._failure: str | None = None
+        self._cpu_left_s = FREE_CPU_S
 
     @property
     def is_complete(self) -> bool:
@@ -65,6 +71,7 @@ class Matcher:
 
     def fill(self, rows: npt.NDArray[np.int32], *, draft_token_ids: Sequence[int] = ()) -> None:
         """See `Constraint`; releases the GIL while llguidance works."""
+        began_s = time.thread_time()
         self._fill(rows[0])
         for depth, token_id in enumerate(draft_token_ids, 1):
             self._matcher.consume_token(token_id)
@@ -72,6 +79,10 @@ class Matcher:
         if draft_token_ids:
             self._matcher.rollback(len(draft_token_ids))
         self._look_for_failure()
+        self._cpu_left_s += len(rows) * CPU_PER_MASK_S - (time.thread_time() - began_s)
+        self._cpu_left_s = min(self._cpu_left_s, FREE_CPU_S)
+        if self._cpu_left_s < 0:
+            self._failure = "the grammar cannot go on: its masks take too much CPU time"
 
     def fork(self) -> "Matcher":
         """See `Constraint`."""

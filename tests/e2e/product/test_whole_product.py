@@ -69,6 +69,35 @@ def test_the_embedded_model_knows_the_capital_of_france(client: openai.OpenAI) -
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_a_schema_is_followed_streamed_or_not_and_a_bad_one_is_a_400(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green"]}, "count": {"type": "integer", "maximum": 99}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+    arguments = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Describe a flower."}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "flower", "schema": schema}},
+        "seed": 1,
+        "n": 2,
+    }
+    whole = client.chat.completions.create(**arguments)  # type: ignore[call-overload]
+    texts = {choice.index: choice.message.content for choice in whole.choices}
+    assert all(set(json.loads(text)) == {"colour", "count"} for text in texts.values())
+    assert {choice.finish_reason for choice in whole.choices} == {"stop"}
+    streamed = {0: "", 1: ""}
+    for chunk in client.chat.completions.create(stream=True, **arguments):  # type: ignore[call-overload]
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    schema["uniqueItems"] = True
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+        client.chat.completions.create(**arguments)  # type: ignore[call-overload]
+    assert caught.value.code == "invalid_grammar"
+
+
 def test_streamed_text_equals_the_whole_text(client: openai.OpenAI) -> None:
     arguments = {"model": MODEL, "prompt": "The king said", "max_tokens": 40, "temperature": 0.9, "seed": 7}
     whole = client.completions.create(**arguments)  # type: ignore[call-overload]

@@ -2,6 +2,8 @@
 
 from grammar_rig import allowed, encode, start, tokenizer, walk
 
+from penstock.engine.grammar import matcher as matcher_file
+
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "is_grown_up": {"type": "boolean"}},
@@ -104,6 +106,15 @@ def test_a_token_that_was_not_allowed_is_a_failure_for_good():
     assert matcher.failure is not None
     assert not matcher.is_complete
     assert not matcher.may_end
+
+
+def test_an_answer_whose_masks_take_too_much_cpu_time_fails_and_one_within_its_time_does_not(monkeypatch):
+    matcher = start("regex", "[a-z]+")
+    allowed(matcher)
+    assert matcher.failure is None
+    monkeypatch.setattr(matcher_file, "CPU_PER_MASK_S", -1.0)
+    allowed(matcher)
+    assert "CPU time" in matcher.failure
 
 
 def test_a_special_token_is_never_text():
