@@ -14,6 +14,7 @@ from penstock.core.grammar import GrammarKind, GrammarSpec, validate_grammar
 from penstock.core.text import GenerateRequest, ToolMode
 from penstock.core.tools import is_strict, tool_name, tool_schema
 from penstock.text.answer_reader import AnswerReader
+from penstock.text.guided_thought import behind_thought
 from penstock.text.reasoning import REASONING_STYLES, ReasoningParser, ReasoningStyle
 from penstock.text.tokenizer import Tokenizer
 from penstock.text.tool_parsers import TOOL_PARSERS, ToolParser
@@ -128,13 +129,15 @@ class Reading:
         return made
 
     def _widened(self, request: GenerateRequest, *, token_ids: list[int]) -> GrammarSpec | None:
-        """The request's own grammar; if it is JSON, calls may replace it and a begun thought come first."""
+        """The request's own grammar; a begun thought comes first, and calls may replace it if it is JSON."""
         own = request.grammar
-        schema = _schema_of(own)
-        if schema is None:
-            return own
+        if own is None:
+            return None
         style = self.reasoning
         inside = style is not None and self._is_inside(request, token_ids=token_ids, style=style)
+        schema = _schema_of(own)
+        if schema is None:
+            return behind_thought(own, end=style.end) if style is not None and inside else own
         may_call = bool(request.tools) and request.tool_choice.mode is ToolMode.AUTO
         if not inside and not may_call:
             return own

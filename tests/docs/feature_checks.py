@@ -319,7 +319,8 @@ def _reasoning(run: Run, _: Run, case: Case) -> None:
 def _grammar(run: Run, alone: Run, case: Case) -> None:
     """The text matches, as far as it goes; what is forced was not drawn and comes all the same."""
     for index in range(case.request.params.n):
-        text = run.text(index).removeprefix(PROMPT if "echo" in case.names else "")
+        said = "".join(delta.text for delta in run.deltas if delta.index == index)
+        text = said.removeprefix(PROMPT if "echo" in case.names else "")
         assert text[FREE : FREE + len(FORCED)] == FORCED[: max(0, len(text) - FREE)]
         assert not set(run.tokens(index)) & set(range(len(SPECIALS)))
 

@@ -4,7 +4,6 @@ llguidance derives lexers lazily and parses by Earley's algorithm, so that a gra
 touches of it; fuel bounds each part. Called by `compile_pool` from its threads; thread-safe.
 """
 
-import json
 import logging
 import threading
 from collections import OrderedDict
@@ -15,9 +14,9 @@ from typing import Final
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
-from penstock.core.grammar import GrammarKind, GrammarSpec, validate_grammar
+from penstock.core.grammar import GrammarSpec, validate_grammar
 from penstock.engine.grammar.dialects import to_llguidance
-from penstock.engine.grammar.schema_rewrite import SchemaTooLargeError, rewrite_schema
+from penstock.engine.grammar.schema_rewrite import SchemaTooLargeError
 from penstock.text.tokenizer import Tokenizer
 
 LIMITS: Final = LLParserLimits(
@@ -156,13 +155,21 @@ class GrammarCompiler:
         except ValueError as error:
             raise refusal(spec, str(error)) from None
         start = _started(tokenizer, source)
-        if start.is_error() and (rewritten := _rewritten(spec)) is not None:
-            second = _started(tokenizer, to_llguidance(rewritten, special_ids=self._special_ids))
-            start = start if second.is_error() else second
+        if start.is_error() and len(spec.source) <= MAX_REWRITTEN_CHARS:
+            start = self._second_attempt(spec, tokenizer, source) or start
         if start.is_error():
             raise refusal(spec, _reason(start))
         num_bytes = BYTES_PER_GRAMMAR + BYTES_PER_SOURCE_BYTE * len(spec.source)
         return Compiled(start=start, tokenizer=tokenizer, num_bytes=num_bytes)
+
+    def _second_attempt(self, spec: GrammarSpec, tokenizer: LLTokenizer, first: str) -> LLMatcher | None:
+        """With its JSON Schemas in other keywords; None if that is no help."""
+        try:
+            source = to_llguidance(spec, special_ids=self._special_ids, rewrites=True)
+        except SchemaTooLargeError:
+            return None
+        second = None if source == first else _started(tokenizer, source)
+        return None if second is None or second.is_error() else second
 
     def _remember(self, spec: GrammarSpec, compiled: Compiled) -> None:
         with self._lock:
@@ -187,18 +194,6 @@ def _started(tokenizer: LLTokenizer, source: str) -> LLMatcher:
     if not matcher.is_error():
         matcher.compute_bitmask()
     return matcher
-
-
-def _rewritten(spec: GrammarSpec) -> GrammarSpec | None:
-    """A JSON Schema in other keywords, if there is anything to rewrite."""
-    if spec.kind is not GrammarKind.JSON_SCHEMA or len(spec.source) > MAX_REWRITTEN_CHARS:
-        return None
-    schema = json.loads(spec.source)
-    try:
-        rewritten = GrammarSpec.of_json(GrammarKind.JSON_SCHEMA, rewrite_schema(schema))
-    except SchemaTooLargeError:
-        return None
-    return None if rewritten == GrammarSpec.of_json(GrammarKind.JSON_SCHEMA, schema) else rewritten
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -8,6 +8,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from penstock.core.grammar import GrammarKind, GrammarSpec
+from penstock.engine.grammar.schema_rewrite import rewrite_schema
 from penstock.engine.grammar.structural_tag import structural_tag_to_lark
 
 if TYPE_CHECKING:  # a name of the stub file
@@ -26,19 +27,21 @@ ANYTHING: Final = "{}"
 """What the schema true means; llguidance takes objects only."""
 
 
-def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int]) -> str:
+def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int], rewrites: bool = False) -> str:
     """The text that `LLMatcher` takes.
 
     Args:
         spec: validated.
         special_ids: the tokenizer's special tokens by their text.
+        rewrites: say JSON Schemas in keywords that llguidance has.
 
     Raises:
         ValueError: it is malformed; says how.
+        SchemaTooLargeError: a rewritten schema would be.
     """
     match spec.kind:
         case GrammarKind.JSON_SCHEMA:
-            return _json_schema(spec.source)
+            return _json_schema(_rewritten_source(spec.source) if rewrites else spec.source)
         case GrammarKind.JSON_OBJECT:
             return _json_schema(ANY_OBJECT)
         case GrammarKind.REGEX:
@@ -48,8 +51,17 @@ def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int]) -> str:
         case GrammarKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(_lark(spec.source))
         case GrammarKind.STRUCTURAL_TAG:
-            lark = structural_tag_to_lark(json.loads(spec.source), form=JSON_FORM, special_ids=special_ids)
+            lark = structural_tag_to_lark(
+                json.loads(spec.source), form=JSON_FORM, special_ids=special_ids, rewrites=rewrites
+            )
             return LLMatcher.grammar_from_lark(lark)
+
+
+def _rewritten_source(source: str) -> str:
+    """A schema in other keywords; the same text if there is nothing to rewrite."""
+    schema = json.loads(source)
+    rewritten = json.dumps(rewrite_schema(schema))
+    return source if rewritten == json.dumps(schema) else rewritten
 
 
 def _json_schema(source: str) -> str:

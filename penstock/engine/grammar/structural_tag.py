@@ -19,33 +19,42 @@ from typing import Final
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-MAX_NODES: Final = 4096
+from penstock.engine.grammar.schema_rewrite import rewrite_schema
+
+MAX_NODES: Final = 8192
 """Rules of one structural tag."""
 TEXT_RULE: Final = "TEXT: /(.|\\n)*/"
 Node = Mapping[str, object]
 
 
-def structural_tag_to_lark(tag: object, *, form: Mapping[str, object], special_ids: Mapping[str, int]) -> str:
+def structural_tag_to_lark(
+    tag: object, *, form: Mapping[str, object], special_ids: Mapping[str, int], rewrites: bool = False
+) -> str:
     """A grammar in llguidance's dialect of Lark.
 
     Args:
         tag: the decoded source of the spec.
         form: how JSON is written, llguidance's options.
         special_ids: special tokens by their text; they match as tokens and not as text.
+        rewrites: say schemas in keywords that llguidance has.
 
     Raises:
         ValueError: it is malformed; says where.
+        SchemaTooLargeError: a rewritten schema would be.
     """
-    node = _object(tag, where="the structural tag")
-    if "format" in node:
-        _only(node, "type", "format", where="the structural tag")
-        root = _object(node["format"], where="format")
-    else:
-        _only(node, "type", "structures", "triggers", where="the structural tag")
-        root = _from_structures(node)
-    builder = _Builder(form=form, special_ids=special_ids)
+    root = _root(_object(tag, where="the structural tag"))
+    builder = _Builder(form=form, special_ids=special_ids, rewrites=rewrites)
     start = builder.rule(root, where="format")
     return "\n".join(["%llguidance {}", f"start: {start}", *builder.rules, TEXT_RULE]) + "\n"
+
+
+def _root(node: Node) -> Node:
+    """The tree of either form."""
+    if "format" not in node:
+        _only(node, "type", "structures", "triggers", where="the structural tag")
+        return _from_structures(node)
+    _only(node, "type", "format", where="the structural tag")
+    return _object(node["format"], where="format")
 
 
 def _from_structures(node: Node) -> Node:
@@ -67,9 +76,10 @@ class MalformedTagError(ValueError):
 class _Builder:
     """Gathers the rules of one grammar."""
 
-    def __init__(self, *, form: Mapping[str, object], special_ids: Mapping[str, int]) -> None:
+    def __init__(self, *, form: Mapping[str, object], special_ids: Mapping[str, int], rewrites: bool) -> None:
         self._form = form
         self._special_ids = special_ids
+        self._rewrites = rewrites
         self.rules: list[str] = []
 
     def rule(self, node: Node, *, where: str) -> str:
@@ -86,6 +96,7 @@ class _Builder:
             "tag": self._tag,
             "triggered_tags": self._triggered_tags,
             "tags_with_separator": self._tags_with_separator,
+            "structural_tag": self._structural_tag,
         }
         maker = makers.get(kind) if isinstance(kind, str) else None
         if maker is None:
@@ -104,6 +115,8 @@ class _Builder:
     def _json_schema(self, node: Node, where: str) -> str:
         _only(node, "type", "json_schema", where=where)
         schema = node.get("json_schema", True)
+        if self._rewrites:
+            schema = rewrite_schema(schema)
         if schema is True:
             schema = {}
         if not isinstance(schema, dict):
@@ -143,6 +156,9 @@ class _Builder:
     def _or(self, node: Node, where: str) -> str:
         _only(node, "type", "elements", where=where)
         return " | ".join(self._children(_list(node, "elements", where=where), where=f"{where}.elements"))
+
+    def _structural_tag(self, node: Node, where: str) -> str:
+        return self.rule(_root(node), where=where)
 
     def _children(self, nodes: list[object], *, where: str) -> list[str]:
         return [

@@ -67,6 +67,13 @@ def test_a_tag_means_what_it_says(tag, yes, no):
     assert not matches("structural_tag", tag, no)
 
 
+def test_a_schema_in_a_tag_is_rewritten_too():
+    schema = {"type": "integer", "not": {"minimum": 3}}
+    tag = new({"type": "json_schema", "json_schema": schema})
+    assert matches("structural_tag", tag, "2")
+    assert not matches("structural_tag", tag, "3")
+
+
 def test_behind_a_trigger_what_is_certain_is_forced():
     matcher = start("structural_tag", new(TRIGGERED))
     assert matcher.forced() == ()
