@@ -90,8 +90,6 @@ class EngineCore:
             self.adapters.wait(ADAPTER_WAIT_S)
         handle = self.ranks.launch(plan)
         result = self.ranks.collect(handle, masks=masks)
-        if masks is not None:
-            masks.wait()
         return self.scheduler.apply(plan, result)
 
     def requests(self) -> list[RequestReport]:

@@ -12,7 +12,7 @@ from penstock.core.tokens import EngineRequest
 from penstock.engine.grammar.compile import Compiled
 
 NO_BITS: Final = np.int32(0)
-FREE_CPU_S: Final = 0.5
+FREE_CPU_S: Final = 0.2
 """CPU time that the masks of one answer may take, beside `CPU_PER_MASK_S` for each."""
 CPU_PER_MASK_S: Final = 0.005
 """A usual mask takes a hundredth of it; an answer that takes more fails, so that a step is not its own."""

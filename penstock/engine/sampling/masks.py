@@ -12,6 +12,6 @@ class MaskSource(Protocol):
     def row(self, seq_id: SequenceId, *, depth: int = 0) -> Mask | None:
         """What `seq_id` may draw after `depth` of its drafts; None if it may draw anything.
 
-        Waits for a mask that is being filled. The array is valid until the step is applied.
+        The array is valid until the step is applied.
         """
         ...

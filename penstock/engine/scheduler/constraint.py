@@ -15,7 +15,7 @@ Mask = npt.NDArray[np.int32]
 
 
 class Constraint(Protocol):
-    """See the module. The step loop alone calls it, or the thread that fills masks for the loop."""
+    """See the module. The step loop alone calls it."""
 
     @property
     def is_complete(self) -> bool:
