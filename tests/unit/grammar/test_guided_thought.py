@@ -33,4 +33,3 @@ def test_what_is_said_behind_a_thought_follows_the_grammar(kind, source, yes, no
     assert follows(inside, f"well, {{ hm </think>\n\n{yes}")
     assert not follows(inside, f"well </think>{no}")
     assert not follows(inside, yes)
-
