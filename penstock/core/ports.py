@@ -81,6 +81,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     inference_s: float = 0.0
     """First scheduled step to the end, by the engine's clock."""
+    num_tool_calls: int = 0
+    """Calls of tools in its answers."""
     is_accepted: bool = True
     """False if it was refused before the engine took it; its times then say nothing about the service."""
 

@@ -195,9 +195,10 @@ METRICS: Final[tuple[Spec, ...]] = (
     _counter("engine_steps_total", "Engine steps."),
     _counter(
         "request_success_total",
-        "Ended requests by how they ended: stop, length, error, cancelled, content_filter.",
+        "Ended requests by how they ended: stop, length, tool_calls, error, cancelled, content_filter.",
         labels=("model_name", "finished_reason"),
     ),
+    _counter("tool_calls_total", "Calls of tools in answers, whole or cut."),
     _counter(
         "engine_restarts_total",
         "Times that the engine process died or hung and was started again.",

@@ -170,6 +170,7 @@ class Metrics:
         numbers = self._of(record.model)
         numbers.values["prompt_tokens_total"] += record.prompt_tokens
         numbers.values["prompt_tokens_cached_total"] += record.cached_tokens
+        numbers.values["tool_calls_total"] += record.num_tool_calls
         _bump(numbers.labelled["request_success_total"], record.finish_reason.value)
         if record.is_accepted:
             _observe(numbers.buckets, record)

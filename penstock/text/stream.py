@@ -42,6 +42,7 @@ class RequestMeter:
         "_request",
         "_start_s",
         "is_accepted",
+        "num_tool_calls",
         "stats_so_far",
         "ttft_s",
     )
@@ -63,6 +64,8 @@ class RequestMeter:
         self._gap_start_s: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
         self._is_done = False
+        self.num_tool_calls = 0
+        """Counted by the stream as they begin."""
         self.is_accepted = False
         """Set by the stream: there is one only after the engine has accepted the request."""
         self.ttft_s: float | None = None
@@ -124,6 +127,7 @@ class RequestMeter:
                 kv_usage=known.kv_usage,
                 num_preemptions=known.num_preemptions,
                 inference_s=known.inference_s,
+                num_tool_calls=self.num_tool_calls,
                 is_accepted=self.is_accepted,
             )
         )
@@ -232,6 +236,7 @@ class TextStream(AsyncGenerator[TextDelta, None]):
             self._meter.on_tokens(delta.index, num_tokens=answer.num_tokens)
         if text is None:
             return
+        self._meter.num_tool_calls += sum(bool(call.id) for call in text.tool_calls)
         if text.finish_reason is not None:
             text = await self._close_answer(text, stats=delta.stats)
         self._ready.append(text)

@@ -96,6 +96,8 @@ async def test_thought_text_and_call_are_told_apart():
     made, _ = service(f"<think>\nhm\n</think>\n\nLook: {CALL}")
     text, reasoning, calls, end = await answer(made)
     assert (text, reasoning, calls) == ("Look: ", "hm", [("f", {"a": 1})])
+    (record,) = made._events.records
+    assert (record.num_tool_calls, record.finish_reason) == (1, FinishReason.TOOL_CALLS)
     assert end.finish_reason is FinishReason.TOOL_CALLS
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.params import INT64_MAX
@@ -141,7 +141,7 @@ class ChatRequest(SamplingFields):
     include_reasoning: Flag | None = Field(
         default=None, description="Default true; false leaves reasoning_content out of the answer."
     )
-    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=MAX_VARIABLES)] | None = Field(
+    chat_template_kwargs: Annotated[dict[str, object], Field(max_length=MAX_VARIABLES)] | None = Field(
         default=None, description="Variables for the model's chat template, which must read them."
     )
 

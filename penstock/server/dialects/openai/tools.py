@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from penstock.core.errors import InvalidParameterError
 from penstock.core.text import ToolCallDelta, ToolChoice, ToolMode
@@ -24,7 +24,7 @@ class FunctionDefinition(WireModel):
 
     name: FunctionName
     description: Annotated[Text, Field(max_length=MAX_DESCRIPTION_CHARS)] | None = None
-    parameters: Annotated[dict[str, JsonValue], Field(max_length=MAX_KEYS)] | None = Field(
+    parameters: Annotated[dict[str, object], Field(max_length=MAX_KEYS)] | None = Field(
         default=None, description="JSON schema of its arguments, an object; absent: it takes none."
     )
     strict: Flag | None = Field(
