@@ -5,6 +5,7 @@ weights, lay out the cache, size the pool, join the parts, warm up.
 """
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ def build_core(
     num_threads = config.num_threads or default_num_threads()
     torch.set_num_threads(num_threads)
     began_s = time.monotonic()
+    compiler = GrammarCompiler(Path(config.model_path))
+    warming = threading.Thread(target=compiler.warm_up, name="penstock-vocabulary", daemon=True)
+    if config.warmup:
+        warming.start()  # beside the weights: it takes a second or two for a vocabulary of 150,000
     loaded = load_model(
         Path(config.model_path),
         dtype=config.dtype,
@@ -88,7 +93,12 @@ def build_core(
         torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the CPUs
     load_time_s = time.monotonic() - began_s
     draft_model = _load_draft(config, loaded, num_threads=num_threads)
-    return _join(config, loaded, draft_model=draft_model, load_time_s=load_time_s, faults=faults)
+    core = _join(
+        config, loaded, draft_model=draft_model, compiler=compiler, load_time_s=load_time_s, faults=faults
+    )
+    if config.warmup:
+        warming.join()
+    return core
 
 
 def _load_draft(config: EngineConfig, target: LoadedModel, *, num_threads: int) -> LoadedModel | None:
@@ -162,6 +172,7 @@ def _join(
     loaded: LoadedModel,
     *,
     draft_model: LoadedModel | None,
+    compiler: GrammarCompiler,
     load_time_s: float,
     faults: FaultPoints | None,
 ) -> EngineCore:
@@ -190,11 +201,8 @@ def _join(
         make_drafter=_make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size),
     )
     ranks = LocalRank(runner)
-    grammars = CompilePool(GrammarCompiler(Path(config.model_path)), vocab_size=loaded.model.vocab_size)
     began_s = time.monotonic()
     warm_steps = _warm_up(ranks, limits) if config.warmup else []
-    if config.warmup:
-        grammars.compiler.warm_up()
     warmup_time_s = time.monotonic() - began_s
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = Scheduler(
@@ -212,7 +220,7 @@ def _join(
         scheduler=scheduler,
         kv=kv,
         ranks=ranks,
-        grammars=grammars,
+        grammars=CompilePool(compiler, vocab_size=loaded.model.vocab_size),
         masks=MaskFiller(num_words=-(-loaded.model.vocab_size // 32)),
         info=_info(
             config,

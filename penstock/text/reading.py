@@ -133,7 +133,8 @@ class Reading:
         own = request.grammar
         if own is None:
             return None
-        style = self.reasoning
+        is_chat = request.messages is not None or request.is_rendered
+        style = self.reasoning if is_chat else None
         inside = style is not None and self._is_inside(request, token_ids=token_ids, style=style)
         schema = _schema_of(own)
         if schema is None:
