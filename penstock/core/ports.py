@@ -83,6 +83,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """First scheduled step to the end, by the engine's clock."""
     num_tool_calls: int = 0
     """Calls of tools in its answers."""
+    adapter: str = ""
+    """LoRA adapter that answered; empty for the base model."""
     is_accepted: bool = True
     """False if it was refused before the engine took it; its times then say nothing about the service."""
 

@@ -142,6 +142,10 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Token slots in owned blocks, shared blocks counted once."""
     num_slots_used: int
     """Of those, slots that hold a token."""
+    num_adapters_running: int = 0
+    """Different LoRA adapters of running requests."""
+    num_adapters_waiting: int = 0
+    """Different LoRA adapters of which no request runs, but some wait."""
     num_drafts: int = 0
     """Sequences whose guesses were verified."""
     num_draft_tokens: int = 0

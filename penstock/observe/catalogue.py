@@ -193,6 +193,13 @@ METRICS: Final[tuple[Spec, ...]] = (
     _histogram("grammar_compile_seconds", "Time to compile a grammar, or to refuse it.", buckets=_SHORT_S),
     _gauge("generation_tokens_per_second", "Tokens generated per second over the last ten seconds."),
     _counter("engine_steps_total", "Engine steps."),
+    _gauge("lora_adapters_running", "Different LoRA adapters of running requests."),
+    _gauge("lora_adapters_waiting", "Different LoRA adapters of which no request runs, but some wait."),
+    _counter(
+        "lora_requests_total",
+        "Ended requests for a LoRA adapter, by its name; names beyond the first 200 are `other`.",
+        labels=("model_name", "adapter"),
+    ),
     _counter(
         "request_success_total",
         "Ended requests by how they ended: stop, length, tool_calls, error, cancelled, content_filter.",

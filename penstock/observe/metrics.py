@@ -154,6 +154,8 @@ class Metrics:
         values["generation_tokens_total"] += stats.num_generated_tokens
         values["grammar_forced_tokens_total"] += stats.num_forced_tokens
         values["engine_steps_total"] += 1
+        values["lora_adapters_running"] = stats.num_adapters_running
+        values["lora_adapters_waiting"] = stats.num_adapters_waiting
         if stats.num_drafts:
             _add_drafts(numbers, stats)
         numbers.buckets["iteration_tokens_total"].observe(stats.num_batched_tokens)
@@ -172,6 +174,8 @@ class Metrics:
         numbers.values["prompt_tokens_cached_total"] += record.cached_tokens
         numbers.values["tool_calls_total"] += record.num_tool_calls
         _bump(numbers.labelled["request_success_total"], record.finish_reason.value)
+        if record.adapter:
+            _bump(numbers.labelled["lora_requests_total"], record.adapter)
         if record.is_accepted:
             _observe(numbers.buckets, record)
 

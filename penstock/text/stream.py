@@ -128,6 +128,7 @@ class RequestMeter:
                 num_preemptions=known.num_preemptions,
                 inference_s=known.inference_s,
                 num_tool_calls=self.num_tool_calls,
+                adapter=self._request.adapter,
                 is_accepted=self.is_accepted,
             )
         )

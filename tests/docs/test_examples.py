@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,10 @@ def _run(*command: str, timeout_s: float = 90) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, str]]:
+@contextmanager
+def _serving(*flags: str) -> Iterator[tuple[str, str]]:
     """Address of `penstock serve`, and the curl line that it printed; ends with exit code 0."""
-    command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", "0", "--max-num-seqs", "8"]
+    command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", "0", "--max-num-seqs", "8", *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: list[str] = []
@@ -45,6 +46,13 @@ def server() -> Iterator[tuple[str, str]]:
     process.terminate()
     process.stdout.close()
     assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, str]]:
+    """One server with its defaults for most examples."""
+    with _serving() as found:
+        yield found
 
 
 def test_the_printed_curl_line_gets_an_answer(server: tuple[str, str]) -> None:
@@ -151,3 +159,35 @@ def test_the_batch_example_is_answered_row_by_row(tmp_path: Path) -> None:
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     assert all(f"examples/{path.name}" in source for path in (ROOT / "examples").iterdir() if path.is_file())
+
+
+def test_the_lora_example_asks_base_and_adapter(tmp_path: Path) -> None:
+    """An adapter of the embedded model, given at start, is listed with its parent and answers."""
+    adapter = _write_adapter(tmp_path / "fox")
+    with _serving("--enable-lora", "--lora-modules", f"fox={adapter}") as (url, _):
+        out = _run(sys.executable, "examples/lora_adapter.py", url, "fox")
+    assert "fox is an adapter of penstock-tales" in out
+    assert "\nfox: " in out
+
+
+def _write_adapter(folder: Path) -> Path:
+    """Rank 2 on the query of the first layer of the embedded model, with small random weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((ROOT / "penstock/models/embedded/config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    num_out = heads * config.get("head_dim", hidden // heads)
+    generator = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    folder.mkdir()
+    save_file(
+        {
+            f"{name}.lora_A.weight": torch.randn(2, hidden, generator=generator),
+            f"{name}.lora_B.weight": torch.randn(num_out, 2, generator=generator),
+        },
+        folder / "adapter_model.safetensors",
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["layers.0.self_attn.q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder

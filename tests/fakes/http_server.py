@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from penstock.core.ids import ModelName, TenantId
-from penstock.core.ports import EngineAdmin
+from penstock.core.ports import AdapterAdmin, EngineAdmin
 from penstock.gateway.catalog import Catalog
 from penstock.gateway.keys import KeyRing
 from penstock.observe.clock import SystemClock
@@ -20,6 +20,7 @@ from penstock.server.app import make_app, make_services
 from penstock.server.lifecycle import Addresses, ServerConfig, serve
 from penstock.server.limits import Limits
 from penstock.server.services import Gate, Services
+from tests.fakes.adapter_admin import FakeAdapters
 from tests.fakes.model_client import FakeModelClient
 
 USER_KEY = "user-key-0123456789"
@@ -50,6 +51,7 @@ def services_for(
     limits: Limits | None = None,
     gate: Gate | None = None,
     admins: Mapping[ModelName, EngineAdmin] | None = None,
+    adapters: Mapping[ModelName, AdapterAdmin] | None = None,
     in_catalog: bool = True,
 ) -> Services:
     catalog = Catalog()
@@ -65,6 +67,7 @@ def services_for(
         limits=limits,
         gate=gate,
         admins=admins,
+        adapters={model.name: FakeAdapters()} if adapters is None else adapters,
     )
 
 

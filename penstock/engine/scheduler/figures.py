@@ -54,6 +54,8 @@ class QueueGauges:
     num_waiting: int
     """Requests."""
     num_waiting_tokens: int
+    num_adapters_running: int = 0
+    num_adapters_waiting: int = 0
 
 
 def num_unused_slots(kv: KvManager, groups: Iterable[SequenceGroup]) -> int:
@@ -95,6 +97,8 @@ def step_stats(
         num_running=gauges.num_running,
         num_waiting=gauges.num_waiting,
         num_waiting_tokens=gauges.num_waiting_tokens,
+        num_adapters_running=gauges.num_adapters_running,
+        num_adapters_waiting=gauges.num_adapters_waiting,
         num_blocks=usage.num_blocks,
         num_blocks_free=usage.num_free,
         num_blocks_cached=usage.num_cached,

@@ -861,6 +861,8 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=self.num_waiting,
             num_waiting_tokens=self._num_waiting_tokens,
+            num_adapters_running=0 if self._adapters is None else self._adapters.num_used,
+            num_adapters_waiting=0 if self._adapters is None else self._adapters.num_waiting,
         )
         return step_stats(
             counts,

@@ -29,6 +29,8 @@ BODIES = {
     "/detokenize": {"tokens": [65]},
     "/generate": {"prompt": "hi"},
     "/stream": {"prompt": "hi"},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "a"},
+    "/v1/unload_lora_adapter": {"lora_name": "a"},
 }
 MATRIX = [
     (listener, route, method, kind)
