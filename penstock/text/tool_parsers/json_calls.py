@@ -83,7 +83,10 @@ class JsonToolParser(ToolParser):
             raise MalformedError("a call has no such key")
 
     def _read_name(self, call: "_Call") -> Reading[None]:
-        if (yield from self.cursor.match("{")):
+        if not call.is_nested and (yield from self.cursor.match("{")):
+            call.is_nested = (
+                True  # once, as in OpenAI's form: nesting without end would be recursion without end
+            )
             yield from self._read_members(call)
             return
         name = yield from self._read_string()
@@ -117,12 +120,13 @@ class JsonToolParser(ToolParser):
 class _Call:
     """What is known of the call that is being read."""
 
-    __slots__ = ("early", "has_arguments", "name")
+    __slots__ = ("early", "has_arguments", "is_nested", "name")
 
     def __init__(self) -> None:
         self.name = ""
         self.early: list[str] = []
         self.has_arguments = False
+        self.is_nested = False
 
 
 def _nowhere(_text: str) -> None:
