@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from penstock.core.errors import GenerateError
 from penstock.core.text import FinishReason, TokenLogprobs
-from penstock.core.tokens import EngineRequest, StepStats, TokenDelta
+from penstock.core.tokens import EngineRequest, Pooling, StepStats, TokenDelta
 from penstock.engine.kv.block_table import SequenceBlocks
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.kv.prefix_tree import NO_BLOCK, PrefixTree, TreeNode
@@ -17,7 +17,7 @@ from penstock.engine.scheduler.beams import BeamSearch, Hypothesis
 from penstock.engine.scheduler.policy import PROMPT_WEIGHT, FairPolicy
 from penstock.engine.scheduler.request import GroupState, SequenceGroup, derive_seed
 from penstock.engine.scheduler.scheduler import Scheduler
-from penstock.sim.runner import START, draw_token, likeliest, next_digest, require
+from penstock.sim.runner import START, draw_token, likeliest, next_digest, pooled_values, require
 
 
 def check_pool(kv: KvManager, tables: Iterable[SequenceBlocks], *, held: Iterable[int]) -> None:
@@ -161,6 +161,7 @@ class AnswerBook:
         self.request = request
         self.token_ids: list[list[int]] = [[] for _ in range(request.params.n)]
         self.reasons: list[FinishReason | None] = [None] * request.params.n
+        self.pooled: tuple[float, ...] | None = None
         self.is_over = False
         self.num_preemptions = 0
 
@@ -173,6 +174,7 @@ class AnswerBook:
         )
         self.token_ids[delta.index].extend(delta.token_ids)
         self.reasons[delta.index] = delta.finish_reason
+        self.pooled = delta.pooled
         self.is_over = delta.is_last
         if delta.error is not None:
             require(delta.error.kind == GenerateError.__name__, "a failure is a GenerateError")
@@ -183,6 +185,9 @@ class AnswerBook:
 
     def check_tokens(self, *, vocab_size: int, max_model_len: int) -> None:
         """Complete answers equal those of an uncontended run; cut ones are a beginning of it."""
+        if self.request.pooling is not None:
+            self._check_pooled(self.request.pooling)
+            return
         seed = self.request.params.seed
         if seed is None:
             return
@@ -201,6 +206,18 @@ class AnswerBook:
                 require(token_ids == expected, f"{self.request.request_id} has other tokens than when alone")
             else:
                 require(token_ids == expected[: len(token_ids)], "a cut answer began with other tokens")
+
+    def _check_pooled(self, pooling: Pooling) -> None:
+        """A vector comes whole, and nothing else does."""
+        require(not any(self.token_ids), f"{self.request.request_id} wanted a vector and got tokens")
+        if self.reasons[0] is not FinishReason.STOP:
+            require(self.pooled is None, "a request that was cut has no vector")
+            return
+        digests = [START]
+        for token_id in self.request.prompt_token_ids:
+            digests.append(next_digest(digests[-1], token_id))
+        expected = pooled_values(digests[1:] if pooling.kind == "mean" else digests[-1:])
+        require(self.pooled == expected, f"{self.request.request_id} has another vector than when alone")
 
     def _check_search(self, *, vocab_size: int) -> None:
         """All answers of a search come at its end, whole."""

@@ -7,7 +7,7 @@ which is checked over everything that attention would read. Faults are injected 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,7 @@ from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
 from penstock.engine.scheduler.plan import (
     UNKNOWN_DRAFT,
+    Pooled,
     Proposal,
     SampledToken,
     SampleSpec,
@@ -49,6 +50,11 @@ def require(ok: bool, message: str) -> None:
 def next_digest(digest: int, token_id: int) -> int:
     """Digest of a token that follows the text with `digest`."""
     return (digest * MULTIPLIER + token_id + 7) & MASK
+
+
+def pooled_values(digests: Iterable[int]) -> tuple[float]:
+    """The vector of a prompt: a number that a float holds, of all digests that count."""
+    return (float(sum(digests) % (1 << 53)),)
 
 
 def likeliest(digest: int, *, num_top: int, vocab_size: int) -> tuple[TokenLogprob, ...]:
@@ -125,6 +131,8 @@ class FakeRunner:
         self.seeds: dict[SequenceId, int] = {}
         """Seed of every sequence that the runner knows."""
         self._num_top: dict[SequenceId, int] = {}
+        self._sums: dict[SequenceId, tuple[int, int]] = {}
+        """Of prompts under way whose every token counts: where they are, and the sum up to there."""
         self.failed: set[SequenceId] = set()
         """Sequences that were made to fail."""
 
@@ -132,6 +140,7 @@ class FakeRunner:
         """Do the step; the handle is the result itself."""
         self._prepare(plan)
         tokens: list[SampledToken] = []
+        pooled: list[Pooled] = []
         failures: list[SequenceFailure] = []
         proposals = [
             Proposal(entry.seq_id, self._guess(entry)) for entry in plan.sequences if has_blanks(entry)
@@ -142,12 +151,14 @@ class FakeRunner:
             self._compute(entry, is_bad=failure is not None and failure.code == "numerical_error")
             if failure is None:
                 tokens.extend(self._sample(entry))
+                pooled.extend(self._pool(entry))
             else:
                 failures.append(failure)
         return StepResult(
             step_id=plan.step_id,
             tokens=tokens,
             failures=failures,
+            pooled=pooled,
             proposals=proposals,
             step_time_s=self._step_time_s(plan),
         )
@@ -165,6 +176,7 @@ class FakeRunner:
         for seq_id in plan.finished_seq_ids:
             require(seq_id in self.seeds, f"sequence {seq_id} finished but was never announced")
             del self.seeds[seq_id], self._num_top[seq_id]
+            self._sums.pop(seq_id, None)
         for new in plan.new_sequences:
             require(new.seq_id not in self.seeds, f"sequence {new.seq_id} announced twice")
             self.seeds[new.seq_id] = new.seed
@@ -259,6 +271,18 @@ class FakeRunner:
             spec = SampleSpec(sampled[0].seq_id, entry.samples[0].output_idx + len(sampled))
             sampled.append(self._draw(entry, spec, position=position))
         return sampled
+
+    def _pool(self, entry: ScheduledSequence) -> list[Pooled]:
+        if entry.pooling is None:
+            return []
+        end = entry.start + len(entry.token_ids)
+        digests = [self.digests[self._slot(entry.block_tables[0], i)] for i in range(entry.start, end)]
+        if entry.pooling.kind != "mean":
+            return [Pooled(entry.seq_id, pooled_values(digests[-1:]))]
+        known_end, known = self._sums.get(entry.seq_id, (0, 0)) if entry.start else (0, 0)
+        require(known_end == entry.start, f"sequence {entry.seq_id} has no sum up to {entry.start}")
+        self._sums[entry.seq_id] = (end, known + sum(digests))
+        return [Pooled(entry.seq_id, pooled_values([known, *digests]))]
 
     def _draw(self, entry: ScheduledSequence, spec: SampleSpec, *, position: int) -> SampledToken:
         digest = self.digests[self._slot(entry.block_tables[0], position)]

@@ -8,10 +8,12 @@ import random
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from msgspec.structs import replace
+
 from penstock.core.ids import RequestId, TenantId
 from penstock.core.params import SamplingParams
 from penstock.core.text import Priority
-from penstock.core.tokens import EngineRequest
+from penstock.core.tokens import EngineRequest, Pooling
 from penstock.engine.config import SchedulerConfig
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.kv_manager import num_blocks_needed
@@ -33,6 +35,8 @@ STORM_SIZES: Final = (4, 40)
 """Many short prompts start together and outgrow the pool together."""
 STORM_RATE: Final = 0.3
 SEARCH_RATE: Final = 0.2
+POOLING_RATE: Final = 0.15
+"""Requests that want a vector instead of tokens."""
 CANDIDATES_PER_BEAM: Final = 3
 """With one end-of-sequence and one stop token."""
 IMPOSSIBLE_RATE: Final = 0.05
@@ -157,6 +161,8 @@ def _make_arrivals(
             max_tokens=10 * setting.config.max_model_len if is_impossible else rng.randint(1, max_outputs),
             vocab_size=setting.vocab_size,
         )
+        if not is_impossible and rng.random() < POOLING_RATE:
+            request = _pooled(request, kind=rng.choice(("mean", "last")))
         arrivals.append(_make_arrival(rng, time_s=time_s, request=request, is_impossible=is_impossible))
     return arrivals
 
@@ -198,3 +204,7 @@ def _make_request(
         tenant_id=TenantId(rng.choice(("a", "b"))),
         cache_salt=rng.choice(("", "", "s")),
     )
+
+
+def _pooled(request: EngineRequest, *, kind: str) -> EngineRequest:
+    return replace(request, params=SamplingParams(max_tokens=0), pooling=Pooling(kind))

@@ -6,6 +6,7 @@ from penstock.engine.kv.block_pool import BlockPool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler import answer, scheduler
 from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
+from penstock.engine.scheduler.request import SequenceGroup
 from penstock.engine.scheduler.running_set import RunningSet
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.sim import __main__ as command
@@ -43,6 +44,10 @@ def leak_a_block(monkeypatch):
         original(self, blocks)
 
     monkeypatch.setattr(KvManager, "_release_all", leaky)
+
+
+def find_prompts_of_means_in_the_cache(monkeypatch):
+    monkeypatch.setattr(SequenceGroup, "needs_whole_prompt", property(lambda self: False))
 
 
 def free_the_window_too_early(monkeypatch):
@@ -150,6 +155,7 @@ def neglect_the_oldest(monkeypatch):
         forget_to_zero,
         leak_a_block,
         free_the_window_too_early,
+        find_prompts_of_means_in_the_cache,
         mix_up_prefixes,
         release_parents_first,
         end_twice,

@@ -58,6 +58,11 @@ def pool(
     ]
 
 
+def overflowing(parts: Iterable[PoolPart]) -> set[SequenceId]:
+    """Sequences whose numbers are not finite although their hidden states are."""
+    return {part.seq_id for part in parts if not bool(part.values.isfinite().all())}
+
+
 def _values(pooling: Pooling, rows: torch.Tensor, logits: Logits) -> torch.Tensor:
     if pooling.kind == "mean":
         return rows.float().sum(dim=0)
@@ -86,14 +91,16 @@ class Pools:
         for seq_id in seq_ids:
             self._sums.pop(seq_id, None)
 
-    def take(self, part: PoolPart) -> Pooled:
-        """Add a chunk; the result is that of the prompt up to its end."""
+    def take(self, part: PoolPart) -> Pooled | None:
+        """Add a chunk; the result is that of the prompt up to its end, None if a chunk before it failed."""
         if not part.is_sum:
             return Pooled(part.seq_id, tuple(part.values.tolist()))
         total, end = part.values, part.start + part.num_tokens
         if part.start:  # a prompt that is computed again, after a preemption, begins at 0 again
-            known_end, known = self._sums[part.seq_id]
-            assert known_end == part.start, "chunks come in order"
+            known_end, known = self._sums.get(part.seq_id, (0, total))
+            if known_end != part.start:
+                self._sums.pop(part.seq_id, None)
+                return None
             total = known + total
         self._sums[part.seq_id] = (end, total)
         return Pooled(part.seq_id, tuple((total / end).tolist()))

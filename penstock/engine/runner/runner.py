@@ -27,7 +27,7 @@ from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
-from penstock.engine.runner.pooling import PoolPart, Pools, pool
+from penstock.engine.runner.pooling import PoolPart, Pools, overflowing, pool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
 from penstock.engine.sampling.masks import MaskSource
@@ -227,7 +227,12 @@ class Runner:
             tokens=tokens,
             failures=[outcome for outcome in outcomes if isinstance(outcome, SequenceFailure)],
             prompt_logprobs=[part for done in handle.passes for part in done.prompt_logprobs],
-            pooled=[self._pools.take(part) for done in handle.passes for part in done.pools],
+            pooled=[
+                pooled
+                for done in handle.passes
+                for part in done.pools
+                if (pooled := self._pools.take(part)) is not None
+            ],
             proposals=handle.guesses.proposals,
             num_caught_up_tokens=handle.guesses.num_caught_up_tokens,
             step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
@@ -306,12 +311,17 @@ class Runner:
             owners = [seq.seq_id for seq in sequences if seq.samples for _ in range(1 + seq.num_drafts)]
             self._faults.after_logits(logits, owners)
         is_sound = _are_sound(rows_not_finite(self._kernels, hidden), ends)
+        pools = self._pool_parts(sequences, hidden=hidden, ends=ends, is_sound=is_sound)
+        bad = overflowing(pools)
+        if bad:
+            is_sound = [ok and seq.seq_id not in bad for ok, seq in zip(is_sound, sequences, strict=True)]
+            pools = [part for part in pools if part.seq_id not in bad]
         return ForwardPass(
             sequences=sequences,
             is_sound=is_sound,
             logits=logits,
             prompt_logprobs=self._prompt_logprobs(sequences, hidden=hidden, ends=ends, is_sound=is_sound),
-            pools=self._pool_parts(sequences, hidden=hidden, ends=ends, is_sound=is_sound),
+            pools=pools,
         )
 
     def _pool_parts(

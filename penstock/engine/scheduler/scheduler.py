@@ -650,7 +650,9 @@ class Scheduler:
             group.is_tainted |= failure.code == NUMERICAL_ERROR
             if seq.finish_reason is not None or self._ends_whole(seq, failure):
                 continue
-            self._deltas.append(failure_delta(group, failure, index=seq.index))
+            # a beam is not an answer: a search with fewer answers than beams has no such index
+            index = seq.index if group.beams is None else 0
+            self._deltas.append(failure_delta(group, failure, index=index))
             for each in group.live:
                 each.finish_reason = FinishReason.ERROR
             self._end(group)

@@ -5,7 +5,7 @@ import pytest
 from policy_rig import request
 
 from penstock.core.errors import InvalidParameterError, QueueFullError
-from penstock.core.tokens import EngineInfo
+from penstock.core.tokens import EngineInfo, EngineRequest, Pooling
 from penstock.engine.scheduler.admission import (
     AdmissionLimits,
     QueueLoad,
@@ -121,3 +121,35 @@ def test_the_api_side_decides_as_the_engine_does():
     assert limits.windows == (None, 6)
     assert limits_from_info(msgspec.structs.replace(info, cache_group_windows=())).windows == (None, None)
     assert "9 KV blocks" in refusal(limits, prompt=[1] * 12, max_tokens=12).message
+
+
+def pooled(kind: str, *token_ids: int, **params) -> EngineRequest:
+    asked = request("r", [1, 2], max_tokens=params.pop("max_tokens", 0), **params)
+    return msgspec.structs.replace(asked, pooling=Pooling(kind, token_ids))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "asked", "word"),
+    [
+        (0, pooled("classify"), "classes"),
+        (0, pooled("logits"), "token ids"),
+        (0, pooled("mean", 1), "token ids"),
+        (0, pooled("logits", 10), "10"),
+        (0, pooled("logits", -1), "-1"),
+        (0, pooled("cls"), "mean, last"),
+        (0, pooled("mean", max_tokens=1), "max_tokens"),
+        (0, pooled("mean", temperature=0.5), "sampling"),
+        (2, pooled("logits", 1), "2 classes"),
+        (2, request("r", [1]), "cannot generate"),
+    ],
+)
+def test_a_head_gives_scores_of_tokens_or_of_classes_and_nothing_is_drawn(num_labels, asked, word):
+    limits = msgspec.structs.replace(LIMITS, vocab_size=10, num_labels=num_labels)
+    with pytest.raises(InvalidParameterError, match=word):
+        check_admissible(asked, limits=limits)
+
+
+@pytest.mark.parametrize(("num_labels", "kind"), [(0, "mean"), (0, "last"), (1, "classify"), (1, "mean")])
+def test_a_prompt_alone_may_fill_the_context(num_labels, kind):
+    limits = msgspec.structs.replace(LIMITS, num_labels=num_labels)
+    check_admissible(msgspec.structs.replace(pooled(kind), prompt_token_ids=[1] * 32), limits=limits)
