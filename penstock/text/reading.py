@@ -66,12 +66,18 @@ class Reading:
         reasoning: ReasoningStyle | None,
         tokenizer: Tokenizer,
         allows_auto: bool = True,
+        thinks_unasked: bool = True,
     ) -> None:
-        """Hold the formats; None for what the model does not do."""
+        """Hold the formats; None for what the model does not do.
+
+        `thinks_unasked` False: thoughts come only where the prompt asks for them, so that a call that is
+        forced does not wait for one.
+        """
         self.tools = tools
         self.reasoning = reasoning
         self._tokenizer = tokenizer
         self._allows_auto = allows_auto
+        self._thinks_unasked = thinks_unasked
         marks = () if tools is None else tools.markers
         tags = () if reasoning is None else (reasoning.start, reasoning.end)
         self.special_ids = _special_ids(tokenizer, (*marks, *tags))
@@ -155,12 +161,13 @@ class Reading:
     def _forced(self, request: GenerateRequest, *, token_ids: list[int]) -> GrammarSpec:
         assert self.tools is not None, "check() has passed"
         style = self.reasoning
+        inside = style is not None and self._is_inside(request, token_ids=token_ids, style=style)
         return self.tools.grammar(
             _schemas(request),
             is_parallel=request.parallel_tool_calls and request.tool_choice.mode is not ToolMode.NAMED,
             special_ids=self.special_ids,
-            thought=style,
-            is_inside=style is not None and self._is_inside(request, token_ids=token_ids, style=style),
+            thought=style if inside or self._thinks_unasked else None,
+            is_inside=inside,
         )
 
     def _strict(self, request: GenerateRequest) -> GrammarSpec:
@@ -241,13 +248,16 @@ def make_reading(config: ReadingConfig, *, template: str, tokenizer: Tokenizer) 
     )
     known = {**REASONING_STYLES, TAGS: _tags(config)}
     style = _choice(config.reasoning_parser, _THOUGHT_SIGNS, template, option="reasoning_parser", known=known)
-    if config.reasoning_parser == AUTO and style is None and _thinks(tokenizer):
+    # A model of which only the vocabulary knows thoughts has them when it is asked to think.
+    is_hidden = config.reasoning_parser == AUTO and style is None and _thinks(tokenizer)
+    if is_hidden:
         style = "qwen3"
     return Reading(
         tools=None if parser is None else TOOL_PARSERS[parser],
         reasoning=None if style is None else known[style],
         tokenizer=tokenizer,
         allows_auto=config.enable_auto_tool_choice,
+        thinks_unasked=not is_hidden,
     )
 
 

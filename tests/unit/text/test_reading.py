@@ -200,3 +200,18 @@ def test_a_thought_that_the_prompt_has_begun_comes_before_a_json_answer():
     made = matched(lark_of(choose(reasoning_parser="deepseek_r1"), grammar=JSON_ANSWER))
     assert accepts(made, "hm 9</think>\n\n8")
     assert not accepts(made, "8")
+
+
+@pytest.mark.parametrize(
+    ("template", "may_think"), [("{{ tools }} <tool_call>", False), ("{{ tools }} <tool_call> <think>", True)]
+)
+def test_a_forced_call_waits_for_a_thought_only_where_the_template_knows_thoughts(
+    template, may_think, monkeypatch
+):
+    """A model whose vocabulary alone has the tags would fill its context with an unasked thought."""
+    monkeypatch.setattr("penstock.text.reading._thinks", lambda tokenizer: True)
+    reading = choose(template)
+    assert reading.reasoning is not None
+    made = matched(lark_of(reading, tools=(TOOL,), tool_choice=ToolChoice(ToolMode.REQUIRED)))
+    assert accepts(made, CALL)
+    assert accepts(made, f"<think>hm</think>{CALL}") is may_think
