@@ -207,6 +207,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         max_num_queued_tokens=44,
         enable_prefix_caching=False,
         enable_chunked_prefill=False,
+        enable_jump_forward=False,
         scheduling_policy="fcfs",
         block_size=8,
         num_kv_blocks=99,
