@@ -78,6 +78,7 @@ class EngineLoop:
             if self._core.has_work and not self._stopped:
                 output = self._core.step()
                 self._channel.send(Output(output.deltas, output.stats))
+        self._core.grammars.close()
 
     @property
     def _is_loading(self) -> bool:

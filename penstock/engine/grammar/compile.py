@@ -7,7 +7,9 @@ touches of it; fuel bounds each part. Called by `compile_pool` from its threads;
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +52,8 @@ class Compiled:
     start: LLMatcher
     """At its beginning; copied for each answer. Copies share what the lexer has derived."""
     tokenizer: LLTokenizer
+    forget: Callable[[], None]
+    """Drops it from the cache, when a copy's lexer has met a limit."""
     num_bytes: int
     """Charged for it in the cache, about."""
 
@@ -139,8 +143,7 @@ class GrammarCompiler:
         self._remember(spec, compiled)
         return compiled
 
-    def forget(self, spec: GrammarSpec) -> None:
-        """Drop a grammar whose lexer has met a limit: what it shares with its copies is spoilt."""
+    def _forget(self, spec: GrammarSpec) -> None:
         with self._lock:
             if (dropped := self._cache.pop(spec, None)) is not None:
                 self._num_bytes -= dropped.num_bytes
@@ -160,7 +163,8 @@ class GrammarCompiler:
         if start.is_error():
             raise refusal(spec, _reason(start))
         num_bytes = BYTES_PER_GRAMMAR + BYTES_PER_SOURCE_BYTE * len(spec.source)
-        return Compiled(start=start, tokenizer=tokenizer, num_bytes=num_bytes)
+        forget = partial(self._forget, spec)
+        return Compiled(start=start, tokenizer=tokenizer, forget=forget, num_bytes=num_bytes)
 
     def _second_attempt(self, spec: GrammarSpec, tokenizer: LLTokenizer, first: str) -> LLMatcher | None:
         """With its JSON Schemas in other keywords; None if that is no help."""

@@ -1,7 +1,7 @@
 """`Constraint` over llguidance's matcher: one answer's place in its grammar."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -22,7 +22,13 @@ class Matcher:
     """See `Constraint` for who calls what. Not thread-safe."""
 
     def __init__(
-        self, matcher: LLMatcher, *, vocab_size: int, num_words: int, avoided_ids: tuple[int, ...]
+        self,
+        matcher: LLMatcher,
+        *,
+        vocab_size: int,
+        num_words: int,
+        avoided_ids: tuple[int, ...],
+        on_failure: Callable[[], None],
     ) -> None:
         """Take over a matcher.
 
@@ -31,11 +37,13 @@ class Matcher:
             vocab_size: of the model; greater ids are never forced.
             num_words: of llguidance's masks, 32 tokens each.
             avoided_ids: end-of-sequence tokens that come only where nothing else may (`ignore_eos`).
+            on_failure: called when it cannot go on: what its lexer shares with others may be spoilt.
         """
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._num_words = num_words
         self._avoided_ids = avoided_ids
+        self._on_failure = on_failure
         self._failure: str | None = None
         self._cpu_left_s = FREE_CPU_S
 
@@ -91,6 +99,7 @@ class Matcher:
             vocab_size=self._vocab_size,
             num_words=self._num_words,
             avoided_ids=self._avoided_ids,
+            on_failure=self._on_failure,
         )
 
     def _fill(self, row: npt.NDArray[np.int32]) -> None:
@@ -105,6 +114,7 @@ class Matcher:
 
     def _look_for_failure(self) -> None:
         if self._failure is None and self._matcher.is_error():
+            self._on_failure()
             self._failure = (
                 f"the grammar cannot go on ({self._matcher.stop_reason()}): it is too complex for its limits"
             )
@@ -117,6 +127,7 @@ def start_matcher(compiled: Compiled, request: EngineRequest, *, vocab_size: int
         vocab_size=vocab_size,
         num_words=-(-compiled.tokenizer.vocab_size // 32),
         avoided_ids=request.eos_token_ids if request.params.ignore_eos else (),
+        on_failure=compiled.forget,
     )
 
 

@@ -1,6 +1,6 @@
 """A matcher follows one answer: masks, forced tokens, drafts, forks, ends."""
 
-from grammar_rig import allowed, encode, start, tokenizer, walk
+from grammar_rig import allowed, compiler, encode, spec, start, tokenizer, walk
 
 from penstock.engine.grammar import matcher as matcher_file
 
@@ -106,6 +106,13 @@ def test_a_token_that_was_not_allowed_is_a_failure_for_good():
     assert matcher.failure is not None
     assert not matcher.is_complete
     assert not matcher.may_end
+
+
+def test_a_grammar_that_has_failed_is_compiled_anew_for_the_next_request():
+    matcher = start("regex", "fails once")
+    assert compiler().cached(spec("regex", "fails once")) is not None
+    matcher.fork().accept(encode("b")[0])
+    assert compiler().cached(spec("regex", "fails once")) is None
 
 
 def test_an_answer_whose_masks_take_too_much_cpu_time_fails_and_one_within_its_time_does_not(monkeypatch):
