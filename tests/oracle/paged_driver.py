@@ -12,6 +12,7 @@ from torch import Tensor
 
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.kernels import ops
+from penstock.kernels.adapters import AdapterRows, AdapterWeights
 from penstock.kernels.batch import AttentionBatch, ForwardBatch, KvSlab
 from penstock.models.interface import LoadedModel
 
@@ -36,6 +37,8 @@ class PagedDriver:
         random.Random(seed).shuffle(self.free)
         self.tables: dict[str, list[list[int]]] = {}
         self.lengths: dict[str, int] = {}
+        self.adapters: dict[str, AdapterWeights] = {}
+        """Of the sequences that use one."""
 
     def _grow(self, name: str, length: int) -> None:
         for table in self.tables.setdefault(name, [[] for _ in self.layout.groups]):
@@ -90,7 +93,17 @@ class PagedDriver:
             groups=tuple(self._group_batch(g, rows) for g in range(len(groups))),
             layer_groups=tuple(group for group, _ in places),
             layer_slabs=self.layers,
+            adapters=self._adapter_rows(step),
         )
+
+    def _adapter_rows(self, step: Sequence[tuple[str, Sequence[int]]]) -> tuple[AdapterRows, ...]:
+        runs, row = [], 0
+        for name, tokens in step:
+            if name in self.adapters:
+                weights = self.adapters[name]
+                runs.append(AdapterRows(first_row=row, num_rows=len(tokens), weights=weights))
+            row += len(tokens)
+        return tuple(runs)
 
     def step(self, chunks: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Compute one step.
