@@ -23,6 +23,7 @@ from penstock.core.tokens import EngineInfo, StepStats
 from penstock.engine.config import EngineConfig, SchedulerConfig, validate_engine_config
 from penstock.engine.in_process import InProcessEngine
 from penstock.observe.clock import SystemClock
+from penstock.text.pooling_config import PoolingConfig
 from penstock.text.reading import ReadingConfig
 from penstock.text.service import TextService
 
@@ -131,6 +132,7 @@ async def open_local_model(
     events: StepTotals,
     chat_template: Path | None = None,
     reading: ReadingConfig | None = None,
+    pooling: PoolingConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LocalModel:
     """Load the model and start its engine.
@@ -144,7 +146,13 @@ async def open_local_model(
     core = await asyncio.to_thread(build_core, config, on_progress=on_progress)
     engine = InProcessEngine(core, name=source.name, events=events)
     service = make_text_service(
-        engine, source, events=events, clock=SystemClock(), chat_template=chat_template, reading=reading
+        engine,
+        source,
+        events=events,
+        clock=SystemClock(),
+        chat_template=chat_template,
+        reading=reading,
+        pooling=pooling,
     )
     return LocalModel(service=service, engine=engine)
 

@@ -5,7 +5,7 @@ The engine runs in a thread of this process. What this version does not have is 
 
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,16 @@ from penstock.cli.feed import num_in_flight, with_patience, with_room
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
 from penstock.cli.model_source import ModelSource, find_draft, find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
+from penstock.cli.pooled import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    answer_each,
+    pairs_of,
+)
 from penstock.cli.refused import REFUSED_OPTIONS, refuse
 from penstock.cli.structured_outputs import StructuredOutputsParams, grammars_of
 from penstock.cli.workers import work_off
@@ -33,9 +43,11 @@ from penstock.core.errors import (
 from penstock.core.grammar import GrammarSpec
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
+from penstock.core.pooled import ClassifyRequest, EmbedRequest, ScoreRequest
 from penstock.core.text import GenerateRequest, Message, ToolChoice, ToolMode
 from penstock.core.tokens import EngineInfo
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.text.pooling_config import PoolingConfig
 from penstock.text.reading import ReadingConfig
 from penstock.text.service import TextService
 
@@ -51,6 +63,8 @@ Turn = Mapping[str, object] | Message
 Guides = StructuredOutputsParams | Sequence[StructuredOutputsParams | None] | None
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
+Got = TypeVar("Got")
 
 PARAMS_RULE: Final = "it must be a SamplingParams or a list of them"
 NONE: Final = type(None)
@@ -78,6 +92,8 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "kv_cache_memory_bytes": (int, NONE),
     "num_threads": (int, NONE),
     "chat_template": (str, Path, NONE),
+    "score_yes_token": (str,),
+    "score_no_token": (str,),
     "enable_auto_tool_choice": (bool,),
     "tool_call_parser": (str,),
     "reasoning_parser": (str,),
@@ -150,6 +166,8 @@ class LLM:
         thread_affinity: CPUs to pin the threads of the native kernels to, as `0-3,8`.
         isa: instruction set of the native kernels; auto takes `PENSTOCK_ISA` or the best.
         chat_template: file with a Jinja template in place of the model's.
+        score_yes_token: scores by a generative model: its answer to a fitting document, one token.
+        score_no_token: its answer to any other.
         enable_auto_tool_choice: let the model decide to call tools; False refuses `tool_choice` auto.
         tool_call_parser: how the model spells tool calls; `auto` reads it from the chat template.
         reasoning_parser: how the model marks its thoughts; `auto` reads it from template and tokenizer.
@@ -189,6 +207,8 @@ class LLM:
         thread_affinity: str | None = None,
         isa: str = "auto",
         chat_template: str | Path | None = None,
+        score_yes_token: str = "yes",  # noqa: S107 - a word, not a secret
+        score_no_token: str = "no",  # noqa: S107 - a word, not a secret
         enable_auto_tool_choice: bool = True,
         tool_call_parser: str = "auto",
         reasoning_parser: str = "auto",
@@ -218,6 +238,7 @@ class LLM:
                     events=self.totals,
                     chat_template=template,
                     reading=ReadingConfig(**{name: given[name] for name in READING_ARGUMENTS}),
+                    pooling=PoolingConfig(score_yes_token=score_yes_token, score_no_token=score_no_token),
                 )
             )
         except BaseException:
@@ -348,6 +369,117 @@ class LLM:
         ]
         return self._thread.run(self._answer_all(requests, show=use_tqdm))
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_type: Literal["mean", "last"] | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each prompt.
+
+        Args:
+            prompts: as for `generate`.
+            pooling_type: of the hidden states; None takes the checkpoint's, else the last.
+            dimensions: keep the first so many numbers.
+            normalize: scale to length 1.
+            truncate_prompt_tokens: keep the first so many tokens, -1 for the context; None refuses longer.
+
+        Raises:
+            InvalidParameterError: a prompt or argument is wrong; nothing is then answered.
+        """
+        if pooling_type not in {None, "mean", "last"}:
+            raise InvalidParameterError(
+                f"pooling_type is {pooling_type!r:.80}, it must be mean, last or None", param="pooling_type"
+            )
+        requests = [
+            EmbedRequest(
+                request_id=self._new_id(),
+                model=self._model.service.card.name,
+                prompt=_prompt(prompt),
+                pooling=pooling_type,
+                dimensions=dimensions,
+                normalize=normalize,
+                truncate_prompt_tokens=truncate_prompt_tokens,
+            )
+            for prompt in _prompts(prompts)
+        ]
+        made = self._answer_each(requests, self._model.service.embed)
+        return [
+            EmbeddingRequestOutput(
+                request_id=request.request_id,
+                outputs=EmbeddingOutput(embedding=list(one.values)),
+                num_prompt_tokens=one.usage.prompt_tokens,
+                num_cached_tokens=one.usage.cached_tokens,
+            )
+            for request, one in zip(requests, made, strict=True)
+        ]
+
+    def score(
+        self, text_1: str | Sequence[str], text_2: str | Sequence[str], *, instruction: str | None = None
+    ) -> list[ScoringRequestOutput]:
+        """How well documents fit a query.
+
+        Args:
+            text_1: a query, or as many as documents.
+            text_2: one document or several.
+            instruction: what the task is, for models that answer yes or no.
+
+        Raises:
+            InvalidParameterError: a text is wrong, or the model cannot score.
+        """
+        requests = [
+            ScoreRequest(
+                request_id=self._new_id(),
+                model=self._model.service.card.name,
+                query=query,
+                document=document,
+                instruction=instruction,
+            )
+            for query, document in pairs_of(text_1, text_2)
+        ]
+        made = self._answer_each(requests, self._model.service.score)
+        return [
+            ScoringRequestOutput(
+                request_id=request.request_id,
+                outputs=ScoringOutput(score=one.value),
+                num_prompt_tokens=one.usage.prompt_tokens,
+                num_cached_tokens=one.usage.cached_tokens,
+            )
+            for request, one in zip(requests, made, strict=True)
+        ]
+
+    def classify(self, prompts: Prompt | Sequence[Prompt]) -> list[ClassificationRequestOutput]:
+        """The classes of each prompt, by a model that was made for it.
+
+        Raises:
+            InvalidParameterError: a prompt is wrong, or the model has no classes.
+        """
+        requests = [
+            ClassifyRequest(
+                request_id=self._new_id(), model=self._model.service.card.name, prompt=_prompt(prompt)
+            )
+            for prompt in _prompts(prompts)
+        ]
+        made = self._answer_each(requests, self._model.service.classify)
+        return [
+            ClassificationRequestOutput(
+                request_id=request.request_id,
+                outputs=ClassificationOutput(probs=list(one.probabilities), labels=list(one.labels)),
+                num_prompt_tokens=one.usage.prompt_tokens,
+                num_cached_tokens=one.usage.cached_tokens,
+            )
+            for request, one in zip(requests, made, strict=True)
+        ]
+
+    def _new_id(self) -> RequestId:
+        return RequestId(f"offline-{next(self._ids)}")
+
+    def _answer_each(self, requests: Sequence[Asked], ask: Callable[[Asked], Awaitable[Got]]) -> list[Got]:
+        return self._thread.run(answer_each(requests, ask, max_num_seqs=self.info.max_num_seqs))
+
     def _request(
         self,
         params: SamplingParams,
@@ -362,7 +494,7 @@ class LLM:
         if checked.seed is None:
             checked = msgspec.structs.replace(checked, seed=self._rng.getrandbits(63))
         return GenerateRequest(
-            request_id=RequestId(f"offline-{next(self._ids)}"),
+            request_id=self._new_id(),
             model=self._model.service.card.name,
             prompt=prompt,
             messages=messages,

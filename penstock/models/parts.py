@@ -27,6 +27,9 @@ from penstock.models.stored import StoredMatrix, StoredTensor, TensorSource
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Tensors that older exports carry and that follow from the config: frequencies and causal masks."""
 
+BODY = "model"
+"""What most families call the decoder without its head; embedding models are often saved so."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Weights:
@@ -149,7 +152,13 @@ class Parts:
     prefix: str = ""
 
     def at(self, name: str) -> "Parts":
-        """The same, one level down."""
+        """The same, one level down; the body of a model that was saved without its head has no level."""
+        if (
+            name == BODY
+            and not self.prefix
+            and not any(n.startswith(f"{BODY}.") for n in self.weights.checkpoint)
+        ):
+            return self
         return replace(self, prefix=f"{self.prefix}{name}.")
 
     def has(self, name: str) -> bool:

@@ -93,6 +93,15 @@ def test_the_agent_example_calls_its_functions_and_answers_with_their_results(se
     assert "answer: The sum of 345 and 77 is 422." in out
 
 
+def test_the_embeddings_example_orders_texts(server: tuple[str, str]) -> None:
+    out = _run(sys.executable, "examples/embeddings.py", server[0])
+    *ordered, tokens = out.splitlines()
+    cosines = [float(line.split()[0]) for line in ordered]
+    assert cosines == sorted(cosines, reverse=True)
+    assert len(cosines) == 3
+    assert tokens.startswith("tokens: ")
+
+
 def test_the_shell_example_streams(server: tuple[str, str]) -> None:
     out = _run("bash", "examples/stream.sh", server[0])
     assert "event: close" in out
