@@ -61,6 +61,10 @@ def test_the_printed_curl_line_gets_an_answer(server: tuple[str, str]) -> None:
     assert answer["choices"][0]["message"]["role"] == "assistant"
 
 
+def test_the_example_of_speculation_runs() -> None:
+    assert "same answer: True" in _run(sys.executable, "examples/speculation.py")
+
+
 def test_the_example_of_a_quantized_checkpoint_runs(tmp_path: Path) -> None:
     """A GGUF file in the place of a folder: text in, text out, ended by the template's own end of turn."""
     from tools.quantized.gguf_file import write_gguf
