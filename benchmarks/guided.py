@@ -1,7 +1,8 @@
 """What guided decoding costs and saves.
 
 Overhead: 32 answers under a JSON Schema and 32 without, on two engines over the same checkpoint whose steps
-are made in turns, one each, with jump-forward off. A bound first: a mask is filled in some 10 to 50 us, so 32
+are made in turns, one each, with jump-forward off; the bar is for the median of the pairs' ratios, since the
+host's speed jumps from second to second. A bound first: a mask is filled in some 10 to 50 us, so 32
 of them take 0.3 to 1.6 ms of a step; a row's mask is applied where the row is read anyway.
 
 Jump-forward: steps for one answer under a schema with long keys, with and without; the same tokens.
@@ -188,7 +189,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint with a tokenizer of its size")
     parser.add_argument("--suite", type=Path, default=Path("tests/data/json_schema_suite"))
     options = parser.parse_args()
-    batch, num_steps = (2, 4) if options.tiny else (BATCH, 60)
+    batch, num_steps = (2, 4) if options.tiny else (BATCH, 160)
     num_tokens = PROMPT_TOKENS + num_steps + 400
     results: dict[str, Any] = {"jump_forward": jump_forward()}
     counts = run_suite(
@@ -217,7 +218,7 @@ def main() -> int:
         results["jump_forward"]["same_tokens"]
         and results["jump_forward"]["ratio"] <= STEPS_MAX
         and not counts.wrongly_accepted
-        and (options.tiny or results["overhead"]["ratio_of_medians"] < OVERHEAD_MAX)
+        and (options.tiny or results["overhead"]["median_of_ratios"] < OVERHEAD_MAX)
         and (options.tiny or slowest_ms < REFUSAL_MAX_MS)
     )
     sizes = {"batch": batch, "steps": num_steps, "prompt_tokens": PROMPT_TOKENS, "vocab_size": vocab_size}
