@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tools.features import FEATURES, REFUSED, REFUSED_PAIRS, Feature, pair_id
+from tools.features import FEATURES, POOLED, POOLED_FIELDS, REFUSED, REFUSED_PAIRS, Feature, pair_id
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "compatibility.md"
@@ -30,7 +30,15 @@ and without chunked prefill, prefix hits and preemption; the rows and columns *k
 native* run the same features on the fast kernels.
 """
 
+POOLED_INTRO: Final = """\
+Beside answers that are being made, in the same steps: **ok** runs in `{test_file}::test_pooled_feature[A+B]`;
+**no**: the routes have no such field and refuse it by name, by `test_pooled_routes_refuse_fields_of_answers`.
+A client that leaves cancels them too.
+"""
+
 DOORS: Final = (
+    ("embeddings", "tests/unit/server/test_http_embeddings.py"),
+    ("scores and classes", "tests/unit/server/test_http_scores.py"),
     ("OpenAI chat completions", "tests/unit/server/test_http_chat.py"),
     ("OpenAI completions", "tests/unit/server/test_http_completions.py"),
     ("plain API", "tests/unit/server/test_http_plain.py"),
@@ -84,6 +92,18 @@ def _refused() -> list[str]:
     return lines
 
 
+def _pooled() -> list[str]:
+    engine = [feature for feature in FEATURES if feature.kind == "engine"]
+    lines = ["| | " + " | ".join(each.label for each in POOLED) + " |", "|---|" + "---|" * len(POOLED)]
+    lines.extend(f"| {feature.label} |" + " ok |" * len(POOLED) for feature in engine)
+    lines.extend(
+        f"| {feature.label} |" + (" ok |" if feature.name in POOLED_FIELDS else " **no** |") * len(POOLED)
+        for feature in FEATURES
+        if feature.kind == "request"
+    )
+    return lines
+
+
 def count_tests(path: Path) -> int:
     """Test functions in a file.
 
@@ -113,6 +133,7 @@ def render() -> str:
         ["", "## Pairs that are refused", "", *_refused_pairs()],
         ["", "## Refused with everything", "", "The message names the word below; nothing is ignored.", ""],
         _refused(),
+        ["", "## Embeddings and scores", "", POOLED_INTRO.format(test_file=TEST_FILE), *_pooled()],
         ["", "## Ways in", "", "All of them check a request with the same function.", "", *_doors()],
     ]
     return "\n".join(line for part in parts for line in part) + "\n"

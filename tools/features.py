@@ -39,6 +39,15 @@ class RefusedPair:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PooledFeature:
+    """Something that is made of a prompt in place of an answer."""
+
+    name: str
+    label: str
+    route: str
+
+
 def _request(name: str, label: str) -> Feature:
     return Feature(name=name, label=label, kind="request")
 
@@ -179,6 +188,17 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="gpu_memory_utilization", label="GPU", kind="engine"),
 )
 """Refused with every served feature, by name."""
+
+
+POOLED: Final[tuple[PooledFeature, ...]] = (
+    PooledFeature(name="mean", label="embeddings, mean", route="/v1/embeddings"),
+    PooledFeature(name="last", label="embeddings, last token", route="/v1/embeddings"),
+    PooledFeature(name="score", label="scores by yes and no", route="/score"),
+)
+"""Each runs with every engine feature. Of the request features they have those of `POOLED_FIELDS`; the fields
+of the others do not exist on their routes."""
+
+POOLED_FIELDS: Final = frozenset({"priority", "cache_salt"})
 
 
 def served_pairs() -> list[tuple[Feature, Feature]]:

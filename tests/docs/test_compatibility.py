@@ -14,7 +14,18 @@ from penstock.server.app import PUBLIC_ROUTES
 from penstock.server.validation import validate
 from tests.docs.feature_checks import BASE, BEHAVIOURS, Case, check_complete, check_engine_feature
 from tests.docs.feature_engines import FeatureEngine, Run
-from tools.features import FEATURES, REFUSED, REFUSED_PAIRS, Feature, RefusedPair, pair_id, served_pairs
+from tools.features import (
+    FEATURES,
+    POOLED,
+    POOLED_FIELDS,
+    REFUSED,
+    REFUSED_PAIRS,
+    Feature,
+    PooledFeature,
+    RefusedPair,
+    pair_id,
+    served_pairs,
+)
 
 Engines = Callable[[frozenset[str]], FeatureEngine]
 ENGINE_FEATURES = frozenset(feature.name for feature in FEATURES if feature.kind == "engine")
@@ -173,6 +184,41 @@ def test_refused_engine_feature(refused: str) -> None:
     if refused != "tensor_parallel_size":  # that one is a setting with the range 1 to 1
         with pytest.raises(StartupError, match=refused):
             refuse_flags([f"--{refused.replace('_', '-')}", "2"])
+
+
+ROUNDING = {"eager_bfloat16", "native_bfloat16", "kv_int8", "int8", "int4", "gptq", "sliding_window"}
+"""Engine features under which the model itself is another, or rounded; the others change nothing."""
+NOT_A_FIELD = {"chat": "messages", "echo": "echo", "cancel": "stream"}
+BODIES: dict[str, dict[str, object]] = {
+    "/v1/embeddings": {"input": "a"},
+    "/score": {"text_1": "a", "text_2": "b"},
+}
+
+
+@pytest.mark.parametrize("engine_name", sorted(ENGINE_FEATURES))
+@pytest.mark.parametrize("pooled", POOLED, ids=lambda pooled: pooled.name)
+def test_pooled_feature(pooled: PooledFeature, engine_name: str, engines: Engines) -> None:
+    """Beside answers, chunked, preempted, found in the cache: the same vector."""
+    made = engines(frozenset({engine_name})).pooled(pooled.name, BASE)
+    assert pooled.name == "score" or sum(value * value for value in made) == pytest.approx(1.0)
+    if engine_name not in ROUNDING:
+        assert made == pytest.approx(engines(frozenset()).pooled(pooled.name, BASE), abs=1e-5)
+
+
+@pytest.mark.parametrize("pooled", POOLED, ids=lambda pooled: pooled.name)
+def test_pooled_routes_refuse_fields_of_answers(pooled: PooledFeature) -> None:
+    """By name; of the request features they have those of `POOLED_FIELDS` alone."""
+    route = next(route for route in PUBLIC_ROUTES if route.path == pooled.route)
+    assert route.body is not None
+    for name in REQUEST_FEATURES:
+        for field, value in (WIRE[name] or {NOT_A_FIELD.get(name, name): "batch"}).items():
+            body = {**BODIES[pooled.route], field: value}
+            if name in POOLED_FIELDS:
+                validate(route.from_json(body), model=route.body)
+                continue
+            with pytest.raises(InvalidParameterError) as caught:
+                validate(route.from_json(body), model=route.body)
+            assert caught.value.param == field
 
 
 def test_the_table_is_complete() -> None:

@@ -69,6 +69,9 @@ class _ScriptedStream:
         self._engine = engine
         self._closed = False
 
+    def __aiter__(self) -> "_ScriptedStream":
+        return self
+
     async def __anext__(self) -> TokenDelta:
         engine = self._engine
         if self._closed or engine.num_played == len(engine.script):
