@@ -10,7 +10,13 @@ from penstock.core.tokens import ErrorInfo
 
 def error_to_info(error: PenstockError) -> ErrorInfo:
     """The wire form of an error."""
-    return ErrorInfo(type(error).__name__, error.message, error.code, error.param, error.retry_after_s)
+    param = None if error.param is None else _sendable(error.param)
+    return ErrorInfo(type(error).__name__, _sendable(error.message), error.code, param, error.retry_after_s)
+
+
+def _sendable(text: str) -> str:
+    """With escapes for halves of characters, which JSON may smuggle in from files and UTF-8 cannot carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def info_to_error(info: ErrorInfo) -> PenstockError:

@@ -143,7 +143,10 @@ def read_file(folder: Path, name: str, *, max_bytes: int, allow_links: bool) -> 
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > max_bytes:
             raise wrong(name, f"{name} has {status.st_size} bytes, at most {max_bytes} are possible here")
-        data = file.read(max_bytes + 1)
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise wrong(name, f"{name} cannot be read: {error.strerror}") from None
     if len(data) > max_bytes:
         raise wrong(name, f"{name} has more than {max_bytes} bytes")
     return data
@@ -236,7 +239,9 @@ def _refuse_unknown(fields: Mapping[str, object]) -> None:
     for name, value in fields.items():
         if name in KEPT_FIELDS or name in NEUTRAL_FIELDS or value in EMPTY:
             continue
-        raise wrong(name[:80], f"{name[:80]} is {_shown(value)}, which is not supported: it must be empty")
+        # as `repr` shows it: JSON may escape half a character, which no message can carry
+        shown = _shown(name)[1:-1]
+        raise wrong(shown, f"{shown} is {_shown(value)}, which is not supported: it must be empty")
 
 
 def _boolean(fields: Mapping[str, object], name: str) -> bool:
@@ -250,7 +255,7 @@ def _rank(value: object, *, param: str, max_rank: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise wrong(param, f"{param} is {_shown(value)}, it must be a whole number of at least 1")
     if value > max_rank:
-        raise wrong(param, f"{param} is {value}, max_lora_rank is {max_rank}")
+        raise wrong(param, f"{param} is {_shown(value)}, max_lora_rank is {max_rank}")
     return value
 
 

@@ -165,13 +165,15 @@ class AdapterHost:
 
     def _end_order(self, order: LoadOrder, future: "Future[ReadAdapter]") -> LoadOutcome:
         name = order.module.name
+        failure = future.exception()
+        if failure is not None:
+            return LoadOutcome(question_id=order.question_id, adapter=None, error=_refusal(failure))
         try:
-            read = future.result()
             # Again: another order may have ended meanwhile.
             self._registry.check_room(name, replace=order.is_replacing)
         except PenstockError as error:
             return LoadOutcome(question_id=order.question_id, adapter=None, error=error)
-        self._take_in(order.module, read)
+        self._take_in(order.module, future.result())
         return LoadOutcome(question_id=order.question_id, adapter=self.report(name), error=None)
 
     def _take_in(self, module: LoraModule, read: ReadAdapter) -> None:
@@ -232,3 +234,12 @@ class AdapterHost:
             num_bytes=weights.num_bytes,
         )
         return ReadAdapter(version=version, weights=weights)
+
+
+def _refusal(failure: BaseException) -> PenstockError:
+    """The answer to an order: ours, or for what no check foresaw (memory, the disk) the error's kind."""
+    if isinstance(failure, PenstockError):
+        return failure
+    return InvalidParameterError(
+        f"adapter: it cannot be read ({type(failure).__name__})", param="lora_path", code="invalid_adapter"
+    )

@@ -95,6 +95,16 @@ def test_a_field_that_is_wrong_or_unknown_is_named(
     assert param.split(".", maxsplit=1)[0] in error.message
 
 
+def test_half_a_character_in_a_field_is_shown_escaped_so_that_the_refusal_can_be_sent(tmp_path: Path) -> None:
+    error = refused(write_folder(tmp_path, config={"\ud800x": 1}))
+    assert error.param == "\\ud800x"
+    assert error.message.encode()
+
+
+def test_a_rank_of_thousands_of_digits_is_refused_in_a_line(tmp_path: Path) -> None:
+    assert len(refused(write_folder(tmp_path, config={"r": 10**4000})).message) < 200
+
+
 def test_a_tensor_of_another_shape_missing_or_too_many_is_named(tmp_path: Path) -> None:
     for name, change in {
         f"{FIRST}.lora_A.weight": {f"{FIRST}.lora_A.weight": torch.ones(2, 7)},
