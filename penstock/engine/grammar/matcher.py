@@ -27,6 +27,7 @@ class Matcher:
         *,
         vocab_size: int,
         num_words: int,
+        end_ids: frozenset[int],
         avoided_ids: tuple[int, ...],
         on_failure: Callable[[], None],
     ) -> None:
@@ -36,12 +37,14 @@ class Matcher:
             matcher: nobody else moves it.
             vocab_size: of the model; greater ids are never forced.
             num_words: of llguidance's masks, 32 tokens each.
+            end_ids: end-of-sequence tokens of the vocabulary.
             avoided_ids: end-of-sequence tokens that come only where nothing else may (`ignore_eos`).
             on_failure: called when it cannot go on: what its lexer shares with others may be spoilt.
         """
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._num_words = num_words
+        self._end_ids = end_ids
         self._avoided_ids = avoided_ids
         self._on_failure = on_failure
         self._failure: str | None = None
@@ -74,8 +77,9 @@ class Matcher:
         return tuple(token_ids[:known])
 
     def num_valid(self, draft_token_ids: Sequence[int]) -> int:
-        """See `Constraint`."""
-        return self._matcher.validate_tokens(list(draft_token_ids))
+        """See `Constraint`; an end is never one: llguidance's `rollback` does not count it."""
+        end = next((i for i, each in enumerate(draft_token_ids) if each in self._end_ids), None)
+        return self._matcher.validate_tokens(list(draft_token_ids[:end]))
 
     def fill(self, rows: npt.NDArray[np.int32], *, draft_token_ids: Sequence[int] = ()) -> None:
         """See `Constraint`; releases the GIL while llguidance works."""
@@ -98,6 +102,7 @@ class Matcher:
             self._matcher.deep_copy(),
             vocab_size=self._vocab_size,
             num_words=self._num_words,
+            end_ids=self._end_ids,
             avoided_ids=self._avoided_ids,
             on_failure=self._on_failure,
         )
@@ -126,6 +131,7 @@ def start_matcher(compiled: Compiled, request: EngineRequest, *, vocab_size: int
         compiled.start.deep_copy(),
         vocab_size=vocab_size,
         num_words=-(-compiled.tokenizer.vocab_size // 32),
+        end_ids=frozenset(compiled.tokenizer.eos_tokens),
         avoided_ids=request.eos_token_ids if request.params.ignore_eos else (),
         on_failure=compiled.forget,
     )

@@ -64,6 +64,17 @@ def test_a_draft_may_complete_the_answer():
     assert matcher.failure is None
 
 
+def test_an_end_among_the_drafts_leaves_the_state_as_it_was():
+    matcher = start("regex", r"ab+\.")
+    walk(matcher, "ab")
+    before = allowed(matcher)
+    drafts = (*encode("b."), tokenizer().eos_token_ids[0])
+    assert allowed(matcher, drafts=drafts[: matcher.num_valid(drafts)])[0] == before[0]
+    assert allowed(matcher) == before
+    assert walk(matcher, "b")
+    assert matcher.failure is None
+
+
 def test_a_whole_answer_is_complete_and_one_that_may_go_on_is_not():
     matcher = start("choice", ["yes", "yesterday"])
     walk(matcher, "yes")
