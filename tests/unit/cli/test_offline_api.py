@@ -259,3 +259,30 @@ def test_a_closed_llm_says_so() -> None:
 def test_messages_that_are_none_are_refused_by_name(llm: LLM, messages: object) -> None:
     with pytest.raises(InvalidParameterError, match="messages"):
         llm.chat(messages)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_vectors_keep_the_order_of_the_prompts_and_have_length_1(llm: LLM) -> None:
+    many = llm.embed([f"prompt {i}" for i in range(40)], pooling_type="mean", dimensions=16)
+    (again,) = llm.embed({"prompt": "prompt 7"}, pooling_type="mean", dimensions=16)
+    assert many[7].outputs.embedding == pytest.approx(again.outputs.embedding, abs=0.02)
+    for output in many:
+        assert sum(value * value for value in output.outputs.embedding) == pytest.approx(1.0)
+        assert output.num_prompt_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        (lambda llm: llm.embed("a", pooling_type="cls"), "pooling_type"),
+        (lambda llm: llm.embed("a", dimensions=1 << 20), "dimensions"),
+        (lambda llm: llm.embed(3), "prompts"),
+        (lambda llm: llm.score("a", []), "text_2"),
+        (lambda llm: llm.score(["a", "b"], ["a", "b", "c"]), "text_1"),
+        (lambda llm: llm.score("a", "b"), "model"),
+        (lambda llm: llm.classify("a"), "model"),
+    ],
+)
+def test_what_cannot_be_embedded_or_scored_is_refused_by_name(llm: LLM, ask, param: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidParameterError) as caught:
+        ask(llm)
+    assert caught.value.param == param

@@ -83,19 +83,11 @@ async def test_an_unknown_model_is_a_404():
         assert (await b.http.post(PATH, json={"input": "a", "model": "x"})).status_code == 404
 
 
-async def test_one_refused_input_ends_the_others():
-    """Nothing of the request is left running, and the client hears of the refusal."""
-    model = FakeModelClient(hold_after=0)
-    async with bench(model) as b:
-        task = asyncio.create_task(b.http.post(PATH, json={"input": ["a", "b"]}))
-        await model.held.wait()
-        model.refusal = QueueFullError("full", retry_after_s=1.0)
-        model.hold_after = None
-        model.resume.set()
-        first = await task
-        refused = await b.http.post(PATH, json={"input": ["a", "b"]})
-    assert (first.status_code, refused.status_code) == (200, 429)
-    assert model.num_open == 0
+async def test_a_full_queue_is_a_429_with_retry_after():
+    async with bench(FakeModelClient(refusal=QueueFullError("full", retry_after_s=3.0))) as b:
+        reply = await b.http.post(PATH, json={"input": ["a", "b"]})
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "3")
+    assert b.model.num_open == 0
 
 
 async def test_a_large_request_has_a_bounded_number_of_inputs_in_the_engine():

@@ -14,12 +14,20 @@ from penstock.server.sse import KEEPALIVE, EventStream
 from tests.fakes.http_server import services_for
 from tests.fakes.model_client import FakeModelClient
 
+LEFT = [
+    ("/v1/completions", {"prompt": "hi", "stream": False}, 1),
+    ("/v1/completions", {"prompt": "hi", "stream": True}, 1),
+    ("/v1/embeddings", {"input": ["a", "b"]}, 0),
+    ("/rerank", {"query": "a", "documents": ["b", "c"]}, 0),
+]
+"""Route, body, and after how many deltas the client leaves."""
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_is_counted_whether_it_streams_or_not(stream):
-    model = FakeModelClient(hold_after=1)
+
+@pytest.mark.parametrize(("path", "fields", "hold_after"), LEFT)
+async def test_a_client_that_leaves_is_counted_whatever_it_asked(path, fields, hold_after):
+    model = FakeModelClient(hold_after=hold_after)
     services = services_for(model)
-    body = json.dumps({"prompt": "hi", "stream": stream}).encode()
+    body = json.dumps(fields).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive():
@@ -34,7 +42,7 @@ async def test_a_client_that_leaves_is_counted_whether_it_streams_or_not(stream)
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/completions",
+        "path": path,
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
     }
