@@ -96,10 +96,7 @@ class EventStream:
         try:
             await exchange.run(self._pump(send), receive=receive)
         except (ClientGoneError, SlowReaderError) as error:
-            on_error(error)
-            scope.get("extensions", {}).get(ABORT_EXTENSION, _nothing)()
-            # Lets the transport tell the protocol, which else takes the end of the app for a fault.
-            await asyncio.sleep(0)
+            await _cut(scope, error, on_error=on_error)
             return
         except Exception as error:  # noqa: BLE001  the edge of a request: counted, logged and told to the client
             on_error(error)
@@ -108,7 +105,11 @@ class EventStream:
             disarm()
             await self._frames.aclose()
             await self._close()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            async with asyncio.timeout(self._limits.slow_reader_timeout_s):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            await _cut(scope, SlowReaderError(), on_error=on_error)
 
     async def _fail(self, send: Send, error: Exception) -> None:
         """Tell the client, if it reads."""
@@ -164,6 +165,14 @@ class EventStream:
             self._keepalive = asyncio.create_task(self._keep_alive(send, exchange))
             return self._limits.keepalive_interval_s
         return left
+
+
+async def _cut(scope: Scope, error: Exception, *, on_error: Callable[[Exception], None]) -> None:
+    """Drop the connection; `on_error` is told why."""
+    on_error(error)
+    scope.get("extensions", {}).get(ABORT_EXTENSION, _nothing)()
+    # Lets the transport tell the protocol, which else takes the end of the app for a fault.
+    await asyncio.sleep(0)
 
 
 def _nothing() -> None:

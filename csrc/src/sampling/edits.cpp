@@ -2,6 +2,7 @@
 #include "edits.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -20,14 +21,17 @@ void require(std::span<const std::int64_t> ids, std::int64_t vocab) {
     }
 }
 
+// Most words of a grammar's mask are 0 or all ones: those cost one fill or nothing, others a write a zero bit.
 void apply_mask(const std::int32_t* mask, std::int64_t vocab, float* row) {
     for (std::int64_t start = 0; start < vocab; start += 32) {
-        const auto word = static_cast<std::uint32_t>(mask[start / 32]);
-        if (word == 0xffffffffu) continue;
-        const std::int64_t end = std::min(vocab, start + 32);
-        for (std::int64_t id = start; id < end; ++id) {
-            if (!(word >> (id - start) & 1u)) row[id] = minus_infinity;
+        const std::int64_t size = std::min<std::int64_t>(vocab - start, 32);
+        const std::uint32_t inside = size == 32 ? 0xffffffffu : (1u << size) - 1u;
+        std::uint32_t zeros = ~static_cast<std::uint32_t>(mask[start / 32]) & inside;
+        if (zeros == inside) {
+            std::fill_n(row + start, size, minus_infinity);
+            continue;
         }
+        for (; zeros != 0; zeros &= zeros - 1) row[start + std::countr_zero(zeros)] = minus_infinity;
     }
 }
 

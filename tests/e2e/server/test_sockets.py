@@ -289,7 +289,7 @@ async def test_connections_beyond_the_limit_are_told_so():
 
 
 async def test_a_slow_reader_is_cut_and_its_request_cancelled():
-    model = FakeModelClient(pieces=("x" * 2000,), repeat=10_000)
+    model = FakeModelClient(pieces=("x" * 50_000,), repeat=400)
     limits = Limits(write_buffer_bytes_max=64 * 1024, slow_reader_timeout_s=0.2)
     async with running(model, limits=limits) as server:
         sock = socket.socket()

@@ -28,6 +28,7 @@ def info() -> EngineInfo:
         "quantization": "none",
         "kv_cache_dtype": "bfloat16",
         "deterministic": False,
+        "labels": (),
         "device": "cpu",
         "block_size": 16,
         "num_blocks": 1000,

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from penstock.server.app import make_app
-from penstock.server.exchange import Exchange
+from penstock.server.exchange import Exchange, SlowReaderError
 from penstock.server.limits import Limits
 from penstock.server.replies import StreamReply
-from penstock.server.sse import KEEPALIVE, EventStream
+from penstock.server.sse import ABORT_EXTENSION, KEEPALIVE, EventStream
 from tests.fakes.http_server import services_for
 from tests.fakes.model_client import FakeModelClient
 
@@ -79,3 +79,28 @@ async def test_a_keepalive_that_cannot_be_sent_ends_its_stream():
     assert [str(error) for error in noted] == ["the connection is broken"]
     assert closed.is_set()
     assert unheard == []
+
+
+async def test_a_client_that_does_not_read_the_end_of_its_stream_is_cut():
+    noted, aborted = [], []
+
+    async def frames():
+        yield b"data: [DONE]\n\n"
+
+    async def close():
+        pass
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message.get("more_body") is False:
+            await asyncio.Event().wait()  # the buffers are full
+
+    limits = Limits(slow_reader_timeout_s=0.01)
+    events = EventStream(StreamReply(frames=frames(), close=close), limits=limits, request_id="r")
+    scope = {"extensions": {ABORT_EXTENSION: lambda: aborted.append(True)}}
+    async with asyncio.timeout(10):
+        await events.run(scope, receive, send, exchange=Exchange(), on_error=noted.append)
+    assert [type(error) for error in noted] == [SlowReaderError]
+    assert aborted == [True]
