@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,7 @@ from penstock.text.tokenizer import Tokenizer
 LIMITS: Final = LLParserLimits(
     initial_lexer_fuel=400_000,
     step_lexer_fuel=100_000,
-    step_max_items=20_000,
+    step_max_items=6_000,
     max_items_in_row=2_000,
     max_lexer_states=50_000,
     max_grammar_size=200_000,
@@ -54,6 +54,8 @@ class Compiled:
     tokenizer: LLTokenizer
     forget: Callable[[], None]
     """Drops it from the cache, when a copy's lexer has met a limit."""
+    charge: Callable[[int], None]
+    """Counts more bytes, for lexer states that its answers have derived: they stay with the grammar."""
     num_bytes: int
     """Charged for it in the cache, about."""
 
@@ -148,6 +150,13 @@ class GrammarCompiler:
             if (dropped := self._cache.pop(spec, None)) is not None:
                 self._num_bytes -= dropped.num_bytes
 
+    def _charge(self, spec: GrammarSpec, num_bytes: int) -> None:
+        with self._lock:
+            if (grown := self._cache.get(spec)) is not None:
+                self._cache[spec] = replace(grown, num_bytes=grown.num_bytes + num_bytes)
+                self._num_bytes += num_bytes
+                self._evict()
+
     def _compile(self, spec: GrammarSpec) -> Compiled:
         validate_grammar(spec)
         try:
@@ -163,8 +172,8 @@ class GrammarCompiler:
         if start.is_error():
             raise refusal(spec, _reason(start))
         num_bytes = BYTES_PER_GRAMMAR + BYTES_PER_SOURCE_BYTE * len(spec.source)
-        forget = partial(self._forget, spec)
-        return Compiled(start=start, tokenizer=tokenizer, forget=forget, num_bytes=num_bytes)
+        forget, charge = partial(self._forget, spec), partial(self._charge, spec)
+        return Compiled(start=start, tokenizer=tokenizer, forget=forget, charge=charge, num_bytes=num_bytes)
 
     def _second_attempt(self, spec: GrammarSpec, tokenizer: LLTokenizer, first: str) -> LLMatcher | None:
         """With its JSON Schemas in other keywords; None if that is no help."""
@@ -181,9 +190,12 @@ class GrammarCompiler:
                 return
             self._cache[spec] = compiled
             self._num_bytes += compiled.num_bytes
-            while self._num_bytes > self._max_cache_bytes and len(self._cache) > 1:
-                _, dropped = self._cache.popitem(last=False)
-                self._num_bytes -= dropped.num_bytes
+            self._evict()
+
+    def _evict(self) -> None:
+        while self._num_bytes > self._max_cache_bytes and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._num_bytes -= dropped.num_bytes
 
     def _remember_refusal(self, spec: GrammarSpec, error: InvalidParameterError) -> None:
         with self._lock:

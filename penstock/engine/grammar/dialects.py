@@ -45,7 +45,7 @@ def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int], rewrites
         case GrammarKind.JSON_OBJECT:
             return _json_schema(ANY_OBJECT)
         case GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(spec.source)
+            return LLMatcher.grammar_from_regex(_whole_regex(spec.source))
         case GrammarKind.CHOICE:
             return LLMatcher.grammar_from_lark(_choice_to_lark(json.loads(spec.source)))
         case GrammarKind.GRAMMAR:
@@ -71,10 +71,17 @@ def _json_schema(source: str) -> str:
     return LLMatcher.grammar_from_json_schema(source, overrides=JSON_FORM)
 
 
+def _whole_regex(source: str) -> str:
+    r"""The same; llguidance drops a backslash at the end, which escapes nothing."""
+    if (len(source) - len(source.rstrip("\\"))) % 2:
+        raise ValueError("it ends with a backslash that escapes nothing")
+    return source
+
+
 def _choice_to_lark(choices: list[str]) -> str:
     """One terminal, so that the lexer alone decides: a rule of many literals compiles twice as long."""
     return "start: CHOICE\nCHOICE: " + " | ".join(
-        json.dumps(choice, ensure_ascii=False) for choice in choices
+        json.dumps(choice, ensure_ascii=False).replace("\x7f", "\\u007f") for choice in choices
     )
 
 

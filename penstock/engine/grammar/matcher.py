@@ -12,10 +12,13 @@ from penstock.core.tokens import EngineRequest
 from penstock.engine.grammar.compile import Compiled
 
 NO_BITS: Final = np.int32(0)
-FREE_CPU_S: Final = 0.2
-"""CPU time that the masks of one answer may take, beside `CPU_PER_MASK_S` for each."""
+FREE_CPU_S: Final = 0.1
+"""CPU time that the masks and moves of one answer may take, beside `CPU_PER_MASK_S` for each."""
 CPU_PER_MASK_S: Final = 0.005
 """A usual mask takes a hundredth of it; an answer that takes more fails, so that a step is not its own."""
+SLOW_MASK_CPU_S: Final = 0.001
+BYTES_PER_SLOW_CPU_S: Final = 100 << 20
+"""A mask that takes so long has derived new lexer states; measured: 70 to 100 MB of them in a second."""
 
 
 class Matcher:
@@ -30,6 +33,7 @@ class Matcher:
         end_ids: frozenset[int],
         avoided_ids: tuple[int, ...],
         on_failure: Callable[[], None],
+        on_growth: Callable[[int], None],
     ) -> None:
         """Take over a matcher.
 
@@ -40,6 +44,7 @@ class Matcher:
             end_ids: end-of-sequence tokens of the vocabulary.
             avoided_ids: end-of-sequence tokens that come only where nothing else may (`ignore_eos`).
             on_failure: called when it cannot go on: what its lexer shares with others may be spoilt.
+            on_growth: called with the bytes, about, by which what it shares with others has grown.
         """
         self._matcher = matcher
         self._vocab_size = vocab_size
@@ -47,6 +52,7 @@ class Matcher:
         self._end_ids = end_ids
         self._avoided_ids = avoided_ids
         self._on_failure = on_failure
+        self._on_growth = on_growth
         self._failure: str | None = None
         self._cpu_left_s = FREE_CPU_S
 
@@ -67,8 +73,10 @@ class Matcher:
 
     def accept(self, token_id: int) -> None:
         """See `Constraint`."""
+        began_s = time.thread_time()
         self._matcher.consume_token(token_id)
         self._look_for_failure()
+        self._cpu_left_s -= time.thread_time() - began_s
 
     def forced(self) -> tuple[int, ...]:
         """See `Constraint`."""
@@ -91,7 +99,10 @@ class Matcher:
         if draft_token_ids:
             self._matcher.rollback(len(draft_token_ids))
         self._look_for_failure()
-        self._cpu_left_s += len(rows) * CPU_PER_MASK_S - (time.thread_time() - began_s)
+        spent_s = time.thread_time() - began_s
+        if spent_s > SLOW_MASK_CPU_S * len(rows):
+            self._on_growth(int(spent_s * BYTES_PER_SLOW_CPU_S))
+        self._cpu_left_s += len(rows) * CPU_PER_MASK_S - spent_s
         self._cpu_left_s = min(self._cpu_left_s, FREE_CPU_S)
         if self._cpu_left_s < 0:
             self._failure = "the grammar cannot go on: its masks take too much CPU time"
@@ -105,6 +116,7 @@ class Matcher:
             end_ids=self._end_ids,
             avoided_ids=self._avoided_ids,
             on_failure=self._on_failure,
+            on_growth=self._on_growth,
         )
 
     def _fill(self, row: npt.NDArray[np.int32]) -> None:
@@ -134,6 +146,7 @@ def start_matcher(compiled: Compiled, request: EngineRequest, *, vocab_size: int
         end_ids=frozenset(compiled.tokenizer.eos_tokens),
         avoided_ids=request.eos_token_ids if request.params.ignore_eos else (),
         on_failure=compiled.forget,
+        on_growth=compiled.charge,
     )
 
 

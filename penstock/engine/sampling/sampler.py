@@ -289,7 +289,7 @@ def _outcome(seq_id: SequenceId, *, status: int, token_id: int, logprobs: TokenL
         return SampledToken(seq_id, token_id, logprobs)
     if status == DrawStatus.NOT_FINITE:
         return SequenceFailure(seq_id, "numerical_error", "the model's logits are not finite numbers")
-    return SequenceFailure(seq_id, "no_token_allowed", "masks and min_tokens together allow no token")
+    return SequenceFailure(seq_id, "no_token_allowed", "masks, bans and min_tokens together allow no token")
 
 
 def alter_row(row: Floats, *, state: SequenceState, output_idx: int) -> None:

@@ -7,11 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from penstock.core.errors import GenerateError
+from penstock.core.errors import GenerateError, InvalidParameterError
+from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, TokenLogprob, TokenLogprobs
 from penstock.core.tokens import ErrorInfo, RequestStats, TokenDelta
 from penstock.engine.scheduler.plan import SampledToken, SequenceFailure
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
+
+NO_TOKEN_ALLOWED: Final = "no_token_allowed"  # noqa: S105  a code, not a password
+"""`SequenceFailure.code` of a row in which masks and bans together left nothing."""
+GRAMMAR_ERROR: Final = "grammar_error"
+"""Of a matcher that cannot go on."""
+FAULTS_OF_REQUESTS: Final = frozenset({NO_TOKEN_ALLOWED, GRAMMAR_ERROR})
+"""What a request asked for cannot be: it gets 400, not 500, and sending it again is no use."""
 
 
 class Ending(NamedTuple):
@@ -65,13 +73,18 @@ def take_tokens(
         _take(seq, sampled, gain, max_model_len=max_model_len)
         if gain.is_over:
             return gain
-    if seq.constraint is not None and jumps_forward:
+    if seq.constraint is not None and jumps_forward and not _forbids_tokens(seq.group.request.params):
         for token_id in seq.constraint.forced():
             forced = SampledToken(seq.seq_id, token_id, _certain(seq, token_id))
             gain.num_forced += _take(seq, forced, gain, max_model_len=max_model_len)
             if gain.is_over:
                 break
     return gain
+
+
+def _forbids_tokens(params: SamplingParams) -> bool:
+    """True if a token that the grammar forces may be one that the client forbids: then it must be drawn."""
+    return bool(params.bad_words or params.allowed_token_ids)
 
 
 def _take(seq: Sequence, sampled: SampledToken, gain: Gain, *, max_model_len: int) -> int:
@@ -181,7 +194,8 @@ def closing_delta(
 
 def failure_delta(group: SequenceGroup, failure: SequenceFailure, *, index: int) -> TokenDelta:
     """The single last delta of a request that failed as a whole."""
-    error = ErrorInfo(kind=GenerateError.__name__, message=failure.message, code=failure.code)
+    kind = InvalidParameterError if failure.code in FAULTS_OF_REQUESTS else GenerateError
+    error = ErrorInfo(kind=kind.__name__, message=failure.message, code=failure.code)
     return TokenDelta(
         group.request.request_id,
         index,

@@ -35,6 +35,8 @@ from penstock.engine.scheduler.admission import (
     num_blocks_max,
 )
 from penstock.engine.scheduler.answer import (
+    GRAMMAR_ERROR,
+    NO_TOKEN_ALLOWED,
     Gain,
     beam_deltas,
     closing_delta,
@@ -78,10 +80,6 @@ MAX_UNNOTICED_CATCH_UP: Final = 32
 
 NUMERICAL_ERROR: Final = "numerical_error"
 """`SequenceFailure.code` of NaN logits: the only one after which the KV itself is bad."""
-NO_TOKEN_ALLOWED: Final = "no_token_allowed"  # noqa: S105  a code, not a password
-"""Of a row in which masks and bans together left nothing."""
-GRAMMAR_ERROR: Final = "grammar_error"
-"""Of a matcher that cannot go on."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):

@@ -142,7 +142,23 @@ def test_a_constraint_that_fails_ends_its_request_and_no_other():
     rig.run(token=7)
     (last,) = rig.of("a")
     assert (last.finish_reason, last.error.code) == (FinishReason.ERROR, "grammar_error")
+    assert last.error.kind == "InvalidParameterError", "what a client asked for is no fault of the server"
     assert tokens_of(rig, "b") == [7, 7]
+
+
+@pytest.mark.parametrize("bans", [{"bad_words": ("x",)}, {"allowed_token_ids": (1, 2)}])
+def test_what_the_grammar_forces_and_the_client_may_have_banned_is_drawn_not_appended(bans):
+    rig = Rig()
+    rig.add("a", [1], max_tokens=9, constraint=Text(TEXT), **bans)
+    assert num_steps(rig, token=lambda _, idx: TEXT[idx]) == len(TEXT)
+
+
+def test_a_row_without_any_token_left_is_a_fault_of_the_request():
+    rig = Rig()
+    rig.add("a", [1], max_tokens=9, allowed_token_ids=(5,), constraint=Text(TEXT))
+    rig.step(failures={1: "no_token_allowed"})
+    (last,) = rig.of("a")
+    assert (last.error.kind, last.error.code) == ("InvalidParameterError", "no_token_allowed")
 
 
 def test_a_row_without_any_token_left_ends_an_answer_that_may_end():

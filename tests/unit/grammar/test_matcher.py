@@ -1,8 +1,11 @@
 """A matcher follows one answer: masks, forced tokens, drafts, forks, ends."""
 
-from grammar_rig import allowed, compiler, encode, spec, start, tokenizer, walk
+from grammar_rig import VOCAB_SIZE, allowed, compiler, encode, request, spec, start, tokenizer, walk
 
 from penstock.engine.grammar import matcher as matcher_file
+from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.matcher import start_matcher
+from penstock.models.embedded_model import embedded_path
 
 SCHEMA = {
     "type": "object",
@@ -133,6 +136,29 @@ def test_an_answer_whose_masks_take_too_much_cpu_time_fails_and_one_within_its_t
     monkeypatch.setattr(matcher_file, "CPU_PER_MASK_S", -1.0)
     allowed(matcher)
     assert "CPU time" in matcher.failure
+
+
+def test_lexer_states_that_an_answer_derives_are_charged_to_its_grammar(monkeypatch):
+    monkeypatch.setattr(matcher_file, "SLOW_MASK_CPU_S", 0.0)
+    own = GrammarCompiler(embedded_path())
+    grammar = spec("regex", "(.*[a-m].{12})+z")
+    compiled = own.compile(grammar)
+    before = own.num_bytes
+    matcher = start_matcher(compiled, request(grammar), vocab_size=VOCAB_SIZE)
+    for token_id in encode("many letters, each of which may be the first of twelve"):
+        allowed(matcher)
+        matcher.accept(token_id)
+    assert matcher.failure is None
+    assert own.num_bytes > before
+    assert own.cached(grammar).num_bytes == own.num_bytes
+
+
+def test_an_ambiguous_grammar_fails_within_its_fuel():
+    matcher = start("grammar", "start: (start start start)+ | /[a-z]/ | (start start)+")
+    for token_id in encode("there") * 30:
+        allowed(matcher)
+        matcher.accept(token_id)
+    assert "too complex" in matcher.failure
 
 
 def test_a_special_token_is_never_text():
