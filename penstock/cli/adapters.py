@@ -6,7 +6,7 @@ HTTP names a folder inside the operator's own (`lora_dir`), never a path.
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -58,6 +58,7 @@ class ServedAdapters:
         self._clock = clock
         self._folder = folder
         self._one_at_a_time = asyncio.Lock()
+        self._orders: set[asyncio.Task[AdapterReport]] = set()
 
     def show_at_start(self, reports: tuple[AdapterReport, ...]) -> None:
         """Make the adapters that the engine loaded at start known.
@@ -79,13 +80,26 @@ class ServedAdapters:
         """As `AdapterAdmin.load`."""
         self._catalog.check_adapter_name(name)
         module = LoraModule(name=name, path=str(self._path_of(folder)), allow_links=False)
+        return await self._to_the_end(self._load(module, is_replacing=is_replacing))
+
+    async def unload(self, name: str) -> AdapterReport:
+        """As `AdapterAdmin.unload`."""
+        return await self._to_the_end(self._unload(name))
+
+    async def _to_the_end(self, order: Coroutine[None, None, AdapterReport]) -> AdapterReport:
+        """Carry an order out even if its client leaves: catalog and engine must know the same names."""
+        task = asyncio.create_task(order)
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+        return await asyncio.shield(task)
+
+    async def _load(self, module: LoraModule, *, is_replacing: bool) -> AdapterReport:
         async with self._one_at_a_time:
             report = await self._engine.load_adapter(module, is_replacing=is_replacing)
             self._show(report)
         return report
 
-    async def unload(self, name: str) -> AdapterReport:
-        """As `AdapterAdmin.unload`."""
+    async def _unload(self, name: str) -> AdapterReport:
         async with self._one_at_a_time:
             if not self._catalog.has_adapter(name):
                 raise NotFoundError(

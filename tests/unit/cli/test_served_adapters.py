@@ -1,5 +1,6 @@
 """Names of adapters in the catalog follow the engine, and an order over HTTP names a folder, never a path."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.loaded: dict[str, LoraModule] = {}
+        self.is_asked = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def adapters(self) -> Sequence[AdapterReport]:
         return [self._report(module) for module in self.loaded.values()]
@@ -27,12 +31,18 @@ class FakeEngine:
     async def load_adapter(self, module: LoraModule, *, is_replacing: bool) -> AdapterReport:
         if module.path.endswith("broken"):
             raise InvalidParameterError("adapter: r is 99, max_lora_rank is 64", param="r")
+        await self._pass_gate()
         assert is_replacing or module.name not in self.loaded
         self.loaded[module.name] = module
         return self._report(module)
 
     async def unload_adapter(self, name: str) -> AdapterReport:
+        await self._pass_gate()
         return self._report(self.loaded.pop(name))
+
+    async def _pass_gate(self) -> None:
+        self.is_asked.set()
+        await self.gate.wait()
 
     @staticmethod
     def _report(module: LoraModule) -> AdapterReport:
@@ -69,6 +79,29 @@ async def test_a_loaded_adapter_is_listed_under_its_model_until_it_is_unloaded(t
         catalog.resolve(ModelName("french"))
     with pytest.raises(NotFoundError):
         await adapters.unload("french")
+
+
+async def test_an_order_whose_client_leaves_is_carried_out_so_that_catalog_and_engine_agree(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "french-v1").mkdir()
+    adapters, engine, catalog = make(tmp_path)
+    for order in (
+        lambda: adapters.load("french", folder="french-v1", is_replacing=False),
+        lambda: adapters.unload("french"),
+    ):
+        engine.gate.clear()
+        engine.is_asked.clear()
+        client = asyncio.create_task(order())
+        await engine.is_asked.wait()
+        client.cancel()
+        await asyncio.wait([client])
+        assert client.cancelled()
+        engine.gate.set()
+        with pytest.raises(NotFoundError):
+            await adapters.unload("nobody")  # orders are carried out one after the other
+        assert catalog.has_adapter("french") == ("french" in engine.loaded)
+    assert not engine.loaded
 
 
 @pytest.mark.parametrize(
