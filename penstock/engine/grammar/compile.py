@@ -39,6 +39,8 @@ BYTES_PER_GRAMMAR: Final = 1 << 20
 BYTES_PER_SOURCE_BYTE: Final = 64
 """Measured: schemas of 15 KB take 0.8 MB."""
 MAX_REASON_CHARS: Final = 300
+NOTHING_FITS: Final = "NoExtensionBias"
+"""The error of a matcher whose first mask is empty."""
 MAX_REWRITTEN_CHARS: Final = 1 << 15
 """Longer schemas are not rewritten: it is done in Python, while the step loop waits for the interpreter."""
 
@@ -215,4 +217,5 @@ def _started(tokenizer: LLTokenizer, source: str) -> LLMatcher:
 def _reason(matcher: LLMatcher) -> str:
     """Llguidance's words in one line, without its marks."""
     lines = matcher.get_error().replace("<non-verbose/>", "").splitlines()
-    return " ".join(line.strip() for line in lines if line.strip()) or matcher.stop_reason()
+    words = " ".join(line.strip() for line in lines if line.strip()) or matcher.stop_reason()
+    return "nothing satisfies it" if words == NOTHING_FITS else words

@@ -6,12 +6,14 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from penstock.core.tokens import EngineRequest
 from penstock.engine.grammar.compile import Compiled
 
 NO_BITS: Final = np.int32(0)
+MARK_OF_SPECIAL: Final = b"\xff"
+"""Stands before a special token in llguidance's bytes; no text has it."""
 FREE_CPU_S: Final = 0.1
 """CPU time that the masks and moves of one answer may take, beside `CPU_PER_MASK_S` for each."""
 CPU_PER_MASK_S: Final = 0.005
@@ -28,6 +30,7 @@ class Matcher:
         self,
         matcher: LLMatcher,
         *,
+        tokenizer: LLTokenizer,
         vocab_size: int,
         num_words: int,
         end_ids: frozenset[int],
@@ -39,6 +42,7 @@ class Matcher:
 
         Args:
             matcher: nobody else moves it.
+            tokenizer: that it was made with.
             vocab_size: of the model; greater ids are never forced.
             num_words: of llguidance's masks, 32 tokens each.
             end_ids: end-of-sequence tokens of the vocabulary.
@@ -47,6 +51,7 @@ class Matcher:
             on_growth: called with the bytes, about, by which what it shares with others has grown.
         """
         self._matcher = matcher
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._num_words = num_words
         self._end_ids = end_ids
@@ -82,7 +87,12 @@ class Matcher:
         """See `Constraint`."""
         token_ids = self._matcher.compute_ff_tokens()
         known = next((i for i, each in enumerate(token_ids) if each >= self._vocab_size), len(token_ids))
-        return tuple(token_ids[:known])
+        forced = token_ids[:known]
+        num_valid = self.num_valid(forced)
+        if forced and not num_valid:
+            forced = self._plain_forced()
+            num_valid = self.num_valid(forced)
+        return tuple(forced[:num_valid])
 
     def num_valid(self, draft_token_ids: Sequence[int]) -> int:
         """See `Constraint`; an end is never one: llguidance's `rollback` does not count it."""
@@ -111,6 +121,7 @@ class Matcher:
         """See `Constraint`."""
         return Matcher(
             self._matcher.deep_copy(),
+            tokenizer=self._tokenizer,
             vocab_size=self._vocab_size,
             num_words=self._num_words,
             end_ids=self._end_ids,
@@ -126,8 +137,21 @@ class Matcher:
             row[self._num_words :] = NO_BITS  # the model has more tokens than the tokenizer
         else:
             row[:] = words[: len(row)]
+        if (only := _only_token(row)) is not None and not self.may_end and not self.num_valid([only]):
+            plain = self._plain_forced()
+            if plain:
+                row[only // 32] = NO_BITS
+                row[plain[0] // 32] = np.uint32(1 << plain[0] % 32).view(np.int32)
         if self._avoided_ids:
             _avoid(row, token_ids=self._avoided_ids)
+
+    def _plain_forced(self) -> list[int]:
+        """The forced text in tokens that are not special.
+
+        llguidance gives text that spells a special token as that token, and then does not accept it.
+        """
+        text = self._matcher.compute_ff_bytes().split(MARK_OF_SPECIAL, 1)[0]
+        return self._tokenizer.greedy_tokenize(text.decode(errors="ignore"))
 
     def _look_for_failure(self) -> None:
         if self._failure is None and self._matcher.is_error():
@@ -141,6 +165,7 @@ def start_matcher(compiled: Compiled, request: EngineRequest, *, vocab_size: int
     """A matcher at the beginning of an answer to `request`."""
     return Matcher(
         compiled.start.deep_copy(),
+        tokenizer=compiled.tokenizer,
         vocab_size=vocab_size,
         num_words=-(-compiled.tokenizer.vocab_size // 32),
         end_ids=frozenset(compiled.tokenizer.eos_tokens),
@@ -148,6 +173,15 @@ def start_matcher(compiled: Compiled, request: EngineRequest, *, vocab_size: int
         on_failure=compiled.forget,
         on_growth=compiled.charge,
     )
+
+
+def _only_token(row: npt.NDArray[np.int32]) -> int | None:
+    """The one token that a row allows; None if it allows none or several."""
+    (words,) = np.nonzero(row)
+    if len(words) != 1:
+        return None
+    bits = int(row[words[0]]) & 0xFFFFFFFF
+    return None if bits & (bits - 1) else 32 * int(words[0]) + bits.bit_length() - 1
 
 
 def _avoid(row: npt.NDArray[np.int32], *, token_ids: Sequence[int]) -> None:

@@ -53,6 +53,8 @@ def test_a_grammar_means_what_it_says(kind, source, yes, no):
         ("regex", "(", "unclosed group"),
         ("regex", "(?=a)b", "look-around"),
         ("regex", "a\\", "backslash"),
+        ("regex", r"[^\s\S]", "nothing satisfies"),
+        ("json_schema", {"$ref": "#"}, "nothing satisfies"),
         ("grammar", "hello", "neither Lark"),
         ("grammar", "start: missing", "missing"),
         ("structural_tag", {"type": "structural_tag", "format": {"type": "x"}}, "format.type"),

@@ -1,5 +1,8 @@
 """A matcher follows one answer: masks, forced tokens, drafts, forks, ends."""
 
+import json
+
+import pytest
 from grammar_rig import VOCAB_SIZE, allowed, compiler, encode, request, spec, start, tokenizer, walk
 
 from penstock.engine.grammar import matcher as matcher_file
@@ -39,6 +42,29 @@ def test_what_is_forced_is_the_only_token_allowed_and_is_the_models_own_spelling
     for token_id in forced:
         assert allowed(matcher) == [{token_id}]
         matcher.accept(token_id)
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "</tool_call>", "a<tool_call>{"])
+def test_forced_text_that_spells_a_special_token_is_written_in_plain_tokens(text):
+    matcher = start(
+        "json_schema",
+        {
+            "type": "object",
+            "properties": {"x": {"const": text}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+    )
+    written = []
+    while "}" not in spell(written):
+        drawn = min(allowed(matcher)[0])
+        matcher.accept(drawn)
+        forced = matcher.forced()
+        for token_id in forced:
+            matcher.accept(token_id)
+        written += [drawn, *forced]
+        assert matcher.failure is None
+    assert json.loads(spell(written)) == {"x": text}
 
 
 def test_masks_after_drafts_are_those_of_the_walk_and_the_state_stays():
