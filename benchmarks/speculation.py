@@ -8,6 +8,7 @@ times as long while weights are what is waited for, so 2.4. Both sides run in on
 answers are compared.
 """
 
+import argparse
 import json
 import random
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.report import arguments, finish, median
+from benchmarks.report import RESULTS, arguments, finish, median
 from penstock import LLM
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
@@ -238,35 +239,47 @@ def replace_max(params: SamplingParams, max_tokens: int) -> SamplingParams:
     return SamplingParams(**{**_fields(params), "max_tokens": max_tokens})
 
 
+def measure_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The draft model's two comparisons, or one of them."""
+    target, draft = make_pair(folder, layers=4 if options.tiny else 24, scale=options.scale)
+    config = SpeculativeConfig(method="draft_model", model=str(draft))
+    plain, drafting = make_core(target, None), make_core(target, config)
+    results = {}
+    for num, max_tokens, rounds in ((1, 128, options.rounds), (64, 40, min(2, options.rounds))):
+        name = f"batch {num}"
+        if options.only in (None, name):
+            results[name] = compare(
+                plain,
+                drafting,
+                num=num,
+                max_tokens=8 if options.tiny else max_tokens,
+                rounds=rounds,
+                seed=options.seed,
+            )
+    return results
+
+
+def earlier_parts() -> dict[str, Any]:
+    """What earlier runs with `--only` wrote."""
+    file = RESULTS / "speculation.json"
+    return dict(json.loads(file.read_text())["results"]) if file.is_file() else {}
+
+
 def main() -> int:
     """All three comparisons; fails where a bar is missed or the acceptance is not what it should be."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--scale", type=float, default=SCALE)
-    parser.add_argument("--only", choices=["pair", "lookup"], help="one part alone")
+    parser.add_argument(
+        "--only", choices=list(BARS), help="one part; with --write beside those written before"
+    )
     options = parser.parse_args()
-    results: dict[str, Any] = {}
-    tokens = (32, 8) if options.tiny else (128, 40)
+    results = earlier_parts() if options.only else {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        if options.only != "lookup":
-            target, draft = make_pair(Path(folder), layers=4 if options.tiny else 24, scale=options.scale)
-            config = SpeculativeConfig(method="draft_model", model=str(draft))
-            plain, drafting = make_core(target, None), make_core(target, config)
-            results["batch 1"] = compare(
-                plain, drafting, num=1, max_tokens=tokens[0], rounds=options.rounds, seed=options.seed
-            )
-            if options.only is None:
-                results["batch 64"] = compare(
-                    plain,
-                    drafting,
-                    num=64,
-                    max_tokens=tokens[1],
-                    rounds=min(2, options.rounds),
-                    seed=options.seed,
-                )
-        if options.only != "pair":
-            results["prompt lookup"] = prompt_lookup(
-                num_records=2 if options.tiny else 6, rounds=options.rounds
-            )
+        if options.only != "prompt lookup":
+            results |= measure_pair(Path(folder), options)
+        if options.only in (None, "prompt lookup"):
+            num_records = 2 if options.tiny else 6
+            results["prompt lookup"] = prompt_lookup(num_records=num_records, rounds=min(2, options.rounds))
     ok = all(results[name]["ratio"] >= bar for name, bar in BARS.items() if name in results)
     if "batch 1" in results:
         ok &= ACCEPTANCE[0] <= results["batch 1"]["acceptance"] <= ACCEPTANCE[1]
