@@ -270,7 +270,7 @@ def main() -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--scale", type=float, default=SCALE)
     parser.add_argument(
-        "--only", choices=list(BARS), help="one part; with --write beside those written before"
+        "--only", choices=list(BARS), help="one part, written beside those written before"
     )
     options = parser.parse_args()
     results = earlier_parts() if options.only else {}
