@@ -269,9 +269,7 @@ def main() -> int:
     """All three comparisons; fails where a bar is missed or the acceptance is not what it should be."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--scale", type=float, default=SCALE)
-    parser.add_argument(
-        "--only", choices=list(BARS), help="one part, written beside those written before"
-    )
+    parser.add_argument("--only", choices=list(BARS), help="one part, written beside those written before")
     options = parser.parse_args()
     results = earlier_parts() if options.only else {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
