@@ -6,6 +6,7 @@ touches of it; fuel bounds each part. Called by `compile_pool` from its threads;
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,6 +39,9 @@ BYTES_PER_GRAMMAR: Final = 1 << 20
 """What an entry is charged beside its source: a plain grammar takes less, the limit of states allows more."""
 BYTES_PER_SOURCE_BYTE: Final = 64
 """Measured: schemas of 15 KB take 0.8 MB."""
+FREE_COMPILE_CPU_S: Final = 0.02
+BYTES_PER_COMPILE_CPU_S: Final = 200 << 20
+"""Charged for what a compilation takes beyond: measured, `a{100000}` takes 0.14 s and 27 MB."""
 MAX_REASON_CHARS: Final = 300
 NOTHING_FITS: Final = "NoExtensionBias"
 """The error of a matcher whose first mask is empty."""
@@ -168,12 +172,13 @@ class GrammarCompiler:
             raise refusal(spec, f"the model has no tokenizer for it: {error.message}") from None
         except ValueError as error:
             raise refusal(spec, str(error)) from None
+        began_s = time.thread_time()
         start = _started(tokenizer, source)
         if start.is_error() and len(spec.source) <= MAX_REWRITTEN_CHARS:
             start = self._second_attempt(spec, tokenizer, source) or start
         if start.is_error():
             raise refusal(spec, _reason(start))
-        num_bytes = BYTES_PER_GRAMMAR + BYTES_PER_SOURCE_BYTE * len(spec.source)
+        num_bytes = _num_bytes(spec, cpu_s=time.thread_time() - began_s)
         forget, charge = partial(self._forget, spec), partial(self._charge, spec)
         return Compiled(start=start, tokenizer=tokenizer, forget=forget, charge=charge, num_bytes=num_bytes)
 
@@ -204,6 +209,12 @@ class GrammarCompiler:
             self._refused[spec] = error
             if len(self._refused) > MAX_CACHED_REFUSALS:
                 self._refused.popitem(last=False)
+
+
+def _num_bytes(spec: GrammarSpec, *, cpu_s: float) -> int:
+    """About how many bytes a grammar takes, by its length and by the CPU time that it took to compile."""
+    states = int(max(cpu_s - FREE_COMPILE_CPU_S, 0.0) * BYTES_PER_COMPILE_CPU_S)
+    return BYTES_PER_GRAMMAR + BYTES_PER_SOURCE_BYTE * len(spec.source) + states
 
 
 def _started(tokenizer: LLTokenizer, source: str) -> LLMatcher:

@@ -8,6 +8,7 @@ import pytest
 from grammar_rig import compiler, matches, spec, start
 
 from penstock.core.errors import InvalidParameterError
+from penstock.engine.grammar import compile as compile_file
 from penstock.engine.grammar.compile import BYTES_PER_GRAMMAR, GrammarCompiler
 from penstock.models.embedded_model import embedded_path
 
@@ -136,3 +137,14 @@ def test_a_model_without_a_tokenizer_refuses_by_name(tmp_path):
 def test_the_form_of_json_is_that_of_json_dumps():
     value = {"a": [1, 2.5, True, None, "x\ty"], "b": {}}
     assert matches("json_object", "", json.dumps(value))
+
+
+def test_what_takes_long_to_compile_is_charged_for_its_states(monkeypatch):
+    monkeypatch.setattr(compile_file, "FREE_COMPILE_CPU_S", 0.0)
+    monkeypatch.setattr(compile_file, "BYTES_PER_COMPILE_CPU_S", 1 << 50)
+    own = GrammarCompiler(embedded_path(), max_cache_bytes=100 * BYTES_PER_GRAMMAR)
+    large, small = spec("regex", "a{1000}b"), spec("regex", "[ab]c")
+    own.compile(large)
+    own.compile(small)
+    assert own.cached(large) is None
+    assert own.cached(small).num_bytes == own.num_bytes
