@@ -106,28 +106,39 @@ class Decoded:
         return self.num_tokens / self.seconds
 
 
-def decode(core: EngineCore, requests: Sequence[EngineRequest]) -> Decoded:
-    """Run requests together; steps count once every request has its first token."""
-    run = Decoded(answers={request.request_id: [] for request in requests})
-    for request in requests:
-        core.add(request)
-    while core.has_work:
-        is_decoding = all(run.answers.values())
-        began_s = time.perf_counter()
-        output = core.step()
-        took_s = time.perf_counter() - began_s
-        for delta in output.deltas:
-            assert delta.error is None, delta.error
-            run.answers[delta.request_id].extend(delta.token_ids)
-        if is_decoding:
-            run.seconds += took_s
-            run.num_tokens += output.stats.num_generated_tokens
-        accepted = sum(output.stats.num_accepted_tokens)
-        run.num_guesses += output.stats.num_draft_tokens
-        run.num_right += accepted
-        run.num_runs += output.stats.num_drafts
-        run.num_cut += int(output.stats.num_drafts == 1 and accepted < output.stats.num_draft_tokens)
-    return run
+def decode_in_turns(
+    plain: EngineCore, drafting: EngineCore, asked: Sequence[EngineRequest]
+) -> tuple[Decoded, Decoded]:
+    """The same requests on both engines, a step here and a step there: what disturbs one disturbs both."""
+    sides = (plain, drafting)
+    runs = tuple(Decoded(answers={request.request_id: [] for request in asked}) for _ in sides)
+    for core in sides:
+        for request in asked:
+            core.add(request)
+    while any(core.has_work for core in sides):
+        for core, run in zip(sides, runs, strict=True):
+            if core.has_work:
+                step(core, run)
+    return runs[0], runs[1]
+
+
+def step(core: EngineCore, run: Decoded) -> None:
+    """One step, and what it gave; counted once every request has its first token."""
+    is_decoding = all(run.answers.values())
+    began_s = time.perf_counter()
+    output = core.step()
+    took_s = time.perf_counter() - began_s
+    for delta in output.deltas:
+        assert delta.error is None, delta.error
+        run.answers[delta.request_id].extend(delta.token_ids)
+    if is_decoding:
+        run.seconds += took_s
+        run.num_tokens += output.stats.num_generated_tokens
+    accepted = sum(output.stats.num_accepted_tokens)
+    run.num_guesses += output.stats.num_draft_tokens
+    run.num_right += accepted
+    run.num_runs += output.stats.num_drafts
+    run.num_cut += int(output.stats.num_drafts == 1 and accepted < output.stats.num_draft_tokens)
 
 
 def requests(*, num: int, max_tokens: int, seed: int) -> list[EngineRequest]:
@@ -155,7 +166,7 @@ def compare(
     runs: dict[str, list[Decoded]] = {"plain": [], "drafting": []}
     for idx in range(rounds + 1):
         asked = requests(num=num, max_tokens=max_tokens, seed=seed + idx)
-        pair = {"plain": decode(plain, asked), "drafting": decode(drafting, asked)}
+        pair = dict(zip(("plain", "drafting"), decode_in_turns(plain, drafting, asked), strict=True))
         assert pair["plain"].answers == pair["drafting"].answers, "speculation changed an answer"
         for name, run in pair.items() if idx else ():  # the first round warms up
             runs[name].append(run)

@@ -79,6 +79,8 @@ class CostModel:
         self._moment = [0.0] * size
         self._weights = [0.0] * size
         self._num_steps = 0
+        self.num_draft_steps = 0
+        """Observed steps that verified drafts."""
         self._caution = 1.0
 
     @property
@@ -94,8 +96,11 @@ class CostModel:
 
     @property
     def draft_s(self) -> float:
-        """Seconds that a draft adds to a step."""
-        return self._weights[-1] / SCALES[-1]
+        """Seconds that a draft adds to a step; as much as a token while too few steps had drafts to tell."""
+        known_s = self._weights[-1] / SCALES[-1]
+        if self.num_draft_steps >= NUM_FIRST_STEPS:
+            return known_s
+        return max(known_s, self._weights[1] / SCALES[1])
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a step takes; 0 before the first observation."""
@@ -113,6 +118,7 @@ class CostModel:
         if self._num_steps >= MIN_STEPS_FOR_OUTLIERS:
             step_time_s = min(step_time_s, OUTLIER_FACTOR * max(predicted_s, 1e-4))
         self._num_steps += 1
+        self.num_draft_steps += load.num_draft_tokens > 0
         self._update_equations((1.0, *load), step_time_s=step_time_s)
         self._solve()
 

@@ -171,6 +171,7 @@ class Drafting:
         self._step = 0
         self._num_drafted_steps = 0
         self._num_rows_max = FIRST_ROWS
+        self._num_steps_known = 0
         self._wait = MIN_WAIT
         self._next_probe = MIN_WAIT
         self._num_seqs_probed = 0
@@ -205,7 +206,9 @@ class Drafting:
         self._num_drafted_steps += 1
         proposals = self._proposer.propose(chosen)
         num_drafts = sum(map(len, proposals))
-        self._num_rows_max = max(self._num_rows_max, 2 * num_drafts)
+        if self._cost.num_draft_steps != self._num_steps_known:  # what the last ones cost is known
+            self._num_steps_known = self._cost.num_draft_steps
+            self._num_rows_max = max(self._num_rows_max, 2 * num_drafts)
         return {each.seq_id: drafts for each, drafts in zip(chosen, proposals, strict=True) if drafts}
 
     def _lengths(self, wanted: Listing[Wanted], *, base: StepLoad, num_rows: int) -> list[int]:

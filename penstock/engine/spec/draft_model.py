@@ -39,7 +39,7 @@ from penstock.engine.scheduler.plan import (
 )
 from penstock.engine.spec.proposer import Guesses
 
-MAX_READ_PER_STEP: Final = 512
+MAX_READ_PER_STEP: Final = 256
 """Old tokens that the draft reads in a step for all sequences together; who is not done gets no guess yet."""
 USUAL_READ: Final = 2
 """Tokens that a sequence brings when all its drafts stood: the last draft and the token after it."""
