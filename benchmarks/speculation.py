@@ -256,7 +256,7 @@ def measure_pair(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = SpeculativeConfig(method="draft_model", model=str(draft))
     plain, drafting = make_core(target, None), make_core(target, config)
     results = {}
-    for num, max_tokens, rounds in ((1, 128, options.rounds), (64, 40, min(2, options.rounds))):
+    for num, max_tokens, rounds in ((1, 128, options.rounds), (64, 32, min(2, options.rounds))):
         name = f"batch {num}"
         if options.only in (None, name):
             results[name] = compare(
