@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -25,6 +26,7 @@ from penstock.engine.config import (
     SchedulerConfig,
     SpeculativeConfig,
 )
+from penstock.engine.core import EngineCore
 from tests.docs.tiny_model import HEAD_DIM, make_tiny_adapter, make_tiny_model
 from tools.quantized.checkpoint import write_quantized
 
@@ -158,7 +160,7 @@ class FeatureEngine:
     def order(self, request: GenerateRequest) -> list[Priority]:
         """Priorities in the order of their ends, of a batch request and a realtime one that came after it.
 
-        Each takes every seat, and both wait behind a third.
+        Each takes every seat, and the engine takes its first step when both are queued.
         """
         return self._thread.run(self._order(request))
 
@@ -198,11 +200,15 @@ class FeatureEngine:
                 pass
             ended.append(priority)
 
-        order = (Priority.INTERACTIVE, Priority.BATCH, Priority.REALTIME)
+        order = (Priority.BATCH, Priority.REALTIME)
         requests = [msgspec.structs.replace(kept, priority=priority) for priority in order]
-        streams = [await self._generate(each) for each in requests]
-        await asyncio.gather(*(read(s, p) for s, p in zip(streams, order, strict=True)))
-        return [priority for priority in ended if priority is not Priority.INTERACTIVE]
+        with patch.object(EngineCore, "has_work", new=False):  # it answers messages, and takes no step
+            streams = [await self._generate(each) for each in requests]
+            readers = [asyncio.create_task(read(s, p)) for s, p in zip(streams, order, strict=True)]
+            await self._local.engine.memory()  # the readers wait by now, and hear in the order of the ends
+        await self._local.engine.memory()  # a message, after which there is work again
+        await asyncio.gather(*readers)
+        return ended
 
     async def _generate(self, request: GenerateRequest):  # type: ignore[no-untyped-def]
         self._num_requests += 1
