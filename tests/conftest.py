@@ -1,7 +1,8 @@
-"""Settings for every test: one compute thread each, so that two workers do not fight for two cores."""
+"""Settings for every test: Triton interpreted, and one compute thread each, so that two workers do not fight for two cores."""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"

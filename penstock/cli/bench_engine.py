@@ -55,7 +55,7 @@ def offline(
     rounds: Rounds = 3,
     seed: Seed = 0,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    kernels: Literal["auto", "native", "eager", "reference"] = "auto",
+    kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
     quantization: Quantization = "none",
     quantization_group_size: GroupSize = 128,
     quantization_activations: Activations = "int8",
@@ -137,7 +137,7 @@ class KernelSettings:
         FORMATS
     )
     rows: Annotated[str, Parameter(help="Tokens in a step, with commas.")] = "1,16,64,512"
-    kernels: Literal["auto", "native", "eager", "reference"] = "auto"
+    kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto"
     isa: Annotated[
         Literal["auto", "scalar", "avx2", "avx512", "amx"],
         Parameter(help="Instruction set of the native kernels; auto takes the best."),

@@ -87,7 +87,7 @@ def run(
     *,
     model: Annotated[str | None, Parameter(help="Folder or hub id; without one, the embedded model.")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    kernels: Literal["auto", "native", "eager", "reference"] = "auto",
+    kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
     quantization: Literal["none", "int8", "int4"] = "none",
     max_num_seqs: Annotated[
         int, setting("Most sequences in one step.", allowed=Range(low=1, high=4096))

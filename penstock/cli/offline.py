@@ -186,7 +186,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        kernels: Literal["auto", "native", "eager", "reference"] = "auto",
+        kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
         quantization: Literal["none", "int8", "int4"] | None = None,
         quantization_group_size: int = 128,
         quantization_activations: Literal["int8", "bf16"] = "int8",

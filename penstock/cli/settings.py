@@ -59,8 +59,10 @@ class ServeSettings:
         setting("Type of weights and KV; auto takes the checkpoint's."),
     ] = "auto"
     kernels: Annotated[
-        Literal["auto", "native", "eager", "reference"],
-        setting("Kernel set; native is C++ for bfloat16, eager fast torch, reference the obvious oracle."),
+        Literal["auto", "native", "eager", "reference", "triton"],
+        setting(
+            "Kernel set; native is C++ for bfloat16, eager fast torch, reference exact, triton for CUDA."
+        ),
     ] = "auto"
     quantization: Annotated[
         Literal["none", "int8", "int4"],

@@ -9,7 +9,7 @@ import msgspec
 from penstock.core.errors import StartupError
 
 DTYPES: Final = ("auto", "float32", "bfloat16")
-KERNELS: Final = ("auto", "native", "reference", "eager")
+KERNELS: Final = ("auto", "native", "reference", "eager", "triton")
 QUANTIZATIONS: Final = ("none", "int8", "int4")
 QUANTIZATION_GROUP_SIZES: Final = (32, 64, 128)
 DEFAULT_GROUP_SIZE: Final = 128

@@ -17,6 +17,7 @@ from penstock.kernels.eager.kernel_set import EagerKernels
 from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.reference.kernel_set import ReferenceKernels
+from penstock.kernels.triton import availability
 
 log = logging.getLogger("penstock.kernels")
 
@@ -35,6 +36,8 @@ class Home:
         """Why `build` cannot serve this; None if it can."""
         if device not in self.devices:
             return f"it does not run on {device}"
+        if device == "cuda" and not torch.cuda.is_available():
+            return "there is no CUDA device"
         if dtype not in self.dtypes:
             return f"it does not compute in {_word(dtype)}"
         if options.kv_cache_dtype == "bfloat16" and dtype != torch.bfloat16:
@@ -85,6 +88,17 @@ def _refuse_eager(options: KernelOptions) -> str | None:
     return _refuse_torch(options)
 
 
+def _build_triton(options: KernelOptions) -> KernelSet:
+    # Imported here: a machine without triton must be able to read this file.
+    from penstock.kernels.triton.kernel_set import TritonKernels
+
+    return TritonKernels(options)
+
+
+def _refuse_triton(options: KernelOptions) -> str | None:
+    return availability.why_missing() or _refuse_torch(options)
+
+
 TORCH_DTYPES: Final = (torch.float32, torch.bfloat16)
 HOMES: Final[dict[str, Home]] = {
     "native": Home(build=_build_native, devices=("cpu",), dtypes=(torch.bfloat16,), refusal=_refuse_native),
@@ -93,6 +107,12 @@ HOMES: Final[dict[str, Home]] = {
     ),
     "reference": Home(
         build=lambda _: ReferenceKernels(), devices=("cpu",), dtypes=TORCH_DTYPES, refusal=_refuse_torch
+    ),
+    "triton": Home(
+        build=_build_triton,
+        devices=availability.usable_devices(),
+        dtypes=TORCH_DTYPES,
+        refusal=_refuse_triton,
     ),
 }
 """By name, the preferred first: `auto` takes the first that can run."""
@@ -112,7 +132,9 @@ def _is_too_slow(options: KernelOptions) -> bool:
     return extension.choose_isa(options.isa) == "scalar" and extension.usable_isas()[1:2] != ["avx2"]
 
 
-def _choose(names: list[str], options: KernelOptions) -> str:
+def _choose(names: list[str], options: KernelOptions, *, device: str) -> str:
+    if device != "cpu":
+        return names[0]
     missing = extension.why_missing()
     if missing is not None:
         log.warning("the native kernels are not used, torch computes: %s", missing)
@@ -138,7 +160,7 @@ def select_kernels(
     """
     names = runnable(device=device, dtype=dtype, options=options)
     if name == "auto" and names:
-        name = _choose(names, options)
+        name = _choose(names, options, device=device)
     if name not in names:
         raise StartupError(
             f"kernels is {name!r}, which cannot run on {device} with {_word(dtype)}"

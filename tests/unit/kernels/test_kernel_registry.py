@@ -77,7 +77,7 @@ def test_without_the_extension_module_torch_computes_and_one_line_says_why(
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "dtype"), [("triton", "cpu", torch.float32), ("eager", "cpu", torch.float16)]
+    ("name", "device", "dtype"), [("metal", "cpu", torch.float32), ("eager", "cpu", torch.float16)]
 )
 def test_a_home_that_cannot_run_is_refused_with_what_can(name: str, device: str, dtype: torch.dtype) -> None:
     with pytest.raises(StartupError) as caught:

@@ -207,7 +207,7 @@ def test_a_missing_folder_or_config_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"dtype": "float16"}, "dtype is 'float16', it must be one of auto, float32, bfloat16"),
-        ({"kernels": "triton"}, "kernels is 'triton'"),
+        ({"kernels": "metal"}, "kernels is 'metal'"),
         ({"device": "cuda"}, "cannot run on cuda"),
         ({"max_model_len": 33}, "max_model_len is 33, the model's context allows 2 to 32"),
     ],

@@ -1,0 +1,148 @@
+"""The Triton home as the object that layers hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
+from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
+from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
+from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
+from penstock.kernels.quantization import Quantization
+from penstock.kernels.reference.adapters import prepare_plain_adapter
+from penstock.kernels.reference.weights import prepare_plain, prepare_plain_rounded
+from penstock.kernels.rounded import RoundedWeight
+from penstock.kernels.triton import adapters, attention, blocks, elementwise, kv_write, moe, quantized
+from penstock.kernels.triton.launch import INTERPRETED
+
+
+class TritonKernels:
+    """Triton and cuBLAS; every method is as the function of its name in `ops`."""
+
+    name: Final = "triton"
+    copies_weights: Final = False
+    has_own_threads: Final = False
+
+    def __init__(self, options: KernelOptions = DEFAULT_OPTIONS) -> None:
+        """Compile nothing yet: each kernel is compiled at its first launch, or read from Triton's cache.
+
+        Args:
+            options: whether results must not depend on the batch.
+        """
+        self._is_deterministic = options.is_deterministic
+
+    @property
+    def detail(self) -> str:
+        """See `KernelSet.detail`."""
+        return "triton, interpreted" if INTERPRETED.value else "triton"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
+        """As `ops.rms_norm`."""
+        return elementwise.rms_norm(x, weight, eps=eps, weight_offset=weight_offset)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, weight_offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `ops.add_rms_norm`."""
+        return elementwise.add_rms_norm(x, residual, weight, eps=eps, weight_offset=weight_offset)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+        """As `ops.layer_norm`."""
+        return elementwise.layer_norm(x, weight, bias, eps=eps)
+
+    def rope_angles(self, positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
+        """As `ops.rope_angles`."""
+        return elementwise.rope_angles(positions, frequencies, factor=factor)
+
+    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
+        """As `ops.rope`."""
+        return elementwise.rope(x, angles)
+
+    def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As `ops.silu_and_mul`."""
+        return elementwise.silu_and_mul(gate, up)
+
+    def gelu_and_mul(self, gate: Tensor, up: Tensor, *, tanh: bool) -> Tensor:
+        """As `ops.gelu_and_mul`."""
+        return elementwise.gelu_and_mul(gate, up, tanh=tanh)
+
+    def gelu(self, x: Tensor, *, tanh: bool) -> Tensor:
+        """As `ops.gelu`."""
+        return elementwise.gelu(x, tanh=tanh)
+
+    def prepare_linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        quantization: Quantization,
+        parts: Sequence[int],
+        release: Release | None,
+    ) -> LinearWeight:
+        """As `ops.prepare_linear`."""
+        del parts, release
+        return prepare_plain(weight, bias, quantization=quantization, dtype=weight.dtype)
+
+    def prepare_rounded(
+        self, weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype, parts: Sequence[int]
+    ) -> LinearWeight:
+        """As `ops.prepare_rounded`."""
+        del parts
+        return prepare_plain_rounded(weight, bias, dtype=dtype)
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """As `ops.linear`."""
+        return quantized.linear(x, weight)
+
+    def prepare_adapter(
+        self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
+    ) -> AdapterWeights:
+        """As `ops.prepare_adapter`."""
+        del num_sites
+        return prepare_plain_adapter(pairs, dtype=dtype)
+
+    def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
+        """As `ops.lora`."""
+        return adapters.lora(x, y, site)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
+        """As `ops.embedding`."""
+        return elementwise.embedding(token_ids, weight, scale=scale)
+
+    def softcap(self, x: Tensor, *, cap: float) -> Tensor:
+        """As `ops.softcap`, in place."""
+        return elementwise.softcap(x, cap=cap)
+
+    def kv_block(self, shape: KvShape) -> KvBlock:
+        """As `ops.kv_block`."""
+        return kv_write.kv_block(shape)
+
+    def write_kv(self, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
+        """As `ops.write_kv`."""
+        kv_write.write_kv(keys, values, slab, slot_mapping)
+
+    def paged_attention(
+        self, query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape
+    ) -> Tensor:
+        """As `ops.paged_attention`."""
+        return attention.paged_attention(
+            query, slab, batch, shape=shape, is_deterministic=self._is_deterministic
+        )
+
+    def moe(self, x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape) -> Tensor:
+        """As `ops.moe`."""
+        return moe.moe(x, router, experts, shape)
+
+    def rows_not_finite(self, x: Tensor) -> list[int]:
+        """As `ops.rows_not_finite`; reads the answer back from the device."""
+        return elementwise.rows_not_finite(x)
+
+    def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
+        """As `ops.copy_blocks`."""
+        blocks.copy_blocks(pool, src, dst)
+
+    def zero_blocks(self, pool: Tensor, block_ids: Tensor) -> None:
+        """As `ops.zero_blocks`."""
+        blocks.zero_blocks(pool, block_ids)
