@@ -17,7 +17,8 @@ from penstock.engine.grammar.compile_pool import CompiledRequest, CompilePool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.rank_group import RankGroup
-from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
+from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.scheduler.settlement import StepOutput
 from penstock.observe.memory import resident_bytes
 
 ADAPTER_WAIT_S: Final = 0.002

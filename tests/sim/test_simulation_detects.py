@@ -4,11 +4,12 @@ import pytest
 
 from penstock.engine.kv.block_pool import BlockPool
 from penstock.engine.kv.kv_manager import KvManager
-from penstock.engine.scheduler import answer, scheduler
+from penstock.engine.scheduler import answer
+from penstock.engine.scheduler.planner import Planner
 from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
 from penstock.engine.scheduler.request import SequenceGroup
+from penstock.engine.scheduler.roster import Roster
 from penstock.engine.scheduler.running_set import RunningSet
-from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.sim import __main__ as command
 from penstock.sim.clock import VirtualClock
 from penstock.sim.simulator import simulate
@@ -79,14 +80,14 @@ def release_parents_first(monkeypatch):
 
 
 def end_twice(monkeypatch):
-    original = Scheduler._end_failed
+    original = Roster.fail
 
     def twice(self, failures):
         failures = list(failures)
         original(self, failures)
         self._deltas.extend(self._deltas[-1:] if failures else [])
 
-    monkeypatch.setattr(Scheduler, "_end_failed", twice)
+    monkeypatch.setattr(Roster, "fail", twice)
 
 
 def serve_the_youngest(monkeypatch):
@@ -115,7 +116,7 @@ def serve_who_had_most(monkeypatch):
 
 
 def free_while_in_flight(monkeypatch):
-    monkeypatch.setattr(scheduler.SequenceGroup, "is_busy", property(lambda self: False))
+    monkeypatch.setattr(SequenceGroup, "is_busy", property(lambda self: False))
 
 
 def ignore_the_limit_of_preemptions(monkeypatch):
@@ -137,15 +138,15 @@ def keep_bad_blocks_in_the_tree(monkeypatch):
 
 def neglect_the_oldest(monkeypatch):
     """It starts in order and ends once, with the right tokens: only its own bound of steps tells."""
-    original = Scheduler._place
+    original = Planner._place
 
     def place(self, draft, seq, *, num_tokens):
-        oldest = min(group.arrival_idx for group in self.groups)
+        oldest = min(group.arrival_idx for group in self._roster.groups)
         if seq.group.arrival_idx == oldest and self._last_step_id % 8:
             return 0
         return original(self, draft, seq, num_tokens=num_tokens)
 
-    monkeypatch.setattr(Scheduler, "_place", place)
+    monkeypatch.setattr(Planner, "_place", place)
 
 
 @pytest.mark.parametrize(

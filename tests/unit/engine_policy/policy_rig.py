@@ -13,7 +13,8 @@ from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.constraint import Constraint
 from penstock.engine.scheduler.plan import SampledToken, SequenceFailure, StepPlan, StepResult
-from penstock.engine.scheduler.scheduler import Scheduler, StepOutput
+from penstock.engine.scheduler.scheduler import Scheduler
+from penstock.engine.scheduler.settlement import StepOutput
 from penstock.sim.clock import VirtualClock
 
 TokenSource = Callable[[int, int], int]

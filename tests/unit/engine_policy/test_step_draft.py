@@ -55,8 +55,8 @@ def test_a_preempted_decode_takes_nothing_from_the_budget_of_the_step():
     """Both decode; the pool runs dry for the first, so the second goes and its token with it."""
     rig = Rig(num_blocks=4, caching=False, policy="priority", max_num_batched_tokens=16)
     seen = []
-    limit = rig.scheduler._limit_chunks
-    rig.scheduler._limit_chunks = lambda draft, **chunk: (
+    limit = rig.scheduler._planner._limit_chunks
+    rig.scheduler._planner._limit_chunks = lambda draft, **chunk: (
         seen.append((len(draft.decodes), set(draft.scheduled))) or limit(draft, **chunk)
     )
     rig.add("batch", [2] * 2, max_tokens=10, priority=Priority.BATCH)
