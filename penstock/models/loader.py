@@ -21,11 +21,11 @@ from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.kernels.registry import select_kernels
 from penstock.models.adapted import AdaptedModel
-from penstock.models.config import ConfigReader
+from penstock.models.config import ConfigReader, DecoderShape
 from penstock.models.formats import open_model
 from penstock.models.interface import CausalLM, LoadedModel
 from penstock.models.parts import Parts, Weights
-from penstock.models.registry import CLASSIFIERS, find_model
+from penstock.models.registry import CLASSIFIERS, BuildModel, find_model
 from penstock.models.stored import TensorSource
 
 Progress = Callable[[int, int], None]
@@ -121,9 +121,7 @@ def load_model(
     torch_dtype = _resolve_dtype(dtype, checkpoint)
     labels = read_labels(reader) if architecture in CLASSIFIERS else ()
     check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
-    checked = Parts(weights=check, kernels=ReferenceKernels(), num_labels=len(labels))
-    shape = build(reader, checked).config.shape
-    check.refuse_rest()
+    shape = _checked_shape(build, reader, check=check, num_labels=len(labels))
     options = replace(options, head_dim=shape.head_dim)
     if kernel_set is None:
         kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
@@ -156,6 +154,20 @@ def load_model(
         sites=sites,
         labels=labels,
     )
+
+
+def _checked_shape(
+    build: BuildModel, reader: ConfigReader, *, check: Weights, num_labels: int
+) -> DecoderShape:
+    """The model's shape; every tensor of the checkpoint has been looked for, and none read.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, or not the model's.
+    """
+    parts = Parts(weights=check, kernels=ReferenceKernels(), num_labels=num_labels)
+    shape = build(reader, parts).config.shape
+    check.refuse_rest()
+    return shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,8 +64,12 @@ class AnswerReader:
 
     @property
     def ends_with_calls(self) -> bool:
-        """Whether the end of the answer is that tools be called; not if the client named it, as at OpenAI."""
-        return self._tools is not None and self._tools.num_calls > 0 and not self._is_named
+        """Whether the end of the answer is that tools be called.
+
+        Not if the client named it, as at OpenAI; nor if a call was cut, which cannot be made.
+        """
+        tools = self._tools
+        return tools is not None and tools.num_calls > 0 and tools.is_whole and not self._is_named
 
     def push(self, text: str) -> Shown:
         """Take a piece of the answer's text; return what is certain now."""

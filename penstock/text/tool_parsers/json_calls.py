@@ -95,7 +95,7 @@ class JsonToolParser(ToolParser):
         call.name = name
         if call.has_arguments:
             self._announce(name)
-            self._argue("".join(call.early))
+            self._argue_all("".join(call.early))
 
     def _read_arguments(self, call: "_Call") -> Reading[None]:
         """An object streams; text that holds an object, or null for none, is converted."""
@@ -105,6 +105,7 @@ class JsonToolParser(ToolParser):
             if call.name:
                 self._announce(call.name)
             yield from self._copy_json(self._argue if call.name else call.early.append)
+            self._is_argued = True
             return
         if first == '"':
             call.early.append(_object_in((yield from self._read_string())))
@@ -114,7 +115,11 @@ class JsonToolParser(ToolParser):
             raise MalformedError("arguments are an object")
         if call.name:
             self._announce(call.name)
-            self._argue("".join(call.early))
+            self._argue_all("".join(call.early))
+
+    def _argue_all(self, text: str) -> None:
+        self._argue(text)
+        self._is_argued = True
 
 
 class _Call:

@@ -68,9 +68,13 @@ class ToolParser(ABC):
         self.num_calls = 0
         self.is_ended = False
         """No more is wanted of this answer: it has its only call."""
+        self.is_whole = True
+        """False once a call has ended before its arguments did: it cannot be made."""
         self.cursor = Cursor(max_held_chars=MAX_HELD_CHARS)
         self._is_parallel = is_parallel
         self._is_calling = False
+        self._is_argued = False
+        """The arguments of the call that is being read are there, whatever else of it is not."""
         self._is_at_gap = True
         self._content: list[str] = []
         self._calls: list[ToolCallDelta] = []
@@ -214,6 +218,7 @@ class ToolParser(ABC):
         self._calls.append(ToolCallDelta(self.num_calls, id=self.make_id(), name=name))
         self.num_calls += 1
         self._is_calling = True
+        self._is_argued = False
 
     def _argue(self, text: str) -> None:
         """A piece of the arguments of the call."""
@@ -229,6 +234,7 @@ class ToolParser(ABC):
     def _give_up(self) -> None:
         """What was being read is no call: what of it is still held back is content."""
         if self._is_calling:
+            self.is_whole = self.is_whole and self._is_argued
             self._end_call()
         self._say(self.cursor.release())
 

@@ -115,6 +115,28 @@ async def test_an_answer_that_was_cut_keeps_its_reason():
     assert deltas[-1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("stop", ["1", '"a"', ": {"])
+async def test_a_call_that_a_stop_string_has_cut_ends_with_stop(stop):
+    """The client is not told to make a call whose arguments do not parse; it sees what there is of it."""
+    made, _ = service(CALL)
+    params = SamplingParams(stop=(stop,))
+    request = make_request("hello", tools=(TOOL,), is_rendered=True, params=params)
+    deltas = [d async for d in await made.generate(request)]
+    calls = []
+    for delta in deltas:
+        add_calls(calls, delta.tool_calls)
+    shown = CALL[: CALL.index(stop)].partition('"arguments": ')[2]
+    assert [call.arguments for call in calls] == ([shown] if shown else [])
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, stop)
+
+
+@pytest.mark.parametrize("stop", ["}\n", "\n</tool", "</tool_call>"])
+async def test_a_stop_string_behind_the_arguments_leaves_the_call_to_be_made(stop):
+    made, _ = service(CALL)
+    *_, calls, end = await answer(made, params=SamplingParams(stop=(stop,)))
+    assert (calls, end.finish_reason, end.stop_reason) == ([("f", {"a": 1})], FinishReason.TOOL_CALLS, stop)
+
+
 async def test_without_parallel_calls_the_first_one_ends_the_answer_and_the_bill():
     made, engine = service(f"{CALL}\n{CALL}")
     *_, calls, end = await answer(made, parallel_tool_calls=False)
