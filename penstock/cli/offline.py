@@ -87,6 +87,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "enable_prefix_caching": (bool,),
     "enable_chunked_prefill": (bool,),
     "enable_jump_forward": (bool,),
+    "async_scheduling": (bool, NONE),
     "block_size": (int,),
     "num_kv_blocks": (int, NONE),
     "kv_cache_memory_bytes": (int, NONE),
@@ -108,6 +109,7 @@ SCHEDULER_ARGUMENTS: Final = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "enable_jump_forward",
+    "async_scheduling",
 )
 ENGINE_ARGUMENTS: Final = (
     "dtype",
@@ -159,6 +161,7 @@ class LLM:
         enable_prefix_caching: keep blocks for prompts that begin alike.
         enable_chunked_prefill: compute prompts in chunks; False computes each whole in one step.
         enable_jump_forward: append the tokens that a grammar forces without a step of their own.
+        async_scheduling: launch each step before the outcome of the last is known; None does so on a GPU.
         block_size: token slots in a KV block, a power of two.
         num_kv_blocks: size of the pool; None derives it.
         kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
@@ -200,6 +203,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         enable_jump_forward: bool = True,
+        async_scheduling: bool | None = None,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,

@@ -134,6 +134,10 @@ class ServeSettings:
         bool,
         setting("Append the tokens that a grammar forces without a model step of their own."),
     ] = True
+    async_scheduling: Annotated[
+        bool | None,
+        setting("Launch each step before the outcome of the last is known; on by default on a GPU alone."),
+    ] = None
     block_size: Annotated[
         int,
         setting(
@@ -289,6 +293,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             enable_prefix_caching=settings.enable_prefix_caching,
             enable_chunked_prefill=settings.enable_chunked_prefill,
             enable_jump_forward=settings.enable_jump_forward,
+            async_scheduling=settings.async_scheduling,
             policy=settings.scheduling_policy,
         ),
         kv=KvConfig(

@@ -177,7 +177,7 @@ def _join(
     faults: FaultPoints | None,
 ) -> EngineCore:
     layout = make_cache_layout(loaded.model.layer_windows)
-    limits = msgspec.structs.replace(config.scheduler, max_model_len=loaded.max_model_len)
+    limits = _resolved_limits(config, loaded)
     check_whole_prompts(limits, max_model_len=limits.max_model_len)
     draft = None if draft_model is None else Draft.over(draft_model, target=loaded, target_layout=layout)
     block_bytes = _block_bytes(config, loaded, layout, draft)
@@ -235,6 +235,17 @@ def _join(
             adapters=() if adapters is None else tuple(adapters.reports()),
         ),
         adapters=adapters,
+        is_async=bool(limits.async_scheduling),
+    )
+
+
+def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:
+    """The limits with all that was left to the model and the device."""
+    looks_ahead = config.scheduler.async_scheduling
+    return msgspec.structs.replace(
+        config.scheduler,
+        max_model_len=loaded.max_model_len,
+        async_scheduling=config.device == "cuda" if looks_ahead is None else looks_ahead,
     )
 
 

@@ -56,6 +56,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     however long the others wait, and needs `max_num_batched_tokens` of at least `max_model_len`."""
     enable_jump_forward: bool = True
     """Append the tokens that a grammar forces without a model step of their own."""
+    async_scheduling: bool | None = None
+    """Plan and launch a step before the outcome of the one before it is known; None does so on `cuda`."""
     max_preemptions: int = 3
     """After so many preemptions a request is protected from further ones."""
     policy: Literal["fcfs", "priority", "fair"] = "fair"

@@ -1,28 +1,50 @@
-"""The step: schedule, launch, collect, apply.
+"""The step: schedule, launch, draw, collect, apply.
 
 `EngineCore` joins the pure half (scheduler, KV manager) and the half that computes (a rank group). It
 is driven by `loop`; it knows no processes, no asyncio and no text.
+
+One step of asynchrony: step n + 1 is planned and launched before the outcome of step n is taken in, so that
+whoever computes always has work while the host does its part.
+
+```
+host     schedule(n+1) launch(n+1) | collect(n) waits | apply(n) draw(n+1) | schedule(n+2) ...
+device   ...... step n ..........................>  step n+1 ............................>
+```
+
+Draws of step n + 1 are started once step n is applied: only then are the grammars where they must be, and is
+it known whose answer has ended.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
 from penstock.core.errors import InvalidParameterError, PenstockError
-from penstock.core.ids import RequestId
+from penstock.core.ids import RequestId, SequenceId
 from penstock.core.tokens import EngineInfo, EngineRequest, MemoryReport, RequestReport
 from penstock.engine.grammar.bitmask import MaskFiller
 from penstock.engine.grammar.compile_pool import CompiledRequest, CompilePool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.rank_group import RankGroup
+from penstock.engine.runner.runner import StepHandle
+from penstock.engine.scheduler.plan import StepPlan
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.settlement import StepOutput
 from penstock.observe.memory import resident_bytes
 
 ADAPTER_WAIT_S: Final = 0.002
 """How long a step without work waits for an adapter that is being read, before it looks again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedStep:
+    """A step that the ranks compute."""
+
+    plan: StepPlan
+    handle: StepHandle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +59,10 @@ class EngineCore:
     masks: MaskFiller
     adapters: AdapterHost | None = None
     """None where adapters are not enabled."""
+    is_async: bool = False
+    """Leave a step under way from one call of `step` to the next."""
+    under_way: deque[LaunchedStep] = field(default_factory=deque)
+    """The step that was launched last and is yet to be applied: at most one between two calls of `step`."""
 
     @property
     def has_work(self) -> bool:
@@ -78,20 +104,39 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """One step of the whole engine.
+        """One step of the whole engine: one is launched, one is applied, not the same with asynchrony.
 
         Raises:
             EngineDeadError: the fault is in no single request.
         """
+        settled = self._settle() if self.scheduler.needs_result else None
+        step = self._launch()
+        settled = self._settle() or settled
+        self._draw(step)
+        if not self.is_async:
+            settled = self._settle()
+        return settled or self.scheduler.output_of_no_step()
+
+    def _launch(self) -> LaunchedStep:
         if self.adapters is not None:
             self.adapters.poll()
         plan = self.scheduler.schedule()
-        masks = self.masks.fill(plan, self.scheduler.constraints)
-        if self.adapters is not None and self.adapters.is_busy and not plan.has_work:
+        if self.adapters is not None and self.adapters.is_busy and not plan.has_work and not self.under_way:
             self.adapters.wait(ADAPTER_WAIT_S)
-        handle = self.ranks.launch(plan)
-        result = self.ranks.collect(handle, masks=masks)
-        return self.scheduler.apply(plan, result)
+        return LaunchedStep(plan=plan, handle=self.ranks.launch(plan))
+
+    def _settle(self) -> StepOutput | None:
+        """Take in what the step under way produced; None if there is none."""
+        if not self.under_way:
+            return None
+        step = self.under_way.popleft()
+        return self.scheduler.apply(step.plan, self.ranks.collect(step.handle))
+
+    def _draw(self, step: LaunchedStep) -> None:
+        void = self.scheduler.void_draws(step.plan) if self.is_async else frozenset[SequenceId]()
+        masks = self.masks.fill(step.plan, self.scheduler.constraints, void=void)
+        self.ranks.draw(step.handle, masks=masks, void=void)
+        self.under_way.append(step)
 
     def requests(self) -> list[RequestReport]:
         """Every request, waiting and running."""

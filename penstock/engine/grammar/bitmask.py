@@ -1,9 +1,9 @@
 """The masks of a step, for the rows that have a grammar; the others cost nothing.
 
-`core.step` fills before the model runs and hands the masks on when the step is collected.
+`core.step` fills once the step before is applied and hands the masks on to the step's draws.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -60,19 +60,26 @@ class MaskFiller:
         """Bytes that stay between steps."""
         return self._buffer.nbytes
 
-    def fill(self, plan: StepPlan, constraints: Mapping[SequenceId, Constraint]) -> StepMasks | None:
+    def fill(
+        self,
+        plan: StepPlan,
+        constraints: Mapping[SequenceId, Constraint],
+        *,
+        void: Container[SequenceId] = (),
+    ) -> StepMasks | None:
         """Compute the masks of every row that a constrained sequence draws from; None without any.
 
-        On a CPU the model takes every core: a thread that filled while it ran made a step of 32 guided rows
-        1 % longer on two cores, so the masks are filled before it.
+        With asynchrony the model runs meanwhile. On a CPU it takes every core: a thread that filled while it
+        ran made a step of 32 guided rows 1 % longer on two cores.
 
         Args:
             plan: whose samples and drafts need masks.
             constraints: of the running sequences that have one.
+            void: sequences that draw nothing after all.
         """
         if not constraints:
             return None
-        needed = _rows_of(plan, constraints)
+        needed = _rows_of(plan, constraints, void=void)
         num_rows = needed[-1].end if needed else 0
         if num_rows > len(self._buffer):
             self._buffer = np.zeros((2 ** (num_rows - 1).bit_length(), self._buffer.shape[1]), np.int32)
@@ -82,13 +89,15 @@ class MaskFiller:
         return StepMasks(self._buffer, {rows.seq_id: rows.first for rows in needed})
 
 
-def _rows_of(plan: StepPlan, constraints: Mapping[SequenceId, Constraint]) -> list[_Rows]:
+def _rows_of(
+    plan: StepPlan, constraints: Mapping[SequenceId, Constraint], *, void: Container[SequenceId]
+) -> list[_Rows]:
     needed: list[_Rows] = []
     for entry in plan.sequences:
         drafts = entry.token_ids[len(entry.token_ids) - entry.num_drafts :]
         for spec in entry.samples:
             constraint = constraints.get(spec.seq_id)
-            if constraint is not None:
+            if constraint is not None and spec.seq_id not in void:
                 first = needed[-1].end if needed else 0
                 needed.append(_Rows(spec.seq_id, constraint, drafts, first))
     return needed

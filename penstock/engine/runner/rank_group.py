@@ -4,8 +4,10 @@ The seam for tensor parallelism: `engine/core` knows a `RankGroup` and never how
 `LocalRank` is the group of one, in this process.
 """
 
+from collections.abc import Container
 from typing import Protocol
 
+from penstock.core.ids import SequenceId
 from penstock.engine.runner.runner import Runner, StepHandle
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.scheduler.cost import TimedStep
@@ -30,8 +32,21 @@ class RankGroup(Protocol):
         """Start a step on every rank; does not need the previous step's result to be applied."""
         ...
 
-    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
-        """Finish the step and answer; called once per handle, in the order of the launches."""
+    def draw(
+        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Container[SequenceId] = ()
+    ) -> None:
+        """Start the step's draws: after its launch, before the next one; see `Runner.draw`.
+
+        Every rank must know what was drawn, to put it in place of the next plan's `PENDING_TOKEN`s.
+        """
+        ...
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Wait for the step and answer; called once per handle, in the order of the launches."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and processes; called once, when no further step comes."""
         ...
 
 
@@ -60,6 +75,15 @@ class LocalRank:
         """See `RankGroup`."""
         return self.runner.launch(plan)
 
-    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
+    def draw(
+        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Container[SequenceId] = ()
+    ) -> None:
         """See `RankGroup`."""
-        return self.runner.collect(handle, masks=masks)
+        self.runner.draw(handle, masks=masks, void=void)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """See `RankGroup`."""
+        return self.runner.collect(handle)
+
+    def close(self) -> None:
+        """See `RankGroup`."""

@@ -1,7 +1,16 @@
 """One rank's execution of a plan: inputs, model, logits, tokens.
 
-`launch` computes, `collect` samples and answers; nothing else crosses. The runner decides nothing and keeps
-nothing of a sequence but what sampling needs. `rank_group` calls it.
+`launch` computes, `draw` samples, `collect` answers; nothing else crosses. The runner decides nothing and
+keeps nothing of a sequence but what sampling needs and the token that it drew last. `rank_group` calls it.
+
+With one step of asynchrony the calls of two steps alternate, and each step's own are still in order:
+
+```
+launch(n)  draw(n)  launch(n+1)  collect(n)  [the scheduler applies n]  draw(n+1)  launch(n+2)  collect(n+1)
+```
+
+So `draw(n)` comes before `launch(n+1)`: the tokens that step n + 1 computes in place of `PENDING_TOKEN` are
+those that `draw(n)` chose.
 
 A fault stays with the sequence that causes it. An exception in the model or in the sampler is traced by
 repeating the work on halves of the batch. Repeating is safe: a pass reads the plan and the KV of earlier
@@ -12,13 +21,14 @@ the pass; blocks are zeroed and copied once, before the first pass; sampling cha
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Final
 
 import torch
+from msgspec.structs import replace
 
 from penstock.core.errors import EngineDeadError
 from penstock.core.ids import SequenceId
@@ -36,6 +46,7 @@ from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
+    PENDING_TOKEN,
     AdapterBinding,
     PromptLogprobs,
     SampledToken,
@@ -57,6 +68,9 @@ MAX_WARM_UP_TOKENS: Final = 256
 """A larger chunk would find nothing new, and would delay the start by seconds on a large model."""
 
 STEADY: Final = nullcontext()
+ANY_TOKEN: Final = 0
+"""Of a sequence whose outcome is discarded."""
+NO_GUESSES: Final = Guesses(sequences=(), proposals=[], num_caught_up_tokens=0)
 NO_LOGITS: Final = torch.empty(0, 0)
 """Of a pass that samples nothing."""
 
@@ -78,19 +92,19 @@ class ForwardPass:
     """Of sound sequences."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepHandle:
     """A step under way, from `launch` to `collect`."""
 
-    step_id: int
-    passes: Sequence[ForwardPass]
+    plan: StepPlan
+    passes: Sequence[ForwardPass] = ()
     """One, unless some sequence raised; in plan order."""
-    failures: Sequence[SequenceFailure]
-    finished_seq_ids: Sequence[SequenceId]
-    """Forgotten when the step is collected: the step before it, collected later than this step's launch, may
-    still draw for them."""
-    guesses: Guesses
-    launch_time_s: float
+    failures: Sequence[SequenceFailure] = ()
+    guesses: Guesses = NO_GUESSES
+    outcomes: Sequence[Outcome] | None = None
+    """Of the draws, failures of the model among them; None before `draw`."""
+    launch_time_s: float = 0.0
+    draw_time_s: float = 0.0
 
 
 class Runner:
@@ -138,6 +152,8 @@ class Runner:
         self._sampler = Sampler(native=_native_sampler(loaded.kernels))
         self._pools = Pools()
         self._drafter = None if make_drafter is None else make_drafter(self._sampler)
+        self._last_drawn: dict[SequenceId, int] = {}
+        """What the latest draws chose."""
 
     @property
     def model(self) -> CausalLM:
@@ -152,13 +168,13 @@ class Runner:
         return own + self._model_bytes() + drafter
 
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Prepare blocks and run the model; needs no result of an earlier step.
+        """Prepare blocks and run the model; needs no result of an earlier step to be applied.
 
         Args:
             plan: what to compute. Its block tables are read during this call only.
 
         Returns:
-            The handle for `collect`.
+            The handle for `draw` and `collect`.
 
         Raises:
             EngineDeadError: the model fails for every sequence, and so does the canary.
@@ -173,16 +189,29 @@ class Runner:
         self._bind_adapters(plan.adapter_bindings)
         self._pool.zero_blocks(plan.blocks_to_zero)
         self._pool.copy_blocks(plan.block_copies)
-        guesses = self._guess(plan)
+        guesses = self._guess(plan, self._put_in_place(plan.sequences))
         passes, failures = self._compute(guesses.sequences) if guesses.sequences else ([], [])
         return StepHandle(
-            step_id=plan.step_id,
+            plan=plan,
             passes=passes,
             failures=failures,
-            finished_seq_ids=plan.finished_seq_ids,
             guesses=guesses,
             launch_time_s=time.perf_counter() - began_s,
         )
+
+    def _put_in_place(self, sequences: Sequence[ScheduledSequence]) -> Sequence[ScheduledSequence]:
+        """The same with the tokens that the step before drew where the plan could not know them.
+
+        A sequence for which that step drew nothing has failed: whatever is computed for it is discarded.
+        """
+        if not any(seq.token_ids[0] == PENDING_TOKEN for seq in sequences):
+            return sequences
+        return [
+            replace(seq, token_ids=[self._last_drawn.get(seq.seq_id, ANY_TOKEN)])
+            if seq.token_ids[0] == PENDING_TOKEN
+            else seq
+            for seq in sequences
+        ]
 
     def _bind_adapters(self, bindings: Sequence[AdapterBinding]) -> None:
         for binding in bindings:
@@ -190,40 +219,66 @@ class Runner:
             weights = self._adapter_weights(binding.revision) if binding.revision else None
             self._adapters[binding.slot] = weights
 
-    def _guess(self, plan: StepPlan) -> Guesses:
+    def _guess(self, plan: StepPlan, sequences: Sequence[ScheduledSequence]) -> Guesses:
         """The plan's sequences, with tokens where it leaves guesses to the runner."""
         if self._drafter is None:
-            return Guesses(sequences=plan.sequences, proposals=[], num_caught_up_tokens=0)
+            return Guesses(sequences=sequences, proposals=[], num_caught_up_tokens=0)
         self._drafter.add(plan.new_sequences)
         self._drafter.move_blocks(copies=plan.block_copies, zeroed=plan.blocks_to_zero)
-        return self._drafter.fill(plan.sequences)
+        return self._drafter.fill(sequences)
 
-    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
-        """Sample and answer; called once per handle, in the order of the launches.
+    def draw(
+        self,
+        handle: StepHandle,
+        *,
+        masks: MaskSource | None = None,
+        void: Container[SequenceId] = (),
+    ) -> None:
+        """Sample; called once per handle, in the order of the launches and before the next launch.
 
         Args:
-            handle: from `launch`.
+            handle: from `launch`; takes the outcomes.
             masks: what the sequences may draw; None allows all of them everything.
-
-        Returns:
-            A token or a failure for every `SampleSpec` of the plan, and a failure for every sequence without
-            samples that could not be computed. Tokens are in plan order.
+            void: sequences for which nothing is drawn though the plan says so: the step before, applied since
+                the launch, has ended them or brought their next token by other means.
         """
         with _inference():
-            return self._collect(handle, masks=masks)
+            began_s = time.perf_counter()
+            # Not before: the step before it, drawn later than this step was planned, may still know them.
+            self._forget(handle.plan.finished_seq_ids)
+            outcomes: list[Outcome] = list(handle.failures)
+            for done in handle.passes:
+                outcomes.extend(self._sample(done, masks=masks, void=void))
+            handle.outcomes = outcomes
+            self._last_drawn = {
+                drawn.seq_id: drawn.token_id for drawn in outcomes if isinstance(drawn, SampledToken)
+            }
+            handle.draw_time_s = time.perf_counter() - began_s
 
-    def _collect(self, handle: StepHandle, *, masks: MaskSource | None) -> StepResult:
-        began_s = time.perf_counter()
-        self._sampler.forget(handle.finished_seq_ids)
-        self._pools.forget(handle.finished_seq_ids)
+    def _forget(self, seq_ids: Sequence[SequenceId]) -> None:
+        self._sampler.forget(seq_ids)
+        self._pools.forget(seq_ids)
         if self._drafter:
-            self._drafter.forget(handle.finished_seq_ids)
-        outcomes: list[Outcome] = list(handle.failures)
-        for done in handle.passes:
-            outcomes.extend(self._sample(done, masks=masks))
+            self._drafter.forget(seq_ids)
+
+    def collect(self, handle: StepHandle, *, masks: MaskSource | None = None) -> StepResult:
+        """Answer; called once per handle, in the order of the launches.
+
+        Args:
+            handle: from `launch`; drawn here and now if `draw` was not called for it.
+            masks: for `draw` then.
+
+        Returns:
+            A token or a failure for every `SampleSpec` of the plan that was not void, and a failure for every
+            sequence without samples that could not be computed. Tokens are in plan order.
+        """
+        if handle.outcomes is None:
+            self.draw(handle, masks=masks)
+        began_s = time.perf_counter()
+        outcomes = handle.outcomes or ()
         tokens = [outcome for outcome in outcomes if isinstance(outcome, SampledToken)]
         return StepResult(
-            step_id=handle.step_id,
+            step_id=handle.plan.step_id,
             tokens=tokens,
             failures=[outcome for outcome in outcomes if isinstance(outcome, SequenceFailure)],
             prompt_logprobs=[part for done in handle.passes for part in done.prompt_logprobs],
@@ -235,7 +290,7 @@ class Runner:
             ],
             proposals=handle.guesses.proposals,
             num_caught_up_tokens=handle.guesses.num_caught_up_tokens,
-            step_time_s=handle.launch_time_s + time.perf_counter() - began_s,
+            step_time_s=handle.launch_time_s + handle.draw_time_s + time.perf_counter() - began_s,
         )
 
     def warm_up(
@@ -272,7 +327,7 @@ class Runner:
                 if self._drafter:
                     self._drafter.warm_up(plan.sequences)
                     began_s = time.perf_counter()
-                self._sample(self._forward(plan.sequences), masks=None)
+                self._sample(self._forward(plan.sequences), masks=None, void=())
             timed.append(TimedStep(load_of(plan), time.perf_counter() - began_s))
             self._sampler.forget(plan.finished_seq_ids)
             self._pool.zero_blocks(touched_blocks(plan))
@@ -377,14 +432,16 @@ class Runner:
         canary = ScheduledSequence(CANARY, [0], 0, (table,) * len(self._layout.groups))
         return not isolate([canary], attempt=self._forward).culprits
 
-    def _sample(self, done: ForwardPass, *, masks: MaskSource | None) -> list[Outcome]:
+    def _sample(
+        self, done: ForwardPass, *, masks: MaskSource | None, void: Container[SequenceId]
+    ) -> list[Outcome]:
         """Every sequence of one pass: tokens, or failures."""
         outcomes: list[Outcome] = []
         runs: list[DraftRun] = []
         row = 0
         for seq, is_sound in zip(done.sequences, done.is_sound, strict=True):
             if is_sound:
-                runs.extend(self._runs(seq, row=row))
+                runs.extend(run for run in self._runs(seq, row=row) if run.first.spec.seq_id not in void)
             else:
                 outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
             row += 1 + seq.num_drafts if seq.samples else 0

@@ -15,6 +15,9 @@ from penstock.core.tokens import Pooling
 
 UNKNOWN_DRAFT: Final = -1
 """In place of a draft's token: a model of the runner is to guess it."""
+PENDING_TOKEN: Final = -2
+"""In place of a sequence's one next token: what the step before draws for it. The plan was made before that
+was known; the runner, which computes steps in order, puts it in its place on its own side."""
 
 
 class NewSequence(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +51,9 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     token ids      [0 ......... start) [start ..... start + len(token_ids))
                     KV already there    written by this step
     ```
+
+    With one step of asynchrony the step before may still write the KV before `start`, and the run may be one
+    `PENDING_TOKEN`.
     """
 
     seq_id: SequenceId
@@ -163,6 +169,8 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a step produced; every `SampleSpec` of the plan is answered by a token or a failure.
+
+    But for void draws (`Scheduler.void_draws`), which are not made.
 
     A sequence with drafts is answered by one token for each draft that was confirmed and one more, in order.
     """

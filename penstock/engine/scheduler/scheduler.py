@@ -220,6 +220,19 @@ class Scheduler:
         """
         return self._settlement.settle(plan, result, self._counts.pop(plan.step_id))
 
+    @property
+    def needs_result(self) -> bool:
+        """True if nothing may be planned before the steps under way are applied."""
+        return False
+
+    def void_draws(self, plan: StepPlan) -> frozenset[SequenceId]:
+        """Sequences for which a step under way is to draw nothing, by all that has been applied since."""
+        return self._settlement.void_draws(plan)
+
+    def output_of_no_step(self) -> StepOutput:
+        """What there is to tell when no step has ended."""
+        return self._settlement.output_of_no_step()
+
     # -- figures -------------------------------------------------------------------------------------------
 
     @property

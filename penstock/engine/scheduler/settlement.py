@@ -91,6 +91,25 @@ class Settlement:
             self._cost.observe(counts.load, step_time_s=result.step_time_s)
         return StepOutput(deltas=self._roster.take_deltas(), stats=self._stats(counts, result.step_time_s))
 
+    def void_draws(self, plan: StepPlan) -> frozenset[SequenceId]:
+        """Sequences for which a step under way is to draw nothing, by all that has been applied since.
+
+        Their answer has ended, or has gained the token already: its grammar forced it.
+        """
+        sequences = self._roster.sequences
+        return frozenset(
+            spec.seq_id
+            for entry in plan.sequences
+            for spec in entry.samples
+            if (seq := sequences.get(spec.seq_id)) is None
+            or seq.finish_reason is not None
+            or seq.num_outputs != spec.output_idx
+        )
+
+    def output_of_no_step(self) -> StepOutput:
+        """What there is to tell when no step has ended."""
+        return StepOutput(deltas=self._roster.take_deltas(), stats=self._stats(StepCounts(), 0.0))
+
     def _advance(self, entry: ScheduledSequence, counts: StepCounts, *, has_failed: bool) -> None:
         """Move what the step computed of one sequence from in flight to computed."""
         seq = self._roster.sequences[entry.seq_id]

@@ -208,6 +208,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         enable_prefix_caching=False,
         enable_chunked_prefill=False,
         enable_jump_forward=False,
+        async_scheduling=True,
         scheduling_policy="fcfs",
         block_size=8,
         num_kv_blocks=99,
