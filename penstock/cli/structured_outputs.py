@@ -39,17 +39,9 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
                 param="structured_outputs",
             )
         ((name, value),) = asked.items()
-        found = _spec(GrammarKind("json_schema" if name == "json" else name), value)
+        found = GrammarSpec.of(GrammarKind("json_schema" if name == "json" else name), value)
         validate_grammar(found, param=f"structured_outputs.{name}")
         return found
-
-
-def _spec(kind: GrammarKind, value: object) -> GrammarSpec:
-    if kind is GrammarKind.JSON_OBJECT:
-        return GrammarSpec(kind=kind)
-    return (
-        GrammarSpec(kind=kind, source=value) if isinstance(value, str) else GrammarSpec.of_json(kind, value)
-    )
 
 
 def grammars_of(value: object, *, num_prompts: int) -> list[GrammarSpec | None]:

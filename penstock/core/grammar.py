@@ -16,6 +16,8 @@ MAX_GRAMMAR_BYTES: Final = 1 << 18
 MAX_JSON_DEPTH: Final = 64
 """Objects and arrays inside each other, in the kinds whose source is JSON; the compiler ends at 128."""
 MAX_CHOICES: Final = 4096
+GRAMMAR_PARAM: Final = "structured_outputs"
+"""What errors call a grammar where nothing is known of the request's own fields."""
 
 
 class GrammarKind(enum.StrEnum):
@@ -55,8 +57,23 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
         assert kind in JSON_KINDS, kind
         return cls(kind=kind, source=msgspec.json.encode(value).decode())
 
+    @classmethod
+    def of(cls, kind: GrammarKind, value: object) -> Self:
+        """A grammar as a request states it: text as it came, data as JSON; `JSON_OBJECT` needs no source."""
+        if kind is GrammarKind.JSON_OBJECT:
+            return cls(kind=kind)
+        return cls(kind=kind, source=value) if isinstance(value, str) else cls.of_json(kind, value)
 
-def validate_grammar(spec: GrammarSpec, *, param: str = "structured_outputs") -> None:
+
+class AskedGrammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request asks an answer to look like, and where it says so."""
+
+    spec: GrammarSpec | None = None
+    param: str = GRAMMAR_PARAM
+    """The field of the request, for errors."""
+
+
+def validate_grammar(spec: GrammarSpec, *, param: str = GRAMMAR_PARAM) -> None:
     """Bound a grammar's size and shape; cheap, linear in its length.
 
     Args:

@@ -8,7 +8,7 @@ import enum
 
 import msgspec
 
-from penstock.core.grammar import GrammarSpec
+from penstock.core.grammar import GRAMMAR_PARAM, GrammarSpec
 from penstock.core.ids import DEFAULT_TENANT, ModelName, RequestId, TenantId
 from penstock.core.params import SamplingParams
 
@@ -97,6 +97,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     params: SamplingParams = SamplingParams()
     grammar: GrammarSpec | None = None
     """What the answer's text must look like; None: anything."""
+    grammar_param: str = GRAMMAR_PARAM
+    """The field by which the client asked for `grammar`, for errors."""
     priority: Priority = Priority.INTERACTIVE
     tenant_id: TenantId = DEFAULT_TENANT
     cache_salt: str = ""

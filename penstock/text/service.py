@@ -13,7 +13,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from penstock.core.errors import InvalidParameterError, PenstockError
-from penstock.core.grammar import validate_grammar
+from penstock.core.grammar import GRAMMAR_PARAM, validate_grammar
 from penstock.core.ids import ModelName
 from penstock.core.params import SamplingParams, validate_sampling
 from penstock.core.pooled import (
@@ -226,14 +226,14 @@ class TextService:
         )
 
     async def _submit(self, request: GenerateRequest, submitted: EngineRequest) -> AsyncGenerator[TokenDelta]:
-        """Ask the engine; that a grammar which was made of tools cannot be enforced is told of the tools."""
+        """Ask the engine; that a grammar cannot be enforced is told of the field that asked for it."""
         try:
             return await self._engine.generate(submitted)
         except InvalidParameterError as error:
-            if submitted.grammar is None or submitted.grammar is request.grammar:
+            if submitted.grammar is None or error.param != GRAMMAR_PARAM:
                 raise
-            message = error.message.replace("structured_outputs", "tools")
-            param = "tools" if error.param == "structured_outputs" else error.param
+            param = "tools" if request.grammar is None else request.grammar_param
+            message = error.message.replace(GRAMMAR_PARAM, param, 1)
             raise InvalidParameterError(message, code=error.code, param=param) from None
 
     async def _token_ids(
@@ -372,7 +372,7 @@ def _check_request(request: GenerateRequest, *, vocab_size: int) -> None:
     """What can be refused before any text is touched."""
     validate_sampling(request.params, vocab_size=vocab_size, allow_zero_max_tokens=request.echo)
     if request.grammar is not None:
-        validate_grammar(request.grammar)
+        validate_grammar(request.grammar, param=request.grammar_param)
     validate_tools(request)
     if not request.echo:
         return

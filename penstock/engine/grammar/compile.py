@@ -17,7 +17,7 @@ from typing import Final
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
-from penstock.core.grammar import GrammarSpec, validate_grammar
+from penstock.core.grammar import GRAMMAR_PARAM, GrammarSpec, validate_grammar
 from penstock.engine.grammar.dialects import to_llguidance
 from penstock.engine.grammar.schema_rewrite import SchemaTooLargeError
 from penstock.text.tokenizer import Tokenizer
@@ -69,9 +69,9 @@ class Compiled:
 def refusal(spec: GrammarSpec, reason: str) -> InvalidParameterError:
     """The 400 for a grammar that cannot be enforced."""
     return InvalidParameterError(
-        f"structured_outputs holds a {spec.kind} that cannot be enforced: {reason[:MAX_REASON_CHARS]}",
+        f"{GRAMMAR_PARAM} holds a {spec.kind} that cannot be enforced: {reason[:MAX_REASON_CHARS]}",
         code="invalid_grammar",
-        param="structured_outputs",
+        param=GRAMMAR_PARAM,
     )
 
 

@@ -95,13 +95,15 @@ def _to_request(call: Call) -> GenerateRequest:
         params = replace(params, temperature=body.temperature)
     validate_sampling(params)
     wanted = body.structured_outputs
+    asked = only_one({} if wanted is None else of_structured_outputs(wanted))
     return GenerateRequest(
         request_id=call.new_engine_id(),
         client_request_id=call.request_id,
         model=card.name,
         prompt=body.prompt,
         params=params,
-        grammar=only_one({} if wanted is None else of_structured_outputs(wanted)),
+        grammar=asked.spec,
+        grammar_param=asked.param,
         tenant_id=call.tenant_id,
         arrival_s=call.arrival_s,
     )

@@ -95,7 +95,7 @@ def test_a_schema_is_followed_streamed_or_not_and_a_bad_one_is_a_400(client: ope
     schema["uniqueItems"] = True
     with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
         client.chat.completions.create(**arguments)  # type: ignore[call-overload]
-    assert caught.value.code == "invalid_grammar"
+    assert (caught.value.code, caught.value.param) == ("invalid_grammar", "response_format")
 
 
 def test_streamed_text_equals_the_whole_text(client: openai.OpenAI) -> None:

@@ -69,6 +69,8 @@ async def test_each_field_becomes_the_grammar_that_it_names(where, fields, gramm
     reply, requests = await post(where, **fields)
     assert reply.status_code == 200, reply.text
     assert requests[0].grammar == grammar
+    (field,) = fields
+    assert grammar is None or requests[0].grammar_param == field
 
 
 @pytest.mark.parametrize("where", [CHAT, RAW, PLAIN], ids=["chat", "raw", "plain"])
@@ -77,6 +79,7 @@ async def test_structured_outputs_is_understood_by_every_dialect(where, wanted, 
     reply, requests = await post(where, structured_outputs=wanted)
     assert reply.status_code == 200, reply.text
     assert requests[0].grammar == grammar
+    assert requests[0].grammar_param == f"structured_outputs.{next(iter(wanted))}"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from penstock.core.grammar import GrammarKind, GrammarSpec
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, ToolChoice, ToolMode
 from penstock.core.tools import add_calls
+from penstock.engine.grammar.compile import refusal
 from penstock.text.reading import ReadingConfig, make_reading
 from penstock.text.service import TextService
 from tests.unit.text.scripted_engine import ScriptedEngine, Sink, TickingClock, last, make_info, tokens
@@ -192,6 +193,29 @@ async def test_what_cannot_be_read_is_refused_before_the_engine_hears_of_it(conf
         await answer(made, **fields)
     assert refused.value.param == param
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": ToolChoice(ToolMode.REQUIRED)}, "tools"),
+        ({"grammar": GrammarSpec(kind=GrammarKind.REGEX, source="a"), "tools": ()}, "structured_outputs"),
+        (
+            {
+                "grammar": GrammarSpec(kind=GrammarKind.JSON_OBJECT),
+                "grammar_param": "response_format",
+            },
+            "response_format",
+        ),
+    ],
+)
+async def test_a_grammar_that_cannot_be_enforced_is_told_of_the_field_that_asked_for_it(fields, param):
+    made, engine = service(CALL)
+    engine.refusal = refusal(GrammarSpec(kind=GrammarKind.REGEX, source="a"), "why")
+    with pytest.raises(InvalidParameterError) as refused:
+        await answer(made, **fields)
+    assert (refused.value.code, refused.value.param) == ("invalid_grammar", param)
+    assert refused.value.message.startswith(f"{param} holds a ")
 
 
 def lark_of(reading, **fields):

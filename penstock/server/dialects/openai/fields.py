@@ -342,12 +342,14 @@ def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) 
     catalog = call.services.catalog
     wanted = None if fields.model is None else ModelName(fields.model)
     client = catalog.resolve(wanted)
+    asked = grammar_of(fields)
     return GenerateRequest(
         request_id=call.new_engine_id(),
         client_request_id=call.request_id,
         model=client.card.name if wanted is None else wanted,
         params=params,
-        grammar=grammar_of(fields),
+        grammar=asked.spec,
+        grammar_param=asked.param,
         priority=Priority[(fields.priority or "interactive").upper()],
         tenant_id=call.tenant_id,
         cache_salt=fields.cache_salt or "",

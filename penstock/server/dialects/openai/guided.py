@@ -9,7 +9,14 @@ from typing import Annotated, Final, Literal
 from pydantic import ConfigDict, Field
 
 from penstock.core.errors import InvalidParameterError
-from penstock.core.grammar import MAX_CHOICES, MAX_GRAMMAR_BYTES, GrammarKind, GrammarSpec, validate_grammar
+from penstock.core.grammar import (
+    MAX_CHOICES,
+    MAX_GRAMMAR_BYTES,
+    AskedGrammar,
+    GrammarKind,
+    GrammarSpec,
+    validate_grammar,
+)
 from penstock.server.validation import Flag, Text, WireModel
 
 MAX_NAME_CHARS: Final = 256
@@ -109,7 +116,7 @@ Named = dict[str, GrammarSpec]
 """Grammars by the field that asks for them."""
 
 
-def grammar_of(fields: GuidedFields) -> GrammarSpec | None:
+def grammar_of(fields: GuidedFields) -> AskedGrammar:
     """The one grammar that a request asks for.
 
     Raises:
@@ -121,18 +128,18 @@ def grammar_of(fields: GuidedFields) -> GrammarSpec | None:
     if fields.structured_outputs is not None:
         asked |= of_structured_outputs(fields.structured_outputs)
     if fields.guided_json is not None:
-        asked["guided_json"] = json_spec(GrammarKind.JSON_SCHEMA, fields.guided_json)
+        asked["guided_json"] = GrammarSpec.of(GrammarKind.JSON_SCHEMA, fields.guided_json)
     if fields.guided_regex is not None:
         asked["guided_regex"] = GrammarSpec(kind=GrammarKind.REGEX, source=fields.guided_regex)
     if fields.guided_choice is not None:
-        asked["guided_choice"] = json_spec(GrammarKind.CHOICE, fields.guided_choice)
+        asked["guided_choice"] = GrammarSpec.of(GrammarKind.CHOICE, fields.guided_choice)
     if fields.guided_grammar is not None:
         asked["guided_grammar"] = GrammarSpec(kind=GrammarKind.GRAMMAR, source=fields.guided_grammar)
     return only_one(asked)
 
 
-def only_one(asked: Named) -> GrammarSpec | None:
-    """The grammar of the one field that asks for any.
+def only_one(asked: Named) -> AskedGrammar:
+    """The grammar of the one field that asks for any, or none.
 
     Raises:
         InvalidParameterError: names two fields that both do, or what is wrong with the one.
@@ -144,15 +151,8 @@ def only_one(asked: Named) -> GrammarSpec | None:
         )
     for name, spec in asked.items():
         validate_grammar(spec, param=name)
-        return spec
-    return None
-
-
-def json_spec(kind: GrammarKind, value: object) -> GrammarSpec:
-    """A grammar whose source is JSON: text as it came, data encoded."""
-    if isinstance(value, str):
-        return GrammarSpec(kind=kind, source=value)
-    return GrammarSpec.of_json(kind, value)
+        return AskedGrammar(spec=spec, param=name)
+    return AskedGrammar()
 
 
 def _of_response_format(wanted: ResponseFormat) -> Named:
@@ -163,10 +163,10 @@ def _of_response_format(wanted: ResponseFormat) -> Named:
         schema = None if wanted.json_schema is None else wanted.json_schema.schema_
         if schema is None:
             return {"response_format": GrammarSpec(kind=GrammarKind.JSON_OBJECT)}
-        return {"response_format": json_spec(GrammarKind.JSON_SCHEMA, schema)}
+        return {"response_format": GrammarSpec.of(GrammarKind.JSON_SCHEMA, schema)}
     if wanted.type == "structural_tag":
         tag = wanted.model_dump(by_alias=True, exclude_none=True)
-        return {"response_format": json_spec(GrammarKind.STRUCTURAL_TAG, tag)}
+        return {"response_format": GrammarSpec.of(GrammarKind.STRUCTURAL_TAG, tag)}
     return {}
 
 
@@ -199,17 +199,17 @@ def of_structured_outputs(wanted: StructuredOutputs) -> Named:
     """
     asked: Named = {}
     if wanted.json_ is not None:
-        asked["structured_outputs.json"] = json_spec(GrammarKind.JSON_SCHEMA, wanted.json_)
+        asked["structured_outputs.json"] = GrammarSpec.of(GrammarKind.JSON_SCHEMA, wanted.json_)
     if wanted.regex is not None:
         asked["structured_outputs.regex"] = GrammarSpec(kind=GrammarKind.REGEX, source=wanted.regex)
     if wanted.choice is not None:
-        asked["structured_outputs.choice"] = json_spec(GrammarKind.CHOICE, wanted.choice)
+        asked["structured_outputs.choice"] = GrammarSpec.of(GrammarKind.CHOICE, wanted.choice)
     if wanted.grammar is not None:
         asked["structured_outputs.grammar"] = GrammarSpec(kind=GrammarKind.GRAMMAR, source=wanted.grammar)
     if wanted.json_object:
         asked["structured_outputs.json_object"] = GrammarSpec(kind=GrammarKind.JSON_OBJECT)
     if wanted.structural_tag is not None:
-        asked["structured_outputs.structural_tag"] = json_spec(
+        asked["structured_outputs.structural_tag"] = GrammarSpec.of(
             GrammarKind.STRUCTURAL_TAG, wanted.structural_tag
         )
     if not asked:
