@@ -1,68 +1,414 @@
-"""Norms, rotations, activations and embeddings."""
+"""Norms, rotation, activations, embedding: one read and one write of each value, computed in float32.
 
+Every row is computed by itself and in one order, so that all of these serve the deterministic mode too.
+Letters: T tokens, H heads, D head size, R rotated part of a head, I features.
+"""
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
+from triton import cdiv, next_power_of_2
 
-from penstock.kernels.eager import dense
+from penstock.kernels.triton.launch import narrow
+
+FEATURES_PER_WARP = 256
+"""Eight values a thread: one load of 16 bytes of bfloat16."""
+MAX_WARPS = 16
+TILE = 1024
+"""Values that one program of an activation computes; also the least that one program of a norm does."""
+NO_ACTIVATION, SILU, GELU_ERF, GELU_TANH = (tl.constexpr(i) for i in range(4))
+
+
+def _num_warps(num_values: int) -> int:
+    return max(1, min(MAX_WARPS, num_values // FEATURES_PER_WARP))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., I] as [T, I] with features side by side."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+@triton.jit
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    """Of float32; by the exponential of a negative number, which cannot overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def tanh(x: tl.tensor) -> tl.tensor:
+    """Of float32, good to a few roundings: a series near 0, where the quotient would lose digits."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - small) / (1.0 + small)
+    far = tl.where(x >= 0, quotient, -quotient)
+    near = tl.where(tl.abs(x) < 0.25, x, 0.0)
+    square = near * near
+    series = 62.0 / 2835 * square - 17.0 / 315
+    series = (series * square + 2.0 / 15) * square - 1.0 / 3
+    return tl.where(tl.abs(x) < 0.25, near + near * square * series, far)
+
+
+@triton.jit
+def _gelu(x: tl.tensor, TANH: tl.constexpr) -> tl.tensor:
+    """Of float32. Since 0.5 (1 + tanh(u)) is sigmoid(2 u), the tanh form needs no tanh."""
+    if TANH:
+        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    summed: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
+    offset: tl.tensor,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < width)
+    wide = tl.load(x + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        wide += tl.load(residual + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        # The norm is of the sum as the next layer sees it.
+        rounded = narrow(wide, summed.dtype.element_ty)
+        tl.store(summed + rows * width + cols, rounded, mask=mask)
+        wide = rounded.to(tl.float32)
+    mean_square = tl.sum(wide * wide, axis=1)[:, None] / width
+    factor = tl.load(weight + cols, mask=cols < width, other=0.0).to(tl.float32) + offset
+    normed = wide / tl.sqrt(mean_square + eps) * factor
+    tl.store(out + rows * width + cols, narrow(normed, out.dtype.element_ty), mask=mask)
+
+
+def _launch_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
+    flat, width = _rows(x), x.shape[-1]
+    other = flat if residual is None else _rows(residual)
+    out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    summed = out if residual is None else torch.empty_like(out)
+    block = next_power_of_2(width)
+    rows = max(1, TILE // block)
+    if out.numel():
+        _rms_norm_kernel[(cdiv(flat.shape[0], rows),)](
+            flat,
+            other,
+            weight,
+            out,
+            summed,
+            flat.shape[0],
+            width,
+            flat.stride(0),
+            other.stride(0),
+            eps,
+            weight_offset,
+            HAS_RESIDUAL=residual is not None,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=_num_warps(rows * block),
+        )
+    return out.view(x.shape), summed.view(x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:
     """As `ops.rms_norm`."""
-    return dense.rms_norm(x, weight, eps=eps, weight_offset=weight_offset)
+    return _launch_rms_norm(x, None, weight, eps=eps, weight_offset=weight_offset)[0]
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.add_rms_norm`."""
-    summed = x + residual
-    return rms_norm(summed, weight, eps=eps, weight_offset=weight_offset), summed
+    """As `ops.add_rms_norm`, in one pass over the rows."""
+    return _launch_rms_norm(x, residual, weight, eps=eps, weight_offset=weight_offset)
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    wide = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(mask, wide - tl.sum(wide, axis=0) / width, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / width
+    factor = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
+    normed = centred / tl.sqrt(variance + eps) * factor + shift
+    tl.store(out + row * width + cols, narrow(normed, out.dtype.element_ty), mask=mask)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
     """As `ops.layer_norm`."""
-    return functional.layer_norm(x, weight.shape, weight, bias, eps)
+    flat, width = _rows(x), x.shape[-1]
+    out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    block = next_power_of_2(width)
+    if out.numel():
+        _layer_norm_kernel[(flat.shape[0],)](
+            flat, weight, bias, out, width, flat.stride(0), eps, BLOCK=block, num_warps=_num_warps(block)
+        )
+    return out.view(x.shape)
+
+
+@triton.jit
+def _angles_kernel(
+    positions: tl.tensor,
+    frequencies: tl.tensor,
+    out: tl.tensor,
+    half: tl.tensor,
+    FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    # The angle is a float32 product; its cosine is taken in float64: a float32 angle of 100,000 turned to
+    # float32's own cosine is right to some roundings only where the argument is reduced with care.
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK)
+    mask = dims < half
+    position = tl.load(positions + token).to(tl.float32)
+    angle = (position * tl.load(frequencies + dims, mask=mask, other=0.0)).to(tl.float64)
+    at = out + token * 2 * half + dims
+    tl.store(at, (tl.cos(angle) * FACTOR).to(tl.float32), mask=mask)
+    tl.store(at + half, (tl.sin(angle) * FACTOR).to(tl.float32), mask=mask)
 
 
 def rope_angles(positions: Tensor, frequencies: Tensor, *, factor: float) -> Tensor:
     """As `ops.rope_angles`."""
-    return dense.rope_angles(positions, frequencies, factor=factor)
+    num_tokens, half = positions.shape[0], frequencies.shape[0]
+    out = torch.empty(num_tokens, 2 * half, dtype=torch.float32, device=positions.device)
+    if num_tokens:
+        _angles_kernel[(num_tokens,)](
+            positions, frequencies, out, half, FACTOR=factor, BLOCK=next_power_of_2(half), num_warps=1
+        )
+    return out
+
+
+@triton.jit
+def _rope_kernel(
+    x: tl.tensor,
+    angles: tl.tensor,
+    out: tl.tensor,
+    num_heads: tl.tensor,
+    half: tl.tensor,
+    passed: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    PASSED: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    dims = tl.arange(0, HALF)[None, :]
+    mask = (heads < num_heads) & (dims < half)
+    cos = tl.load(angles + token * 2 * half + dims, mask=dims < half, other=0.0)
+    sin = tl.load(angles + token * 2 * half + half + dims, mask=dims < half, other=0.0)
+    source = x + token * token_stride + heads * head_stride
+    target = out + (token * num_heads + heads) * (2 * half + passed)
+    first = tl.load(source + dims, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + half + dims, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + dims, narrow(first * cos - second * sin, out.dtype.element_ty), mask=mask)
+    tl.store(target + half + dims, narrow(second * cos + first * sin, out.dtype.element_ty), mask=mask)
+    if PASSED:
+        rest = tl.arange(0, PASSED)[None, :]
+        mask = (heads < num_heads) & (rest < passed)
+        kept = tl.load(source + 2 * half + rest, mask=mask, other=0.0)
+        tl.store(target + 2 * half + rest, kept, mask=mask)
 
 
 def rope(x: Tensor, angles: Tensor) -> Tensor:
-    """As `ops.rope`."""
-    return dense.rope(x, angles)
+    """As `ops.rope`; one read and one write, as much as turning in place would take."""
+    num_tokens, num_heads, head_dim = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = angles.shape[1] // 2
+    block = next_power_of_2(half)
+    heads = min(next_power_of_2(num_heads), max(1, 2 * TILE // block))
+    passed = head_dim - 2 * half
+    if num_tokens:
+        _rope_kernel[(num_tokens, cdiv(num_heads, heads))](
+            x,
+            angles,
+            out,
+            num_heads,
+            half,
+            passed,
+            x.stride(0),
+            x.stride(1),
+            HEADS=heads,
+            HALF=block,
+            PASSED=next_power_of_2(passed) if passed else 0,
+        )
+    return out
+
+
+@triton.jit
+def _activation_kernel(
+    gate: tl.tensor,
+    up: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    wide = tl.load(gate + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    wide = activate(wide, ACTIVATION)
+    if HAS_UP:
+        wide *= tl.load(up + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * width + cols, narrow(wide, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """SILU, GELU_ERF or GELU_TANH of float32."""
+    if ACTIVATION == SILU:
+        return x * sigmoid(x)
+    return _gelu(x, TANH=ACTIVATION == GELU_TANH)
+
+
+def _launch_activation(gate: Tensor, up: Tensor | None, activation: tl.constexpr) -> Tensor:
+    flat, width = _rows(gate), gate.shape[-1]
+    other = flat if up is None else _rows(up)
+    out = torch.empty(flat.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        _activation_kernel[(flat.shape[0], cdiv(width, TILE))](
+            flat,
+            other,
+            out,
+            width,
+            flat.stride(0),
+            other.stride(0),
+            ACTIVATION=activation,
+            HAS_UP=up is not None,
+            BLOCK=min(TILE, next_power_of_2(width)),
+        )
+    return out.view(gate.shape)
 
 
 def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
     """As `ops.silu_and_mul`."""
-    return functional.silu(gate).mul_(up)
-
-
-def gelu(x: Tensor, *, tanh: bool) -> Tensor:
-    """As `ops.gelu`."""
-    return functional.gelu(x, approximate="tanh" if tanh else "none")
+    return _launch_activation(gate, up, SILU)
 
 
 def gelu_and_mul(gate: Tensor, up: Tensor, *, tanh: bool) -> Tensor:
     """As `ops.gelu_and_mul`."""
-    return gelu(gate, tanh=tanh).mul_(up)
+    return _launch_activation(gate, up, GELU_TANH if tanh else GELU_ERF)
+
+
+def gelu(x: Tensor, *, tanh: bool) -> Tensor:
+    """As `ops.gelu`."""
+    return _launch_activation(x, None, GELU_TANH if tanh else GELU_ERF)
+
+
+@triton.jit
+def _embedding_kernel(
+    token_ids: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    scale: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(token_ids + token)
+    # An id out of range is a bug elsewhere; it must not read what is not the table's.
+    is_known = (row >= 0) & (row < num_rows)
+    wide = tl.load(weight + row * stride + cols, mask=is_known & (cols < width), other=0.0).to(tl.float32)
+    tl.store(out + token * width + cols, narrow(wide * scale, out.dtype.element_ty), mask=cols < width)
 
 
 def embedding(token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
     """As `ops.embedding`."""
-    rows = weight.index_select(0, token_ids)
-    return rows if scale == 1.0 else rows.mul_(scale)
+    num_rows, width = weight.shape
+    out = torch.empty(token_ids.shape[0], width, dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        _embedding_kernel[(token_ids.shape[0], cdiv(width, TILE))](
+            token_ids,
+            weight,
+            out,
+            num_rows,
+            width,
+            weight.stride(0),
+            scale,
+            BLOCK=min(TILE, next_power_of_2(width)),
+        )
+    return out
+
+
+@triton.jit
+def _softcap_kernel(x: tl.tensor, num_values: tl.tensor, cap: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_values
+    value = tl.load(x + at, mask=mask, other=0.0)
+    tl.store(x + at, cap * tanh(value / cap), mask=mask)
 
 
 def softcap(x: Tensor, *, cap: float) -> Tensor:
-    """As `ops.softcap`, in place."""
-    return x.div_(cap).tanh_().mul_(cap)
+    """As `ops.softcap`, in place where x is contiguous."""
+    x = x.contiguous()
+    if x.numel():
+        _softcap_kernel[(cdiv(x.numel(), TILE),)](x, x.numel(), cap, BLOCK=TILE)
+    return x
+
+
+@triton.jit
+def _not_finite_kernel(
+    x: tl.tensor, flags: tl.tensor, stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    found = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, WIDTH, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        value = tl.load(x + row * stride + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+        # NaN compares false, so that it is found like infinity.
+        found |= tl.where(tl.abs(value) < float("inf"), 0, 1)
+    tl.store(flags + row, tl.max(found, axis=0).to(tl.int8))
+
+
+def not_finite(x: Tensor) -> Tensor:
+    """Which rows hold NaN or infinity, on the device and without waiting for it.
+
+    Args:
+        x: [T, I].
+
+    Returns:
+        [T] int8, 1 for a row that does.
+    """
+    flat = _rows(x)
+    flags = torch.empty(flat.shape[0], dtype=torch.int8, device=x.device)
+    if flags.numel():
+        block = min(4 * TILE, next_power_of_2(flat.shape[1]))
+        _not_finite_kernel[(flat.shape[0],)](flat, flags, flat.stride(0), WIDTH=flat.shape[1], BLOCK=block)
+    return flags
 
 
 def rows_not_finite(x: Tensor) -> list[int]:
-    """As `ops.rows_not_finite`, by a row's largest and smallest number, both NaN if any is."""
-    # A sum would overflow for large numbers that are finite.
-    are_finite = x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
-    found: list[int] = (~are_finite).nonzero().flatten().tolist()
+    """As `ops.rows_not_finite`; waits for the device."""
+    found: list[int] = not_finite(x).nonzero().flatten().tolist()
     return found

@@ -38,3 +38,18 @@ def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Float32 rounded to the nearest number of `dtype`, to the even of two, as torch does.
+
+    The interpreter would cut a bfloat16 off: there the float32 is rounded in its bits first, so that nothing
+    is left to cut. NaN and infinity pass as they are.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        bits = tl.where(tl.abs(value) < float("inf"), rounded, bits)
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return value.to(dtype)
