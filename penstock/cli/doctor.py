@@ -100,8 +100,6 @@ def measure_read_bandwidth() -> float:
 def _torch_findings() -> list[Finding]:
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    gpu = ", ".join(gpus) + " (not used by this version)" if gpus else "none"
     bandwidth = measure_read_bandwidth()
     return [
         Finding(name="threads", value=f"{torch.get_num_threads()} compute"),
@@ -110,8 +108,21 @@ def _torch_findings() -> list[Finding]:
             value=f"{bandwidth / 1e9:.1f} GB/s measured: a step with 1 GiB of weights takes at least "
             f"{(1 << 30) / bandwidth * 1e3:.0f} ms",
         ),
-        Finding(name="GPU", value=gpu),
+        gpu_finding(),
     ]
+
+
+def gpu_finding() -> Finding:
+    """What `--device cuda` would find, or what it would miss and what runs instead."""
+    import torch
+
+    from penstock.kernels.devices import why_no_cuda, why_no_triton
+
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    missing = why_no_cuda() or why_no_triton()
+    if missing is not None:
+        return Finding(name="GPU", value=f"{gpus or 'none'}: {missing}; models run on the CPU")
+    return Finding(name="GPU", value=f"{gpus}: what auto takes for --device, with the triton kernels")
 
 
 def _version(package: str) -> str | None:

@@ -174,6 +174,7 @@ async def open_named(
             model_revision=source.revision,
             dtype=options.dtype,
             kernels=options.kernels,
+            device=options.device,
             quantization=options.quantization,
             scheduler=with_room(SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)),
         )

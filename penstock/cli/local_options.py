@@ -10,6 +10,7 @@ class LocalOptions:
 
     dtype: str = "auto"
     kernels: str = "auto"
+    device: str = "auto"
     quantization: str = "none"
     max_num_seqs: int = 64
 

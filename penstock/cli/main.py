@@ -88,6 +88,7 @@ def run(
     model: Annotated[str | None, Parameter(help="Folder or hub id; without one, the embedded model.")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     quantization: Literal["none", "int8", "int4"] = "none",
     max_num_seqs: Annotated[
         int, setting("Most sequences in one step.", allowed=Range(low=1, high=4096))
@@ -97,7 +98,9 @@ def run(
     from penstock.cli.commands import run_batch
     from penstock.cli.local_options import LocalOptions
 
-    options = LocalOptions(dtype=dtype, kernels=kernels, quantization=quantization, max_num_seqs=max_num_seqs)
+    options = LocalOptions(
+        dtype=dtype, kernels=kernels, device=device, quantization=quantization, max_num_seqs=max_num_seqs
+    )
     return run_batch(model, source=source, target=target, options=options)
 
 

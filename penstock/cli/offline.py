@@ -72,6 +72,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "model": (str, Path, NONE),
     "dtype": (str,),
     "kernels": (str,),
+    "device": (str,),
     "quantization": (str, NONE),
     "quantization_group_size": (int,),
     "quantization_activations": (str,),
@@ -114,6 +115,7 @@ SCHEDULER_ARGUMENTS: Final = (
 ENGINE_ARGUMENTS: Final = (
     "dtype",
     "kernels",
+    "device",
     "quantization_group_size",
     "quantization_activations",
     "deterministic",
@@ -148,6 +150,7 @@ class LLM:
         model: folder, hub id, or None for the embedded model.
         dtype: `auto`, `float32` or `bfloat16`.
         kernels: `auto`, `native`, `eager` or `reference`.
+        device: `auto` (CUDA where it can be used, else the CPU), `cpu` or `cuda`.
         quantization: None, `none`, `int8` or `int4`: how weights of products are rounded at load.
         quantization_group_size: inputs that share a scale in int4: 32, 64 or 128.
         quantization_activations: `int8` rounds the inputs of quantized products too; `bf16` does not.
@@ -190,6 +193,7 @@ class LLM:
         *,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
         quantization: Literal["none", "int8", "int4"] | None = None,
         quantization_group_size: int = 128,
         quantization_activations: Literal["int8", "bf16"] = "int8",

@@ -14,7 +14,6 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "q": "write --quantization",
     "load_format": "the format of the weights is read from the files",
     "gpu_memory_utilization": _NO_DEVICE,
-    "device": _NO_DEVICE,
     "swap_space": "preemption recomputes; there is no swap space",
     "cpu_offload_gb": _NO_DEVICE,
     "pipeline_parallel_size": _ONE_RANK,

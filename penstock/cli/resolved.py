@@ -66,6 +66,7 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
     rows = (
         ("parameters", f"{info.num_parameters:,}", info.architecture),
         ("dtype", info.dtype, _asked(settings.dtype, otherwise="the checkpoint's")),
+        ("device", info.device, info.device_detail),
         (
             "kernels",
             f"{info.kernels} ({info.kernels_detail})" if info.kernels_detail else info.kernels,

@@ -64,6 +64,10 @@ class ServeSettings:
             "Kernel set; native is C++ for bfloat16, eager fast torch, reference exact, triton for CUDA."
         ),
     ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        setting("Where the model computes; auto takes CUDA where torch sees a device and Triton is there."),
+    ] = "auto"
     quantization: Annotated[
         Literal["none", "int8", "int4"],
         setting("Round the weights of products at load: int8 has a scale an output, int4 one a group."),
@@ -273,6 +277,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         model_revision=model_revision,
         dtype=settings.dtype,
         kernels=settings.kernels,
+        device=settings.device,
         quantization=settings.quantization,
         quantization_group_size=settings.quantization_group_size,
         quantization_activations=settings.quantization_activations,

@@ -189,6 +189,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int = 1
     deterministic: bool = False
     device: str
+    """As torch calls it: `cpu`, `cuda:0`."""
+    device_detail: str = ""
+    """The chip, and why this device was chosen."""
     vocab_size: int
     hidden_size: int = 0
     """Numbers in a vector of `Pooling`."""

@@ -47,7 +47,9 @@ from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.spec.draft_model import DraftModel
 from penstock.engine.spec.ngram import NgramProposer
 from penstock.engine.spec.vocabulary import check_same_tokens
+from penstock.kernels.adapters import AdapterWeights, LowRankPair
 from penstock.kernels.cpu.extension import default_num_threads
+from penstock.kernels.devices import choose_device
 from penstock.kernels.ops import kv_block, prepare_adapter
 from penstock.kernels.options import KernelOptions, KvCacheDtype
 from penstock.kernels.quantization import Activations, Method, Quantization
@@ -76,6 +78,7 @@ def build_core(
     num_threads = config.num_threads or default_num_threads()
     torch.set_num_threads(num_threads)
     began_s = time.monotonic()
+    chosen = choose_device(config.device, kernels=config.kernels)
     compiler = GrammarCompiler(Path(config.model_path))
     warming = threading.Thread(target=compiler.warm_up, name="penstock-vocabulary", daemon=True)
     if config.warmup:
@@ -84,7 +87,7 @@ def build_core(
         Path(config.model_path),
         dtype=config.dtype,
         kernels=config.kernels,
-        device=config.device,
+        device=chosen.device,
         max_model_len=config.max_model_len,
         options=kernel_options(config, num_threads=num_threads),
         on_progress=on_progress,
@@ -94,7 +97,13 @@ def build_core(
     load_time_s = time.monotonic() - began_s
     draft_model = _load_draft(config, loaded, num_threads=num_threads)
     core = _join(
-        config, loaded, draft_model=draft_model, compiler=compiler, load_time_s=load_time_s, faults=faults
+        config,
+        loaded,
+        draft_model=draft_model,
+        compiler=compiler,
+        load_time_s=load_time_s,
+        faults=faults,
+        device_detail=chosen.detail,
     )
     if config.warmup:
         warming.join()
@@ -111,7 +120,7 @@ def _load_draft(config: EngineConfig, target: LoadedModel, *, num_threads: int) 
         path,
         dtype=str(target.dtype).removeprefix("torch."),
         kernels=target.kernels.name,
-        device=config.device,
+        device=target.device,
         max_model_len=target.max_model_len,
         options=kernel_options(config, num_threads=num_threads),
         kernel_set=target.kernels,
@@ -175,6 +184,7 @@ def _join(
     compiler: GrammarCompiler,
     load_time_s: float,
     faults: FaultPoints | None,
+    device_detail: str,
 ) -> EngineCore:
     layout = make_cache_layout(loaded.model.layer_windows)
     limits = _resolved_limits(config, loaded)
@@ -233,6 +243,7 @@ def _join(
             load_time_s=load_time_s,
             warmup_time_s=warmup_time_s,
             adapters=() if adapters is None else tuple(adapters.reports()),
+            device_detail=device_detail,
         ),
         adapters=adapters,
         is_async=bool(limits.async_scheduling),
@@ -257,10 +268,16 @@ def _adapter_host(config: LoraConfig, loaded: LoadedModel) -> AdapterHost | None
     host = AdapterHost(
         config,
         sites=sites,
-        prepare=partial(prepare_adapter, loaded.kernels, num_sites=len(sites.sites), dtype=loaded.dtype),
+        prepare=partial(_prepare_adapter, loaded, num_sites=len(sites.sites)),
     )
     host.load_at_start(config.modules)
     return host
+
+
+def _prepare_adapter(loaded: LoadedModel, pairs: dict[int, LowRankPair], *, num_sites: int) -> AdapterWeights:
+    """On the model's device, in the form of its kernels."""
+    placed = {site: pair.to(loaded.device) for site, pair in pairs.items()}
+    return prepare_adapter(loaded.kernels, placed, num_sites=num_sites, dtype=loaded.dtype)
 
 
 def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> list[TimedStep]:
@@ -310,6 +327,7 @@ def _info(
     load_time_s: float,
     warmup_time_s: float,
     adapters: tuple[AdapterReport, ...],
+    device_detail: str,
 ) -> EngineInfo:
     return EngineInfo(
         architecture=loaded.architecture,
@@ -322,7 +340,8 @@ def _info(
         kv_cache_dtype=str(loaded.kv_dtype).removeprefix("torch."),
         num_threads=config.num_threads or default_num_threads(),
         deterministic=config.deterministic,
-        device=config.device,
+        device=str(loaded.device),
+        device_detail=device_detail,
         vocab_size=loaded.model.vocab_size,
         hidden_size=loaded.config.shape.hidden_size,
         labels=loaded.labels,

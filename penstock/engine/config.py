@@ -9,6 +9,7 @@ import msgspec
 from penstock.core.errors import StartupError
 
 DTYPES: Final = ("auto", "float32", "bfloat16")
+DEVICES: Final = ("auto", "cpu", "cuda")
 KERNELS: Final = ("auto", "native", "reference", "eager", "triton")
 QUANTIZATIONS: Final = ("none", "int8", "int4")
 QUANTIZATION_GROUP_SIZES: Final = (32, 64, 128)
@@ -163,8 +164,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Inputs that share a scale in int4: 32, 64 or 128."""
     quantization_activations: str = "int8"
     """`int8` rounds the inputs of quantized products too, with a scale a token; `bf16` does not."""
-    device: str = "cpu"
-    """Only `cpu` in this version."""
+    device: str = "auto"
+    """`auto` (CUDA where torch sees a device and Triton is installed, else the CPU), `cpu` or `cuda`."""
     num_threads: int | None = None
     """Threads of the compute pool; None takes the CPUs this process may use, or
     what `OMP_NUM_THREADS` says."""
@@ -207,7 +208,7 @@ def validate_engine_config(config: EngineConfig) -> None:
     sched = config.scheduler
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("kernels", config.kernels, KERNELS)
-    _one_of("device", config.device, ("cpu",))
+    _one_of("device", config.device, DEVICES)
     _check_quantization(config)
     _one_of("kv_cache_dtype", config.kv.cache_dtype, KV_CACHE_DTYPES)
     _one_of("isa", config.isa, ISAS)

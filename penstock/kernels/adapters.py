@@ -10,9 +10,10 @@ of many adapters without padding: Sheng et al., S-LoRA, 2023, section 5, and Che
 2023, section 4.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,12 @@ class LowRankPair:
     def rank(self) -> int:
         """Rows of A."""
         return self.a.shape[0]
+
+    def to(self, device: torch.device) -> "LowRankPair":
+        """The same on a device; itself if it is there."""
+        if self.a.device == self.b.device == device:
+            return self
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
 
 
 class AdapterWeights(Protocol):

@@ -5,7 +5,7 @@ takes the very same integers and scales, so that nothing is rounded twice. What 
 dequantized instead and goes the way of every other weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class RoundedWeight:
         assert self.scales.shape == shape, (self.scales.shape, shape)
         assert self.scales.dtype == (torch.float32 if is_int8 else torch.float16), self.scales.dtype
         assert self.scales.is_contiguous()
+
+    def to(self, device: torch.device) -> "RoundedWeight":
+        """The same on a device; itself if it is there."""
+        if self.values.device == device:
+            return self
+        return replace(self, values=self.values.to(device), scales=self.scales.to(device))
 
     def dequantized(self) -> Tensor:
         """[O, I] float32, exact: each product has fewer digits than a float32."""

@@ -169,5 +169,7 @@ class Rope:
 
     def angles(self, positions: Tensor) -> RopeAngles:
         """Angles of a step's positions [T] int64, 0 or more."""
+        if positions.is_cuda and not self._frequencies.is_cuda:  # once, before any step that is captured
+            self._frequencies = self._frequencies.to(positions.device)
         values = ops.rope_angles(self._kernels, positions, self._frequencies, factor=self._factor)
         return RopeAngles(kernels=self._kernels, values=values)

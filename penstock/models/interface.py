@@ -13,6 +13,7 @@ from torch import Tensor
 
 from penstock.kernels.adapters import LoraSites
 from penstock.kernels.batch import ForwardBatch, KvShape
+from penstock.kernels.devices import CPU
 from penstock.kernels.ops import KernelSet
 from penstock.models.config import DecoderShape
 
@@ -106,6 +107,16 @@ class LoadedModel:
     """Where adapters may act; None if they are not enabled."""
     labels: tuple[str, ...] = ()
     """Classes that the head scores; empty if it scores the vocabulary."""
+    device: torch.device = CPU
+    """Where weights, KV and activations are."""
+
+    @property
+    def is_queued(self) -> bool:
+        """True if passes run behind a queue: what they give is there when an event says so.
+
+        Triton's interpreter on the CPU plays the device, so that tests take the same path.
+        """
+        return self.device != CPU or self.kernels.name == "triton"
 
     def kv_shape(self, *, block_size: int) -> KvShape:
         """What a KV block of one layer holds."""

@@ -15,6 +15,7 @@ import torch
 from penstock.core.errors import StartupError
 from penstock.kernels.adapters import LoraSites
 from penstock.kernels.batch import KvShape
+from penstock.kernels.devices import CPU
 from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.quantization import Quantization
@@ -89,7 +90,7 @@ def load_model(
     *,
     dtype: str = "auto",
     kernels: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = CPU,
     max_model_len: int | None = None,
     options: KernelOptions = DEFAULT_OPTIONS,
     on_progress: Progress | None = None,
@@ -101,20 +102,21 @@ def load_model(
         path: folder with `config.json` and safetensors, or a `.gguf` file.
         dtype: `auto` (float32 if all weights are, else bfloat16), `float32` or `bfloat16`.
         kernels: a name of `kernels.registry`, or `auto`.
-        device: `cpu`.
+        device: where its tensors are put; its type is one that the kernels run on.
         max_model_len: longest context to serve, in tokens; None for the model's own.
         options: quantization, threads and what else the kernels are told.
         on_progress: told after each tensor.
         kernel_set: of another model, on whose threads this one is to run; None makes one.
 
     Returns:
-        The model; weights whose dtype matches are mapped from the files, without a copy.
+        The model; on the CPU, weights whose dtype matches are mapped from the files, without a copy.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged.
         UnsupportedModelError: the architecture or an option of it is not built here.
         StartupError: an argument is out of range.
     """
+    device = torch.device(device)
     reader, checkpoint = open_model(path)
     architecture = read_architecture(reader)
     build = find_model(architecture)
@@ -124,10 +126,10 @@ def load_model(
     shape = _checked_shape(build, reader, check=check, num_labels=len(labels))
     options = replace(options, head_dim=shape.head_dim)
     if kernel_set is None:
-        kernel_set = select_kernels(kernels, device=device, dtype=torch_dtype, options=options)
+        kernel_set = select_kernels(kernels, device=device.type, dtype=torch_dtype, options=options)
     served_len = _max_model_len(max_model_len, shape.max_position_embeddings)
     weights = _tracked_weights(checkpoint, dtype=torch_dtype, total=check.file_bytes, on_progress=on_progress)
-    weights.is_packed = kernel_set.copies_weights
+    weights.is_packed, weights.device = kernel_set.copies_weights, device
     sites = LoraSites() if options.enable_lora else None
     parts = Parts(
         weights=weights,
@@ -153,6 +155,7 @@ def load_model(
         max_model_len=served_len,
         sites=sites,
         labels=labels,
+        device=device,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from penstock.core.errors import CheckpointError
 from penstock.kernels import ops
 from penstock.kernels.adapters import LoraSite, LoraSites
+from penstock.kernels.devices import CPU
 from penstock.kernels.ops import KernelSet, LinearWeight
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.kernels.rounded import RoundedWeight
@@ -43,6 +44,8 @@ class Weights:
     """The kernels copy what they read often: pages of the files are not filled ahead."""
     on_tensor: Callable[[int], None] | None = None
     """Called after each tensor with the bytes taken so far, as the files count them."""
+    device: torch.device = CPU
+    """Where tensors are put, one at a time; the files' pages of what lies elsewhere are forgotten."""
     taken: set[str] = field(default_factory=set)
     num_parameters: int = 0
     """Of what was taken."""
@@ -70,7 +73,7 @@ class Weights:
         if self.is_check:
             tensor = torch.empty(shape, dtype=self.dtype, device="meta")
         else:
-            tensor = stored.read(self.dtype, fill=is_kept and not self.is_packed)
+            tensor = self._placed(stored.read(self.dtype, fill=self._fills(is_kept=is_kept)))
         self.num_dequantized += isinstance(stored, StoredMatrix)
         self.resident_bytes += tensor.nbytes if is_kept else 0
         self._count(name, shape, stored)
@@ -89,13 +92,26 @@ class Weights:
             return self.take(name, shape, is_kept=is_kept)
         weight = stored.kept(self.dtype)
         if isinstance(weight, RoundedWeight):
+            weight = weight.to(self.device)
             kind = str(weight.quantization)
             self.num_rounded[kind] = self.num_rounded.get(kind, 0) + 1
         else:
+            weight = self._placed(weight)
             self.num_dequantized += 1
             self.resident_bytes += weight.nbytes if is_kept else 0
         self._count(name, shape, stored)
         return weight
+
+    def _fills(self, *, is_kept: bool) -> bool:
+        """Whether mapped pages are read at once: they are used as they are, or copied to the device."""
+        return self.device != CPU or (is_kept and not self.is_packed)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        if self.device == CPU:
+            return tensor
+        moved = tensor.to(self.device)
+        self.checkpoint.release(tensor)
+        return moved
 
     def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         assert name not in self.taken, name

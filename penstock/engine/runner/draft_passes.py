@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from penstock.core.errors import StartupError
 from penstock.engine.kv.cache_groups import CacheGroupSpec, CacheLayout
+from penstock.engine.runner.device_batch import on_device, on_host
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
 from penstock.engine.sampling.vocabulary import Floats
@@ -58,7 +59,13 @@ class ModelPasses:
             block_size: token slots in a block.
         """
         shape = draft.kv_shape(block_size=block_size)
-        self._pool = KvPool(layout, num_blocks=num_blocks, shape=shape, block=kv_block(draft.kernels, shape))
+        self._pool = KvPool(
+            layout,
+            num_blocks=num_blocks,
+            shape=shape,
+            block=kv_block(draft.kernels, shape),
+            device=draft.device,
+        )
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._draft = draft
 
@@ -70,11 +77,12 @@ class ModelPasses:
     def run(self, sequences: Sequence[ScheduledSequence]) -> Floats:
         """See `DraftPasses`."""
         batch = self._inputs.build(sequences)
+        if self._draft.is_queued:
+            batch = on_device(batch, device=self._draft.device)
         hidden = self._draft.model.forward(batch)
         ends = batch.groups[0].query_start_loc[1:].long()
         taken = hidden if len(ends) == len(hidden) else hidden.index_select(0, ends - 1)
-        logits: Floats = self._draft.model.logits(taken).float().contiguous().numpy()
-        return logits
+        return on_host(self._draft.model.logits(taken))
 
     def move_blocks(self, *, copies: Sequence[BlockCopy], zeroed: Sequence[int]) -> None:
         """See `DraftPasses`."""

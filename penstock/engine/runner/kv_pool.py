@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from penstock.engine.kv.cache_groups import CacheLayout
+from penstock.engine.runner.device_batch import indices
 from penstock.engine.scheduler.plan import BlockCopy
 from penstock.kernels.batch import KvBlock, KvShape, KvSlab
+from penstock.kernels.devices import CPU
 
 KEYS_AND_VALUES: Final = 2
 
@@ -21,8 +23,10 @@ def bytes_per_block(layout: CacheLayout, *, block: KvBlock) -> int:
     return layout.num_slabs * KEYS_AND_VALUES * block.num_bytes
 
 
-def _lazy_zeros(shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose pages the kernel hands out at first touch (`torch.zeros` would write every byte now)."""
+def _zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the CPU the kernel hands their pages out at first touch, not all now as in `torch.zeros`."""
+    if device != CPU:
+        return torch.zeros(*shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(*shape)
 
@@ -43,20 +47,23 @@ class KvPool:
         num_blocks: int,
         shape: KvShape,
         block: KvBlock,
+        device: torch.device = CPU,
     ) -> None:
-        """Reserve the memory; its pages are touched when blocks are written.
+        """Reserve the memory; on the CPU its pages are touched when blocks are written.
 
         Args:
             layout: how layers share blocks.
             num_blocks: blocks that the scheduler may hand out, ids 0 to `num_blocks - 1`.
             shape: what a block of one layer holds.
             block: how the kernels keep it.
+            device: where the model is.
         """
+        self.device = device
         self.num_blocks = num_blocks
         self.block_size = shape.block_size
         self.scratch_block = num_blocks
         storage = (num_blocks + 1, layout.num_slabs, KEYS_AND_VALUES, *block.shape)
-        self._storage = _lazy_zeros(storage, dtype=block.dtype)
+        self._storage = _zeros(storage, dtype=block.dtype, device=device)
         self.bytes_per_block = self._storage.nbytes // (num_blocks + 1)
         self.slabs = tuple(
             KvSlab(keys=self._storage[:, slab, 0], values=self._storage[:, slab, 1], shape=shape)
@@ -66,8 +73,8 @@ class KvPool:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""
         if copies:
-            src = torch.tensor([copy.src for copy in copies])
-            dst = torch.tensor([copy.dst for copy in copies])
+            src = indices([copy.src for copy in copies], device=self.device)
+            dst = indices([copy.dst for copy in copies], device=self.device)
             self._storage[dst] = self._storage[src]
 
     def zero_blocks(self, block_ids: Sequence[int]) -> None:

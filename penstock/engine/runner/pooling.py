@@ -31,7 +31,7 @@ class PoolPart:
     is_sum: bool
     """The values of chunks are added up and divided by the number of tokens."""
     values: torch.Tensor
-    """[n] float32"""
+    """[n] float32, on the host"""
 
 
 def pool(
@@ -51,7 +51,7 @@ def pool(
             start=seq.start,
             num_tokens=len(seq.token_ids),
             is_sum=seq.pooling.kind == "mean",
-            values=_values(seq.pooling, hidden[end - len(seq.token_ids) : end], logits),
+            values=_values(seq.pooling, hidden[end - len(seq.token_ids) : end], logits).cpu(),
         )
         for seq, end in zip(sequences, ends, strict=True)
         if seq.pooling is not None

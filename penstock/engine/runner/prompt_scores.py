@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from penstock.core.text import TokenLogprobs
+from penstock.engine.runner.device_batch import on_host
 from penstock.engine.sampling.logprobs import logprobs_of_tokens
 from penstock.engine.scheduler.plan import PromptLogprobs, ScheduledSequence
 
@@ -57,5 +58,5 @@ def _scores(
     for start in range(0, len(targets), num_rows):
         part = targets[start : start + num_rows]
         first = first_row + start
-        rows = logits(hidden[first : first + len(part)]).float().contiguous().numpy()
+        rows = on_host(logits(hidden[first : first + len(part)]))
         yield from logprobs_of_tokens(rows, token_ids=part, num_top=seq.num_prompt_logprobs)

@@ -34,6 +34,7 @@ from penstock.core.errors import EngineDeadError
 from penstock.core.ids import SequenceId
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.runner.bisection import Culprit, isolate
+from penstock.engine.runner.device_batch import indices, on_device, on_host
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
@@ -145,7 +146,9 @@ class Runner:
             num_blocks=num_blocks,
             shape=shape,
             block=kv_block(loaded.kernels, shape),
+            device=loaded.device,
         )
+        self._device, self._is_queued = loaded.device, loaded.is_queued
         self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._kernels = loaded.kernels
@@ -350,6 +353,8 @@ class Runner:
         if self._faults:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
         batch = self._inputs.build(sequences, adapters=self._adapters)
+        if self._is_queued:
+            batch = on_device(batch, device=self._device)
         hidden = self._model.forward(batch)
         ends = list(accumulate(batch.groups[0].query_lens_host))
         rows = [
@@ -360,7 +365,8 @@ class Runner:
         ]
         logits = NO_LOGITS
         if rows:  # without a copy where they are all, as in a step of decodes
-            taken = hidden if len(rows) == ends[-1] else hidden.index_select(0, torch.tensor(rows))
+            is_all = len(rows) == ends[-1]
+            taken = hidden if is_all else hidden.index_select(0, indices(rows, device=self._device))
             logits = self._model.logits(taken)
         if self._faults:
             owners = [seq.seq_id for seq in sequences if seq.samples for _ in range(1 + seq.num_drafts)]
@@ -447,7 +453,7 @@ class Runner:
             row += 1 + seq.num_drafts if seq.samples else 0
         if not runs:
             return outcomes
-        rows = done.logits.float().contiguous().numpy()
+        rows = on_host(done.logits)
 
         def draw(draws: Sequence[Draw]) -> list[Outcome]:
             return self._draw_all(rows, draws=draws, masks=masks)

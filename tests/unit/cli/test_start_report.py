@@ -30,6 +30,7 @@ def info() -> EngineInfo:
         "deterministic": False,
         "labels": (),
         "device": "cpu",
+        "device_detail": "torch sees no CUDA device",
         "block_size": 16,
         "num_blocks": 1000,
         "num_cache_groups": 2,

@@ -12,6 +12,7 @@ import torch
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.runner.runner import Runner
 from penstock.kernels.batch import KvShape
+from penstock.kernels.devices import CPU
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 
 VOCAB = 16
@@ -59,6 +60,8 @@ class FakeLoaded:
     model: FakeModel
     dtype: torch.dtype = torch.float32
     kernels: ReferenceKernels = field(default_factory=ReferenceKernels)
+    device: torch.device = CPU
+    is_queued: bool = False
 
     def kv_shape(self, *, block_size):
         return KvShape(
