@@ -1,0 +1,17 @@
+"""Every family through the whole engine on the Triton kernels, interpreted: the same greedy tokens."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.oracle.checkpoints import FAMILIES, tiny_checkpoint
+from tests.oracle.greedy_engine import greedy_answers
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_device_path_answers_as_the_reference(family: str, tmp_path: Path) -> None:
+    """Chunks, mixed steps and decodes; inputs in one transfer, weights as they lie."""
+    path = tiny_checkpoint(family, tmp_path)
+    wanted = greedy_answers(path, dtype="float32", kernels="reference")
+    got = greedy_answers(path, dtype="float32", kernels="triton", device="cpu", block_size=16)
+    assert got == wanted
