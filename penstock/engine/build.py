@@ -200,20 +200,20 @@ def _join(
         max_model_len=loaded.max_model_len,
     )
     adapters = _adapter_host(config.lora, loaded)
-    runner = Runner(
-        loaded,
-        layout=layout,
-        num_blocks=num_blocks,
-        block_size=config.kv.block_size,
-        faults=faults,
-        num_adapter_slots=0 if adapters is None else config.lora.max_loras,
-        adapter_weights=None if adapters is None else adapters.weights,
-        make_drafter=_make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size),
+    drafter = _make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size)
+    ranks = LocalRank(
+        Runner(
+            loaded,
+            layout=layout,
+            num_blocks=num_blocks,
+            block_size=config.kv.block_size,
+            faults=faults,
+            num_adapter_slots=0 if adapters is None else config.lora.max_loras,
+            adapter_weights=None if adapters is None else adapters.weights,
+            make_drafter=drafter,
+        )
     )
-    ranks = LocalRank(runner)
-    began_s = time.monotonic()
-    warm_steps = _warm_up(ranks, limits) if config.warmup else []
-    warmup_time_s = time.monotonic() - began_s
+    warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = Scheduler(
         limits,
@@ -280,12 +280,15 @@ def _prepare_adapter(loaded: LoadedModel, pairs: dict[int, LowRankPair], *, num_
     return prepare_adapter(loaded.kernels, placed, num_sites=num_sites, dtype=loaded.dtype)
 
 
-def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> list[TimedStep]:
-    return ranks.warm_up(
+def _warm_up(ranks: RankGroup, limits: SchedulerConfig) -> tuple[list[TimedStep], float]:
+    """What was run, and how many seconds it took in all."""
+    began_s = time.monotonic()
+    steps = ranks.warm_up(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
     )
+    return steps, time.monotonic() - began_s
 
 
 def _proposer(config: SpeculativeConfig | None) -> Proposer | None:
