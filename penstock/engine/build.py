@@ -200,19 +200,10 @@ def _join(
         max_model_len=loaded.max_model_len,
     )
     adapters = _adapter_host(config.lora, loaded)
-    drafter = _make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size)
-    ranks = LocalRank(
-        Runner(
-            loaded,
-            layout=layout,
-            num_blocks=num_blocks,
-            block_size=config.kv.block_size,
-            faults=faults,
-            num_adapter_slots=0 if adapters is None else config.lora.max_loras,
-            adapter_weights=None if adapters is None else adapters.weights,
-            make_drafter=drafter,
-        )
+    runner = _make_runner(
+        config, loaded, layout=layout, num_blocks=num_blocks, draft=draft, adapters=adapters, faults=faults
     )
+    ranks = LocalRank(runner)
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = Scheduler(
@@ -247,6 +238,28 @@ def _join(
         ),
         adapters=adapters,
         is_async=bool(limits.async_scheduling),
+    )
+
+
+def _make_runner(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    layout: CacheLayout,
+    num_blocks: int,
+    draft: Draft | None,
+    adapters: AdapterHost | None,
+    faults: FaultPoints | None,
+) -> Runner:
+    return Runner(
+        loaded,
+        layout=layout,
+        num_blocks=num_blocks,
+        block_size=config.kv.block_size,
+        faults=faults,
+        num_adapter_slots=0 if adapters is None else config.lora.max_loras,
+        adapter_weights=None if adapters is None else adapters.weights,
+        make_drafter=_make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size),
     )
 
 
