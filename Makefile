@@ -7,7 +7,7 @@ ARGS   ?=
 BENCHMARKS := cold_start http_concurrency http_overhead kv_waste lora offline_vs_transformers prefix_sharing speculation static_batch_vs_continuous step_overhead
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients fmt lint type bench bench-peers docs sim clean
+.PHONY: help serve test test-clients fmt lint type bench bench-peers docs sim sanitize clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -65,6 +65,10 @@ docs: $(VENV)/.installed-dev ## Generate the generated pages again
 
 sim: $(VENV)/.installed-dev ## Run the simulator over 200 seeds
 	$(BIN)/python -m pytest -n 2 tests/sim
+
+sanitize: $(VENV)/.installed-dev ## Run the kernels' tests with the compiler's sanitizers (minutes; not part of make test)
+	$(BIN)/python -m tools.sanitizers address
+	$(BIN)/python -m tools.sanitizers thread
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
