@@ -87,8 +87,10 @@ def check_groups(scheduler: Scheduler, *, max_preemptions: int, max_num_seqs: in
     for group in scheduler.groups:
         require(group.num_preemptions <= max_preemptions, "a protected request was preempted")
         for seq in group.live:
-            num_known = seq.num_tokens + seq.num_inflight_drafts
+            num_known = seq.num_tokens + max(seq.num_inflight_drafts, seq.num_pending_tokens)
             require(seq.next_position <= num_known, "computed beyond what is known")
+            num_needed = seq.num_prompt_tokens + max(0, group.request.max_tokens - 1)
+            require(seq.next_position <= num_needed, "a token is computed that no answer can need")
             require(
                 seq.num_inflight_drafts < max(1, seq.num_inflight_tokens), "drafts without a token before"
             )

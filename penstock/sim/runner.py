@@ -7,7 +7,7 @@ which is checked over everything that attention would read. Faults are injected 
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ from penstock.core.ids import SequenceId
 from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
 from penstock.engine.scheduler.plan import (
+    PENDING_TOKEN,
     UNKNOWN_DRAFT,
     Pooled,
     Proposal,
@@ -133,6 +134,7 @@ class FakeRunner:
         self._num_top: dict[SequenceId, int] = {}
         self._sums: dict[SequenceId, tuple[int, int]] = {}
         """Of prompts under way whose every token counts: where they are, and the sum up to there."""
+        self._last_drawn: dict[SequenceId, int] = {}
         self.failed: set[SequenceId] = set()
         """Sequences that were made to fail."""
 
@@ -146,7 +148,8 @@ class FakeRunner:
             Proposal(entry.seq_id, self._guess(entry)) for entry in plan.sequences if has_blanks(entry)
         ]
         filled = {each.seq_id: each.token_ids for each in proposals}
-        for entry in [fill_in(entry, filled.get(entry.seq_id)) for entry in plan.sequences]:
+        known = [self._put_in_place(entry) for entry in plan.sequences]
+        for entry in [fill_in(entry, filled.get(entry.seq_id)) for entry in known]:
             failure = self._inject(entry)
             self._compute(entry, is_bad=failure is not None and failure.code == "numerical_error")
             if failure is None:
@@ -154,6 +157,7 @@ class FakeRunner:
                 pooled.extend(self._pool(entry))
             else:
                 failures.append(failure)
+        self._last_drawn = {drawn.seq_id: drawn.token_id for drawn in tokens}
         return StepResult(
             step_id=plan.step_id,
             tokens=tokens,
@@ -163,10 +167,25 @@ class FakeRunner:
             step_time_s=self._step_time_s(plan),
         )
 
+    def _put_in_place(self, entry: ScheduledSequence) -> ScheduledSequence:
+        """The entry with the token that the step before drew, if the plan could not know it."""
+        if entry.token_ids[0] != PENDING_TOKEN:
+            return entry
+        require(len(entry.token_ids) == 1, "a token that is being drawn is computed alone")
+        is_failed = entry.seq_id in self.failed
+        require(is_failed or entry.seq_id in self._last_drawn, f"sequence {entry.seq_id} awaits no token")
+        return replace(entry, token_ids=[self._last_drawn.get(entry.seq_id, 0)])
+
     def _guess(self, entry: ScheduledSequence) -> tuple[int, ...]:
         """At most as many tokens as there are blanks, by chance."""
         num_tokens = self._rng.randint(0, entry.num_drafts)
         return tuple(self._rng.randrange(self._vocab_size) for _ in range(num_tokens))
+
+    def draw(self, handle: StepResult, *, void: Container[SequenceId]) -> StepResult:
+        """The step without the draws that are void; before the next launch."""
+        for seq_id in [each for each in self._last_drawn if each in void]:
+            del self._last_drawn[seq_id]
+        return replace(handle, tokens=[drawn for drawn in handle.tokens if drawn.seq_id not in void])
 
     def collect(self, handle: StepResult) -> StepResult:
         """The outcome of a launched step."""

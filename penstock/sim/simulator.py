@@ -28,7 +28,7 @@ from penstock.sim.connector import FakeConnector
 from penstock.sim.proposer import make_proposer
 from penstock.sim.runner import FakeRunner, require
 from penstock.sim.waits import WaitBook
-from penstock.sim.workload import Arrival, Workload, make_workload
+from penstock.sim.workload import Arrival, Workload, make_workload, with_asynchrony
 
 EMPTY_STEP_S = 0.001
 """What a step without work takes, so that loads under way come to an end."""
@@ -157,13 +157,21 @@ class Simulator:
                 self._scheduler.abort(arrival.request.request_id)
 
     def _step(self) -> None:
+        is_async = self._setting.config.async_scheduling
+        if self._scheduler.needs_result:
+            self._apply()
         before = self._waiting()
         plan = self._scheduler.schedule()
         self._check_order(before)
         self._waits.note(self._scheduler.groups)
-        self._under_way.append((plan, self._runner.launch(plan)))
+        handle = self._runner.launch(plan)
         self._abort_due(in_flight=True)
         self._num_steps += 1
+        if is_async:
+            if self._under_way:
+                self._apply()
+            handle = self._runner.draw(handle, void=self._scheduler.void_draws(plan))
+        self._under_way.append((plan, handle))
         if self._setting.overlaps and plan.has_work and len(self._under_way) < 2:
             return
         self._apply()
@@ -202,6 +210,7 @@ class Simulator:
     def _check(self) -> None:
         groups = self._scheduler.groups
         tables = [seq.blocks for group in groups for seq in group.live]
+        tables += [seq.blocks for seq in self._scheduler.leaving]
         check_pool(self._kv, tables, held=self._scheduler.held_blocks)
         check_sharing(self._kv, groups)
         check_tree(self._kv.tree, self._kv)
@@ -240,16 +249,21 @@ class Simulator:
         )
 
 
-def simulate(seed: int) -> Outcome:
+def simulate(seed: int, *, is_async: bool = False) -> Outcome:
     """Run one seed.
+
+    Args:
+        seed: of the workload.
+        is_async: with one step of asynchrony, whatever the seed says.
 
     Raises:
         SimulationError: a law does not hold.
         AssertionError: the scheduler or KV manager found its own bug.
     """
-    return Simulator(make_workload(seed)).run()
+    workload = make_workload(seed)
+    return Simulator(with_asynchrony(workload) if is_async else workload).run()
 
 
-def replay_line(seed: int) -> str:
+def replay_line(seed: int, *, is_async: bool = False) -> str:
     """How to see a failure again."""
-    return f"SEED={seed} replay: python -m penstock.sim --seed {seed}"
+    return f"SEED={seed} replay: python -m penstock.sim --seed {seed}{' --async' if is_async else ''}"

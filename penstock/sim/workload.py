@@ -4,6 +4,7 @@ Sizes are tiny and the vocabulary has few tokens, so that prefixes are shared, p
 slide within a few steps. Called by `simulator`.
 """
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -54,7 +55,8 @@ class Setting:
     times: StepTimes
     faults: FaultRates
     overlaps: bool
-    """Plan step n + 1 before step n is applied."""
+    """Plan step n + 1 before step n is applied, without tokens that are being drawn unless
+    `config.async_scheduling`."""
     has_connector: bool
     speculation: Literal["none", "ngram", "wild", "runner"]
     """Who guesses: nobody, the n-gram index, chance, or the runner."""
@@ -106,6 +108,18 @@ def make_workload(seed: int) -> Workload:
     )
     arrivals = _make_arrivals(rng, setting=setting, max_prompt=max_prompt, max_outputs=max_outputs)
     return Workload(seed=seed, setting=setting, arrivals=arrivals)
+
+
+def with_asynchrony(workload: Workload) -> Workload:
+    """The same with one step of asynchrony, and every second seed without speculation, which drains it."""
+    setting = workload.setting
+    setting = dataclasses.replace(
+        setting,
+        config=replace(setting.config, async_scheduling=True),
+        overlaps=True,
+        speculation="none" if workload.seed % 2 else setting.speculation,
+    )
+    return dataclasses.replace(workload, setting=setting)
 
 
 def _make_setting(

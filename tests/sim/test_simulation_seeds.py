@@ -7,11 +7,12 @@ from penstock.sim.simulator import replay_line, simulate
 NUM_SEEDS = 200
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["seeded", "async"])
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-def test_every_law_holds_after_every_step(seed):
+def test_every_law_holds_after_every_step(seed, is_async):
     try:
-        outcome = simulate(seed)
+        outcome = simulate(seed, is_async=is_async)
     except BaseException:
-        print(replay_line(seed))
+        print(replay_line(seed, is_async=is_async))
         raise
     assert outcome.num_steps > 0

@@ -15,6 +15,7 @@ from penstock.engine.scheduler.computed_blocks import settle_blocks
 from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
 from penstock.engine.scheduler.drafting import Drafting, Wanted, num_possible
 from penstock.engine.scheduler.figures import StepCounts
+from penstock.engine.scheduler.lookahead import can_go_ahead, needs_result
 from penstock.engine.scheduler.plan import (
     AdapterBinding,
     BlockCopy,
@@ -36,6 +37,8 @@ class Planned(NamedTuple):
     plan: StepPlan
     counts: StepCounts
     """What planning counted; `settlement` goes on counting."""
+    needs_result: bool
+    """No step may be planned before this one is applied."""
 
 
 class Planner:
@@ -58,16 +61,20 @@ class Planner:
         self._clock = clock
         self._cost = cost
         self._drafting = drafting
+        self._speculates = drafting is not None
         self._adapters = adapters
         self._last_step_id = 0
 
-    def plan(self) -> Planned:
+    def plan(self, *, is_ahead: bool = False) -> Planned:
         """Plan the next step; it counts as under way from here on.
+
+        Args:
+            is_ahead: a step is under way, and this one may go on with tokens that it draws.
 
         Returns:
             The plan; without sequences if nothing can be computed now. Block tables are the live lists.
         """
-        draft = StepDraft(num_tokens_left=self._config.max_num_batched_tokens)
+        draft = StepDraft(num_tokens_left=self._config.max_num_batched_tokens, is_ahead=is_ahead)
         self._end_loads()
         if self._roster.must_recheck_paths:
             self._restart_contaminated(draft)
@@ -104,9 +111,13 @@ class Planner:
                 gap = len(seq.token_ids) - seq.num_computed_tokens - seq.num_inflight_tokens
                 if needs_fork or gap > 1 or (gap == 1 and seq.num_outputs == 0):
                     prefills.append(seq)
-                elif gap == 1 and self._place(draft, seq, num_tokens=1):
+                elif (gap == 1 or self._goes_ahead(draft, seq)) and self._place(draft, seq, num_tokens=1):
                     draft.decodes.add(seq.seq_id)
         return prefills
+
+    def _goes_ahead(self, draft: StepDraft, seq: Sequence) -> bool:
+        """True if `seq` goes on with the token that the step under way draws for it."""
+        return draft.is_ahead and can_go_ahead(seq, max_model_len=self._config.max_model_len)
 
     def _add_drafts(self, draft: StepDraft, drafting: Drafting) -> None:
         """Let decodes carry drafts, on half of what is left of the budget and on blocks that none misses."""
@@ -210,7 +221,7 @@ class Planner:
         if end < group.target(seq) or group.ends_with_prompt:
             return ()
         if not group.needs_fork:
-            return (SampleSpec(seq.seq_id, seq.num_outputs),)
+            return (SampleSpec(seq.seq_id, seq.num_outputs + (end > seq.num_tokens)),)
         if group.beams is not None:
             return () if seq.num_outputs else (SampleSpec(seq.seq_id, 0),)
         # After a preemption the prompt is computed once more for all, but each has a next token already.
@@ -221,10 +232,12 @@ class Planner:
     def _make_room(self, draft: StepDraft, group: SequenceGroup) -> bool:
         """Preempt somebody for `group`; False if `group` itself had to go or has to wait.
 
-        A protected group never waits for long: what protected groups may need together fits the pool.
+        A protected group never waits for long: what protected groups may need together fits the pool. A step
+        that is planned ahead preempts nobody: most are in the step under way, and who is not would always go.
         """
-        victim = self._roster.running.worst()
-        if victim is None:
+        victim = self._roster.running.worst(even_busy=draft.is_ahead)
+        if victim is None or draft.is_ahead:
+            draft.needs_result |= victim is not None
             return False
         self._preempt(draft, victim)
         return victim is not group
@@ -324,11 +337,20 @@ class Planner:
         if not self._roster.running.can_reserve(group):
             return False
         while not self._roster.running.has_room(draft, group, match):
-            victim = self._roster.running.worst()
-            if victim is None or victim.tier <= group.tier or not self._roster.running.could_get_seats(group):
+            victim = self._victim(group, even_busy=draft.is_ahead)
+            if victim is None or draft.is_ahead:
+                draft.needs_result |= victim is not None
                 return False
             self._preempt(draft, victim)
         return True
+
+    def _victim(self, group: SequenceGroup, *, even_busy: bool) -> SequenceGroup | None:
+        """Who would be preempted so that `group` can start; None if nobody may be, or it would not help."""
+        running = self._roster.running
+        victim = running.worst(even_busy=even_busy)
+        if victim is None or victim.tier <= group.tier:
+            return None
+        return victim if running.could_get_seats(group, even_busy=even_busy) else None
 
     def _start(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> None:
         leader = group.live[0]
@@ -372,7 +394,7 @@ class Planner:
             blocks_to_zero=self._kv.take_blocks_to_zero(),
             adapter_bindings=[AdapterBinding(slot, revision) for slot, revision in bindings],
         )
-        return Planned(plan, draft.counts)
+        return Planned(plan, draft.counts, draft.needs_result)
 
     def _in_adapter_order(self, draft: StepDraft) -> list[ScheduledSequence]:
         """The step's sequences; those of one adapter together, so that its weights are read once."""
@@ -389,6 +411,9 @@ class Planner:
             seq = sequences[seq_id]
             seq.num_inflight_tokens += len(entry.token_ids)
             seq.num_inflight_drafts += entry.num_drafts
+            for spec in entry.samples:
+                sequences[spec.seq_id].num_draws = spec.output_idx + 1
+            draft.needs_result |= bool(entry.samples) and needs_result(seq, speculates=self._speculates)
             met = [seq, *(sequences[spec.seq_id] for spec in entry.samples if spec.seq_id != seq_id)]
             for each in met:
                 if not each.is_known_to_runner:

@@ -22,7 +22,8 @@ A sequence has no phases, only a gap to close (law 2):
 ```
 
 Drafts in flight lie beyond `num_tokens`; those that are confirmed become tokens and are computed already, the
-others were never there.
+others were never there. So does a pending token: a step under way draws it, and another computes it already
+(see `lookahead`).
 """
 
 import enum
@@ -94,6 +95,8 @@ class Sequence:
     num_inflight_tokens: int = 0
     """Drafts included."""
     num_inflight_drafts: int = 0
+    num_draws: int = 0
+    """Tokens that the answer has once the draw that was planned last is known."""
     is_known_to_runner: bool = False
     finish_reason: FinishReason | None = None
     constraint: Constraint | None = None
@@ -110,6 +113,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that steps under way draw for it: at most one, or two once a second step is planned."""
+        return max(0, self.num_draws - self.num_outputs)
+
+    @property
     def next_position(self) -> int:
         """First position that is neither computed nor under way."""
         return self.num_computed_tokens + self.num_inflight_tokens
@@ -123,6 +131,7 @@ class Sequence:
         """Everything is to be computed again; the blocks have been freed."""
         assert self.num_inflight_tokens == 0, "a sequence in flight cannot restart"
         self.num_computed_tokens = 0
+        self.num_draws = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -65,6 +65,8 @@ class Roster:
         """Blocks that were computed with NaN have left the tree; others may have shared them."""
         self._groups: dict[RequestId, SequenceGroup] = {}
         self._closing: list[SequenceGroup] = []
+        self.leaving: list[Sequence] = []
+        """Answers that have ended while a step computes for them, and whose group goes on."""
         self._deltas: list[TokenDelta] = []
         self._finished_seq_ids: list[SequenceId] = []
         self._forced_tokens: list[ForcedTokens] = []
@@ -257,7 +259,12 @@ class Roster:
         self.free_closed()
 
     def free_closed(self) -> None:
-        """Free what requests hold that have ended and are in no step or load any more."""
+        """Free what requests and answers hold that have ended and are in no step or load any more."""
+        if self.leaving:
+            over = [seq for seq in self.leaving if not seq.num_inflight_tokens]
+            self.leaving = [seq for seq in self.leaving if seq.num_inflight_tokens]
+            for seq in over:
+                self._forget(seq)
         if not self._closing:
             return
         ended = [group for group in self._closing if not group.is_busy]
@@ -269,9 +276,15 @@ class Roster:
             self.must_recheck_paths |= group.is_tainted
 
     def give_up(self, seq: Sequence) -> None:
-        """Free the seat and all else of a sequence that its group, which goes on, does not have any more."""
+        """Free the seat of a sequence that its group, which goes on, does not have any more.
+
+        All else is freed too, once no step computes for it.
+        """
         self.running.num_seqs -= 1
-        self._forget(seq)
+        if seq.num_inflight_tokens:
+            self.leaving.append(seq)
+        else:
+            self._forget(seq)
 
     def _forget(self, seq: Sequence) -> None:
         self._kv.free(seq.blocks, taint=seq.group.is_tainted)

@@ -60,18 +60,22 @@ class RunningSet:
         """True if it has been preempted as often as may be."""
         return group.num_preemptions >= self._config.max_preemptions
 
-    def worst(self) -> SequenceGroup | None:
-        """Lowest tier, then newest, of those that may be preempted: not protected, not in flight."""
+    def worst(self, *, even_busy: bool = False) -> SequenceGroup | None:
+        """Lowest tier, then newest, of those that may be preempted: not protected, not in flight.
+
+        Args:
+            even_busy: also of those in flight, as if the steps under way were applied.
+        """
         worst: SequenceGroup | None = None
         for group in self:
             is_worse = worst is None or (group.tier, group.arrival_idx) > (worst.tier, worst.arrival_idx)
-            if is_worse and self._is_preemptible(group):
+            if is_worse and self._is_preemptible(group, even_busy=even_busy):
                 worst = group
         return worst
 
-    def _is_preemptible(self, group: SequenceGroup) -> bool:
+    def _is_preemptible(self, group: SequenceGroup, *, even_busy: bool) -> bool:
         is_running = group.state is GroupState.RUNNING
-        return is_running and not group.is_busy and not self.is_protected(group)
+        return is_running and (even_busy or not group.is_busy) and not self.is_protected(group)
 
     # -- room for one more ---------------------------------------------------------------------------------
 
@@ -80,10 +84,12 @@ class RunningSet:
         num_reserved = self._num_reserved_blocks + group.num_blocks_max
         return not self.is_protected(group) or num_reserved <= self._kv.pool.num_blocks
 
-    def could_get_seats(self, group: SequenceGroup) -> bool:
+    def could_get_seats(self, group: SequenceGroup, *, even_busy: bool = False) -> bool:
         """True if preempting lower tiers can give `group` its seats: else it would hurt and not help."""
         num_others = sum(
-            len(other.live) for other in self if other.tier <= group.tier or not self._is_preemptible(other)
+            len(other.live)
+            for other in self
+            if other.tier <= group.tier or not self._is_preemptible(other, even_busy=even_busy)
         )
         return num_others + len(group.live) <= self._config.max_num_seqs
 
@@ -101,7 +107,8 @@ class RunningSet:
         return num_needed <= num_spare or self._kv.num_missing(match, num_needed=num_needed) <= num_spare
 
     def num_promised(self, group: SequenceGroup) -> int:
-        """Blocks that a running group will take for tokens already known, and for one more each."""
+        """Blocks that a running group will take for tokens known or being drawn, and for one more each."""
         return sum(
-            self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + 1) for seq in group.active
+            self._kv.num_unallocated(seq.blocks, num_tokens=seq.num_tokens + seq.num_pending_tokens + 1)
+            for seq in group.active
         )

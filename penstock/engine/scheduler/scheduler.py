@@ -8,7 +8,8 @@ I/O, runs no model and knows no text. Called by `engine/core`:
     output = scheduler.apply(plan, result)
 
 Every plan is applied once, in order, an empty one too. `schedule` may be called again before `apply`: what is
-in flight is neither scheduled twice nor freed.
+in flight is neither scheduled twice nor freed, and with `async_scheduling` decodes go on with the tokens that
+are being drawn (see `lookahead`), unless `needs_result`.
 
 Here requests come in and are admitted or refused; the rest is shared out:
 
@@ -47,7 +48,7 @@ from penstock.engine.scheduler.group_maker import GroupMaker
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 from penstock.engine.scheduler.planner import Planner
 from penstock.engine.scheduler.policy import Policy
-from penstock.engine.scheduler.request import SequenceGroup
+from penstock.engine.scheduler.request import Sequence, SequenceGroup
 from penstock.engine.scheduler.roster import Roster
 from penstock.engine.scheduler.settlement import Settlement, StepOutput
 
@@ -113,6 +114,8 @@ class Scheduler:
         )
         self._settlement = Settlement(config, roster=roster, kv=kv, cost=self.cost, drafting=drafting)
         self._counts: dict[int, StepCounts] = {}
+        """Of the steps under way."""
+        self._awaited_step_ids: set[int] = set()
 
     # -- requests in and out -------------------------------------------------------------------------------
 
@@ -208,8 +211,12 @@ class Scheduler:
         Returns:
             The plan; without sequences if nothing can be computed now. Block tables are the live lists.
         """
-        planned = self._planner.plan()
-        self._counts[planned.plan.step_id] = planned.counts
+        is_ahead = bool(self._counts) and bool(self._config.async_scheduling)
+        planned = self._planner.plan(is_ahead=is_ahead)
+        step_id = planned.plan.step_id
+        self._counts[step_id] = planned.counts
+        if planned.needs_result and self._config.async_scheduling:
+            self._awaited_step_ids.add(step_id)
         return planned.plan
 
     def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
@@ -218,12 +225,13 @@ class Scheduler:
         Returns:
             The deltas of the step (and those made since the last one), and its figures.
         """
+        self._awaited_step_ids.discard(plan.step_id)
         return self._settlement.settle(plan, result, self._counts.pop(plan.step_id))
 
     @property
     def needs_result(self) -> bool:
-        """True if nothing may be planned before the steps under way are applied."""
-        return False
+        """True if nothing may be planned before the step under way is applied; see `lookahead`."""
+        return bool(self._awaited_step_ids)
 
     def void_draws(self, plan: StepPlan) -> frozenset[SequenceId]:
         """Sequences for which a step under way is to draw nothing, by all that has been applied since."""
@@ -254,6 +262,11 @@ class Scheduler:
     def groups(self) -> list[SequenceGroup]:
         """All that hold or may hold blocks, for checkers; not to be changed."""
         return self._roster.groups
+
+    @property
+    def leaving(self) -> list[Sequence]:
+        """Answers that have ended and yet hold blocks, for checkers; not to be changed."""
+        return self._roster.leaving
 
     @property
     def held_blocks(self) -> list[int]:

@@ -12,7 +12,7 @@ from penstock.core.params import SamplingParams
 from penstock.core.tokens import Pooling
 from penstock.engine.kv.prefix_tree import Namespace, TreeNode
 from penstock.engine.scheduler.figures import StepCounts
-from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence
+from penstock.engine.scheduler.plan import PENDING_TOKEN, NewSequence, SampleSpec, ScheduledSequence
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
 
 PrefixPlace = tuple[Namespace | TreeNode, bytes]
@@ -25,6 +25,10 @@ class StepDraft:
 
     num_tokens_left: int
     """Token budget not yet handed out."""
+    is_ahead: bool = False
+    """Planned before the step under way is applied, and may go on with tokens that it draws."""
+    needs_result: bool = False
+    """The step must be applied before the next one is planned."""
     scheduled: dict[SequenceId, ScheduledSequence] = field(default_factory=dict)
     num_kv_tokens: int = 0
     """Sum of context lengths after the step, drafts not counted."""
@@ -44,7 +48,8 @@ class StepDraft:
     def add(self, seq: Sequence, *, num_tokens: int, samples: tuple[SampleSpec, ...]) -> None:
         """Put the next `num_tokens` of `seq` into the step."""
         start = seq.next_position
-        token_ids = seq.token_ids[start : start + num_tokens]
+        is_pending = start == seq.num_tokens
+        token_ids = [PENDING_TOKEN] if is_pending else seq.token_ids[start : start + num_tokens]
         self.scheduled[seq.seq_id] = ScheduledSequence(
             seq.seq_id,
             token_ids,
