@@ -16,12 +16,13 @@ The whole engine waits for the result of a step (`needs_result`), and then goes 
 asynchrony, if the step
 
 - holds a beam: all beams must be known before one goes on;
-- holds an answer that may carry drafts: guesses follow a known token, and how many tokens it gains is not known;
-- found no block, or a waiting request no seat, but by preempting somebody: who is in a step cannot be preempted.
+- holds an answer that may carry drafts: a guess follows a known token, and how many tokens it gains is open;
+- found no block, or a waiting request no seat, but by preempting somebody: who is in a step cannot be.
 
-It waits as a whole because a sequence that skipped every second step would read all weights for half a batch.
-Answers that share a prompt skip one step, between the prompt's last chunk and their fork. Everything else goes
-ahead: histories, seeds and grammars are in place when a draw is made, however early its step was planned.
+It waits as a whole because a sequence that skipped every second step would read all weights for half a
+batch. Answers that share a prompt skip one step, between the prompt's last chunk and their fork. Everything
+else goes ahead: histories, seeds and grammars are in place when a draw is made, however early its step was
+planned.
 
 Called by `planner`.
 """
