@@ -143,18 +143,10 @@ class Draft:
         """
         return cls(loaded=loaded, layout=draft_layout(loaded, target=target, target_layout=target_layout))
 
-
-def _make_drafter(
-    draft: Draft | None, *, num_blocks: int, block_size: int
-) -> Callable[[Sampler], DraftModel] | None:
-    if draft is None:
-        return None
-    return partial(_drafter, draft, num_blocks=num_blocks, block_size=block_size)
-
-
-def _drafter(draft: Draft, sampler: Sampler, *, num_blocks: int, block_size: int) -> DraftModel:
-    passes = ModelPasses(draft.loaded, layout=draft.layout, num_blocks=num_blocks, block_size=block_size)
-    return DraftModel(passes, sampler=sampler, num_blocks=num_blocks, block_size=block_size)
+    def drafter(self, sampler: Sampler, *, num_blocks: int, block_size: int) -> DraftModel:
+        """Who guesses with it, with the target's sampler."""
+        passes = ModelPasses(self.loaded, layout=self.layout, num_blocks=num_blocks, block_size=block_size)
+        return DraftModel(passes, sampler=sampler, num_blocks=num_blocks, block_size=block_size)
 
 
 def kernel_options(config: EngineConfig, *, num_threads: int) -> KernelOptions:
@@ -259,7 +251,9 @@ def _make_runner(
         faults=faults,
         num_adapter_slots=0 if adapters is None else config.lora.max_loras,
         adapter_weights=None if adapters is None else adapters.weights,
-        make_drafter=_make_drafter(draft, num_blocks=num_blocks, block_size=config.kv.block_size),
+        make_drafter=None
+        if draft is None
+        else partial(draft.drafter, num_blocks=num_blocks, block_size=config.kv.block_size),
     )
 
 

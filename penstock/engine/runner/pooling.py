@@ -7,17 +7,15 @@ when the step is collected. The runner calls both.
 the yes/no logits as in the Qwen3 Embedding report (2025), section 2.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from penstock.core.ids import SequenceId
 from penstock.core.tokens import Pooling
+from penstock.engine.runner.prompt_scores import Logits
 from penstock.engine.scheduler.plan import Pooled, ScheduledSequence
-
-Logits = Callable[[torch.Tensor], torch.Tensor]
-"""[rows, hidden_size] to [rows, scores] float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +33,14 @@ class PoolPart:
 
 
 def pool(
-    sequences: Sequence[ScheduledSequence], *, hidden: torch.Tensor, ends: Sequence[int], logits: Logits
+    sequences: Iterable[tuple[ScheduledSequence, int]], *, hidden: torch.Tensor, logits: Logits
 ) -> list[PoolPart]:
     """What the plan's `pooling` asks for.
 
     Args:
-        sequences: of the pass; those that ask for nothing cost nothing.
-        hidden: [num_tokens, hidden_size], the rows of the sequences one after the other, finite.
-        ends: for each sequence one past its last row.
+        sequences: some of the pass, each with one past its last row, which is finite as all of its rows are;
+            those that ask for nothing cost nothing.
+        hidden: [num_tokens, hidden_size], the rows of the pass.
         logits: the model's head.
     """
     return [
@@ -53,7 +51,7 @@ def pool(
             is_sum=seq.pooling.kind == "mean",
             values=_values(seq.pooling, hidden[end - len(seq.token_ids) : end], logits).cpu(),
         )
-        for seq, end in zip(sequences, ends, strict=True)
+        for seq, end in sequences
         if seq.pooling is not None
     ]
 

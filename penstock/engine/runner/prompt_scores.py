@@ -4,7 +4,7 @@ The runner calls it once per pass; it keeps nothing. Whole rows go through numpy
 `sampling/logprobs` for what a logprob and a rank are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import torch
@@ -18,23 +18,23 @@ MAX_ELEMENTS: Final = 1 << 22
 """Logits held at a time, 16 MiB: 27 rows of a vocabulary of 152k, so that the head is read rarely."""
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-"""[rows, hidden_size] to [rows, vocab_size] float32."""
+"""A model's head: [rows, hidden_size] to [rows, scores] float32, one score a token of the vocabulary or a
+label."""
 
 
 def prompt_logprobs(
-    sequences: Sequence[ScheduledSequence],
+    sequences: Iterable[tuple[ScheduledSequence, int]],
     *,
     hidden: torch.Tensor,
-    ends: Sequence[int],
     logits: Logits,
     vocab: int,
 ) -> list[PromptLogprobs]:
     """What the plan's `prompt_targets` ask for.
 
     Args:
-        sequences: of the pass; those without targets cost nothing.
-        hidden: [num_tokens, hidden_size], the rows of the sequences one after the other, finite.
-        ends: for each sequence one past its last row.
+        sequences: some of the pass, each with one past its last row, which is finite as all of its rows are;
+            those without targets cost nothing.
+        hidden: [num_tokens, hidden_size], the rows of the pass.
         logits: scores the vocabulary.
         vocab: number of columns that it returns.
     """
@@ -46,7 +46,7 @@ def prompt_logprobs(
                 _scores(seq, first_row=end - len(seq.token_ids), hidden=hidden, logits=logits, vocab=vocab)
             ),
         )
-        for seq, end in zip(sequences, ends, strict=True)
+        for seq, end in sequences
         if seq.prompt_targets
     ]
 

@@ -4,7 +4,7 @@ The seam for tensor parallelism: `engine/core` knows a `RankGroup` and never how
 `LocalRank` is the group of one, in this process.
 """
 
-from collections.abc import Container
+from collections.abc import Collection
 from typing import Protocol
 
 from penstock.core.ids import SequenceId
@@ -33,7 +33,7 @@ class RankGroup(Protocol):
         ...
 
     def draw(
-        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Container[SequenceId] = ()
+        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Collection[SequenceId] = ()
     ) -> None:
         """Start the step's draws: after its launch, before the next one; see `Runner.draw`.
 
@@ -76,7 +76,7 @@ class LocalRank:
         return self.runner.launch(plan)
 
     def draw(
-        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Container[SequenceId] = ()
+        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Collection[SequenceId] = ()
     ) -> None:
         """See `RankGroup`."""
         self.runner.draw(handle, masks=masks, void=void)

@@ -21,7 +21,7 @@ the pass; blocks are zeroed and copied once, before the first pass; sampling cha
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -165,8 +165,9 @@ class Runner:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes kept beside KV and weights: activations, scratch block, block tables, sampling states."""
+        """Bytes kept beside KV and weights: activations, scratch block, tables, sampling states, sums."""
         own = self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
+        own += self._pools.num_bytes
         drafter = self._drafter.buffer_bytes if self._drafter else 0
         return own + self._model_bytes() + drafter
 
@@ -235,7 +236,7 @@ class Runner:
         handle: StepHandle,
         *,
         masks: MaskSource | None = None,
-        void: Container[SequenceId] = (),
+        void: Collection[SequenceId] = (),
     ) -> None:
         """Sample; called once per handle, in the order of the launches and before the next launch.
 
@@ -372,52 +373,26 @@ class Runner:
             owners = [seq.seq_id for seq in sequences if seq.samples for _ in range(1 + seq.num_drafts)]
             self._faults.after_logits(logits, owners)
         is_sound = _are_sound(rows_not_finite(self._kernels, hidden), ends)
-        pools = self._pool_parts(sequences, hidden=hidden, ends=ends, is_sound=is_sound)
+        asking = [
+            (seq, end)
+            for seq, end, ok in zip(sequences, ends, is_sound, strict=True)
+            if (seq.prompt_targets or seq.pooling is not None) and ok
+        ]
+        if not asking:
+            return ForwardPass(sequences=sequences, is_sound=is_sound, logits=logits)
+        pools = pool(asking, hidden=hidden, logits=self._model.logits)
         bad = overflowing(pools)
-        if bad:
-            is_sound = [ok and seq.seq_id not in bad for ok, seq in zip(is_sound, sequences, strict=True)]
-            pools = [part for part in pools if part.seq_id not in bad]
         return ForwardPass(
             sequences=sequences,
-            is_sound=is_sound,
+            is_sound=[ok and seq.seq_id not in bad for ok, seq in zip(is_sound, sequences, strict=True)],
             logits=logits,
-            prompt_logprobs=self._prompt_logprobs(sequences, hidden=hidden, ends=ends, is_sound=is_sound),
-            pools=pools,
-        )
-
-    def _pool_parts(
-        self,
-        sequences: Sequence[ScheduledSequence],
-        *,
-        hidden: torch.Tensor,
-        ends: Sequence[int],
-        is_sound: Sequence[bool],
-    ) -> Sequence[PoolPart]:
-        asking = [i for i, seq in enumerate(sequences) if seq.pooling is not None and is_sound[i]]
-        return pool(
-            [sequences[i] for i in asking],
-            hidden=hidden,
-            ends=[ends[i] for i in asking],
-            logits=self._model.logits,
-        )
-
-    def _prompt_logprobs(
-        self,
-        sequences: Sequence[ScheduledSequence],
-        *,
-        hidden: torch.Tensor,
-        ends: Sequence[int],
-        is_sound: Sequence[bool],
-    ) -> Sequence[PromptLogprobs]:
-        asking = [i for i, seq in enumerate(sequences) if seq.prompt_targets and is_sound[i]]
-        if not asking:
-            return ()
-        return prompt_logprobs(
-            [sequences[i] for i in asking],
-            hidden=hidden,
-            ends=[ends[i] for i in asking],
-            logits=self._model.logits,
-            vocab=self._model.vocab_size,
+            prompt_logprobs=prompt_logprobs(
+                [(seq, end) for seq, end in asking if seq.seq_id not in bad],
+                hidden=hidden,
+                logits=self._model.logits,
+                vocab=self._model.vocab_size,
+            ),
+            pools=[part for part in pools if part.seq_id not in bad],
         )
 
     def _refuse_engine_fault(
@@ -439,18 +414,22 @@ class Runner:
         return not isolate([canary], attempt=self._forward).culprits
 
     def _sample(
-        self, done: ForwardPass, *, masks: MaskSource | None, void: Container[SequenceId]
+        self, done: ForwardPass, *, masks: MaskSource | None, void: Collection[SequenceId]
     ) -> list[Outcome]:
         """Every sequence of one pass: tokens, or failures."""
         outcomes: list[Outcome] = []
         runs: list[DraftRun] = []
         row = 0
         for seq, is_sound in zip(done.sequences, done.is_sound, strict=True):
-            if is_sound:
-                runs.extend(run for run in self._runs(seq, row=row) if run.first.spec.seq_id not in void)
-            else:
+            if not is_sound:
                 outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
+            elif seq.num_drafts:
+                runs.append(self._draft_run(seq, row=row))
+            else:
+                runs += [DraftRun(Draw(spec, row)) for spec in seq.samples]
             row += 1 + seq.num_drafts if seq.samples else 0
+        if void:
+            runs = [run for run in runs if run.first.spec.seq_id not in void]
         if not runs:
             return outcomes
         rows = on_host(done.logits)
@@ -460,18 +439,14 @@ class Runner:
 
         return outcomes + verify(runs, draw=draw, commit=self._sampler.commit)
 
-    def _runs(self, seq: ScheduledSequence, *, row: int) -> list[DraftRun]:
-        """The draws of one sequence whose logits begin at `row`."""
-        if not seq.num_drafts:
-            return [DraftRun(first=Draw(spec=spec, row=row)) for spec in seq.samples]
+    def _draft_run(self, seq: ScheduledSequence, *, row: int) -> DraftRun:
+        """The draws of a sequence with drafts whose logits begin at `row`."""
         (spec,) = seq.samples
-        return [
-            DraftRun(
-                first=Draw(spec=spec, row=row),
-                drafts=seq.token_ids[-seq.num_drafts :],
-                is_free_of_history=self._sampler.is_free_of_history(spec.seq_id),
-            )
-        ]
+        return DraftRun(
+            first=Draw(spec, row),
+            drafts=seq.token_ids[-seq.num_drafts :],
+            is_free_of_history=self._sampler.is_free_of_history(spec.seq_id),
+        )
 
     def _draw_all(self, logits: Floats, *, draws: Sequence[Draw], masks: MaskSource | None) -> list[Outcome]:
         """The outcome of each draw, in order."""
@@ -496,10 +471,8 @@ class Runner:
         if self._faults:
             self._faults.before_sample([spec.seq_id for spec in specs])
         rows = [draw.row for draw in draws]
-        # The usual case, one draw per row, must not copy the batch's logits.
-        part = logits if rows == list(range(len(logits))) else logits[rows]
         allowed = None if masks is None else [masks.row(draw.spec.seq_id, depth=draw.depth) for draw in draws]
-        return self._sampler.sample(part, specs=specs, masks=allowed)
+        return self._sampler.sample(logits, specs=specs, rows=rows, masks=allowed)
 
 
 def _inference() -> AbstractContextManager[object]:

@@ -17,13 +17,6 @@ from penstock.engine.sampling.vocabulary import (
 )
 
 
-def _log_total(row: Floats) -> float:
-    """log(sum(exp(row))), natural logarithm."""
-    highest = row.max(keepdims=True)
-    weights = softmax_weights(row[None], highest=highest, temperatures=np.ones(1))
-    return float(highest[0] + np.log(column_sums(weights).sum()))
-
-
 def _rank(row: Floats, *, token_id: int) -> int:
     value = row[token_id]
     higher = np.count_nonzero(row > value)
@@ -41,17 +34,12 @@ def token_logprobs(row: Floats, *, token_id: int, num_top: int) -> TokenLogprobs
     Returns:
         Natural logarithms; `-inf` cannot be chosen, so the chosen token's is finite.
     """
-    log_total = _log_total(row)
-    logprob = float(row[token_id]) - log_total
-    sampled = TokenLogprob(token_id, logprob, _rank(row, token_id=token_id))
-    if not num_top:
-        return TokenLogprobs(sampled)
-    top = top_candidates(row[None], k=num_top)
-    return TokenLogprobs(sampled, _top(top, row=0, log_total=log_total))
+    (told,) = logprobs_of_tokens(row[None], token_ids=[token_id], num_top=num_top)
+    return told
 
 
 def logprobs_of_tokens(rows: Floats, *, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """For each row the same as `token_logprobs`, of a token that was given and not chosen.
+    """For each row the log-probability and rank of a token that was given, and the likeliest tokens'.
 
     Args:
         rows: [n, vocab] raw logits, finite or -inf, at least one finite.
@@ -59,7 +47,7 @@ def logprobs_of_tokens(rows: Floats, *, token_ids: Sequence[int], num_top: int) 
         num_top: 0 or more.
 
     Returns:
-        A given token may be impossible: its logprob is then `-inf`.
+        Natural logarithms; a given token may be impossible: its logprob is then `-inf`.
     """
     highest = rows.max(axis=1)
     weights = softmax_weights(rows, highest=highest, temperatures=np.ones(len(rows)))

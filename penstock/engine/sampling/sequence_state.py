@@ -8,15 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from penstock.core.ids import SequenceId
 from penstock.engine.sampling.rare_filters import is_rare
 from penstock.engine.sampling.token_history import TokenHistory, banned_continuations, dry_penalties
 from penstock.engine.sampling.vocabulary import Floats, Ints
+from penstock.engine.scheduler.constraint import Mask
 from penstock.engine.scheduler.plan import NewSequence
-
-Words = npt.NDArray[np.int32]
 
 FIRST_CAPACITY: Final = 32
 MAX_PENALTY: Final = 1e30
@@ -73,7 +71,7 @@ class SequenceState:
         self._dry_breakers = frozenset(new.dry_breaker_ids)
         self._history = TokenHistory(new.prompt_token_ids) if _needs_order(new) else None
         self._num_prompt_tokens = len(new.prompt_token_ids)
-        self._allowed_mask: Words | None = None
+        self._allowed_mask: Mask | None = None
         self.is_rare = is_rare(params)
         self.max_surprise = 2.0 * params.mirostat_tau
         """Mirostat's running bound, in bits."""
@@ -126,7 +124,7 @@ class SequenceState:
             biases[token_id] = biases.get(token_id, 0.0) - min(penalty, MAX_PENALTY)
         return biases
 
-    def allowed_mask(self, vocab: int) -> Words | None:
+    def allowed_mask(self, vocab: int) -> Mask | None:
         """[ceil(vocab / 32)]: a bit for each token that may come; None allows all. Made once."""
         allowed = self.params.allowed_token_ids
         if allowed and self._allowed_mask is None:

@@ -50,17 +50,12 @@ class StepDraft:
         start = seq.next_position
         is_pending = start == seq.num_tokens
         token_ids = [PENDING_TOKEN] if is_pending else seq.token_ids[start : start + num_tokens]
-        self.scheduled[seq.seq_id] = ScheduledSequence(
-            seq.seq_id,
-            token_ids,
-            start,
-            seq.blocks.tables,
-            samples,
-            prompt_targets=prompt_targets(seq, start=start, end=start + num_tokens),
-            num_prompt_logprobs=seq.group.request.params.prompt_logprobs or 0,
-            pooling=pooling_of(seq, end=start + num_tokens),
-            adapter_slot=seq.group.adapter_slot,
+        entry = ScheduledSequence(
+            seq.seq_id, token_ids, start, seq.blocks.tables, samples, 0, seq.group.adapter_slot
         )
+        if start < seq.num_prompt_tokens:
+            entry = _with_prompt_outputs(entry, seq, end=start + num_tokens)
+        self.scheduled[seq.seq_id] = entry
         self.num_tokens_left -= num_tokens
         self.num_kv_tokens += start + num_tokens
 
@@ -100,6 +95,15 @@ class StepDraft:
                 if not tiers:
                     del self.being_computed[place]
                 return
+
+
+def _with_prompt_outputs(entry: ScheduledSequence, seq: Sequence, *, end: int) -> ScheduledSequence:
+    """The chunk [entry.start, end) of a prompt, with what is asked of it."""
+    targets, pooling = prompt_targets(seq, start=entry.start, end=end), pooling_of(seq, end=end)
+    if not targets and pooling is None:
+        return entry
+    num_top = seq.group.request.params.prompt_logprobs or 0
+    return replace(entry, prompt_targets=targets, num_prompt_logprobs=num_top, pooling=pooling)
 
 
 def pooling_of(seq: Sequence, *, end: int) -> Pooling | None:

@@ -16,15 +16,14 @@ The runner calls it. It knows no logits and no sampler.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from penstock.engine.sampling.sampler import Outcome
 from penstock.engine.scheduler.plan import SampledToken, SampleSpec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to draw: `spec` from row `row` of a pass's logits."""
 
     spec: SampleSpec
@@ -33,8 +32,7 @@ class Draw:
     """Drafts before it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftRun:
+class DraftRun(NamedTuple):
     """The draws of one sequence: one before its drafts and one behind each."""
 
     first: Draw
@@ -83,6 +81,10 @@ def verify(
     Returns:
         For each run, in order, its tokens and its failure if it ends in one.
     """
+    if not any(run.drafts for run in runs):  # the usual step: one wave, and every draw stands
+        all_stand = list(draw([run.first for run in runs]))
+        commit([each for each in all_stand if isinstance(each, SampledToken)])
+        return all_stand
     taken: list[list[Outcome]] = [[] for _ in runs]
     pending = list(range(len(runs)))
     depth = 0
