@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
@@ -23,16 +24,20 @@ from penstock.engine.grammar.schema_rewrite import SchemaTooLargeError
 from penstock.text.tokenizer import Tokenizer
 
 LIMITS: Final = LLParserLimits(
-    initial_lexer_fuel=400_000,
+    initial_lexer_fuel=200_000,
     step_lexer_fuel=100_000,
-    step_max_items=6_000,
+    step_max_items=2_500,
     max_items_in_row=2_000,
     max_lexer_states=50_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
 """Fuel is what the parser counts, so that a limit means the same on every machine: compiling takes at most
-some 100 ms, a mask some 10 ms, the states of a lexer 4 MB. Errors do not repeat grammar or answer."""
+some 200 ms (and the GIL for a few of them at a time), a mask some 5 ms, the states of a lexer 4 MB. Errors do
+not repeat grammar or answer. Items of an ambiguous grammar cost ever more: 6,000 of them took 27 ms, 2,500
+take 6; no schema was found whose masks need as many and whose rows fit."""
+MAX_FIRST_TOKENS: Final = 8
+"""First tokens of an answer behind which a grammar is tried, when it is compiled."""
 MAX_CACHE_BYTES: Final = 64 << 20
 MAX_CACHED_REFUSALS: Final = 256
 BYTES_PER_GRAMMAR: Final = 1 << 20
@@ -218,11 +223,36 @@ def _num_bytes(spec: GrammarSpec, *, cpu_s: float) -> int:
 
 
 def _started(tokenizer: LLTokenizer, source: str) -> LLMatcher:
-    """A matcher that has its first mask, so that its first lexer states are not derived in a step."""
+    """A matcher that has its first mask, so that its first lexer states are not derived in a step.
+
+    In error also if what it forces or allows first would be: a grammar of which nothing can be generated is
+    refused, not compiled.
+    """
     matcher = LLMatcher(tokenizer, source, log_level=0, limits=LIMITS)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    if matcher.is_error():
+        return matcher
+    mask = matcher.compute_bitmask()
+    ahead = matcher.deep_copy()
+    forced = ahead.compute_ff_tokens()
+    if forced:
+        ahead.consume_tokens(forced[: ahead.validate_tokens(forced)])
+        mask = ahead.compute_bitmask()
+    if matcher.is_error() or ahead.is_error():
+        return matcher if matcher.is_error() else ahead
+    for token_id in _first_tokens(mask):
+        behind = ahead.deep_copy()
+        if behind.validate_tokens([token_id]):  # not where a mask spells text as a special token
+            behind.consume_token(token_id)
+        if behind.is_error() and not matcher.is_error():
+            return behind
     return matcher
+
+
+def _first_tokens(mask: bytes) -> list[int]:
+    """At most `MAX_FIRST_TOKENS` of those that a mask allows."""
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    token_ids: list[int] = np.flatnonzero(bits)[:MAX_FIRST_TOKENS].tolist()
+    return token_ids
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -25,6 +25,7 @@ from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineRequest
 from penstock.engine.grammar.compile import Compiled, GrammarCompiler, refusal
 from penstock.engine.grammar.matcher import Matcher, start_matcher
+from penstock.observe.memory import return_free_memory
 
 NUM_THREADS: Final = 2
 MAX_PENDING: Final = 256
@@ -34,6 +35,8 @@ CPU_MAX_S: Final = 0.12
 WALL_MAX_S: Final = 2.0
 """As `CPU_MAX_S` by the clock, for a machine whose cores have no time for the thread."""
 LOOK_AGAIN_S: Final = 0.02
+LARGE_CPU_S: Final = 0.05
+"""A compilation that took more CPU time, or the vocabulary's first reading, has had tens of megabytes; what it left over is given back."""
 RETRY_AFTER_S: Final = 1.0
 
 log = logging.getLogger("penstock.engine.grammar")
@@ -163,6 +166,7 @@ class CompilePool:
     def _run(self, job: _Job) -> None:
         """In a thread: compile, or be too late."""
         outcome: Compiled | PenstockError
+        began_cpu_s = time.thread_time()
         try:
             self.compiler.warm_up()
             job.began_s = time.monotonic()
@@ -174,6 +178,8 @@ class CompilePool:
             log.exception("a grammar could not be compiled")
             outcome = GenerateError("the grammar of this request could not be compiled")
         self._end(job, outcome)
+        if time.thread_time() - began_cpu_s > LARGE_CPU_S:
+            return_free_memory()
 
     def _look_later(self, job: _Job, cpu_time_s: Callable[[], float], *, after_s: float) -> None:
         timer = threading.Timer(after_s, self._look, (job, cpu_time_s))

@@ -9,6 +9,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from penstock.core.grammar import GrammarKind, GrammarSpec
 from penstock.engine.grammar.schema_rewrite import rewrite_schema
+from penstock.engine.grammar.schema_width import check_width
 from penstock.engine.grammar.structural_tag import structural_tag_to_lark
 
 if TYPE_CHECKING:  # a name of the stub file
@@ -36,11 +37,12 @@ def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int], rewrites
         rewrites: say JSON Schemas in keywords that llguidance has.
 
     Raises:
-        ValueError: it is malformed; says how.
+        ValueError: it is malformed, or an object of it too wide; says how.
         SchemaTooLargeError: a rewritten schema would be.
     """
     match spec.kind:
         case GrammarKind.JSON_SCHEMA:
+            check_width(json.loads(spec.source))
             return _json_schema(_rewritten_source(spec.source) if rewrites else spec.source)
         case GrammarKind.JSON_OBJECT:
             return _json_schema(ANY_OBJECT)
@@ -51,9 +53,9 @@ def to_llguidance(spec: GrammarSpec, *, special_ids: Mapping[str, int], rewrites
         case GrammarKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(_lark(spec.source))
         case GrammarKind.STRUCTURAL_TAG:
-            lark = structural_tag_to_lark(
-                json.loads(spec.source), form=JSON_FORM, special_ids=special_ids, rewrites=rewrites
-            )
+            tag = json.loads(spec.source)
+            check_width(tag)
+            lark = structural_tag_to_lark(tag, form=JSON_FORM, special_ids=special_ids, rewrites=rewrites)
             return LLMatcher.grammar_from_lark(lark)
 
 

@@ -14,10 +14,10 @@ from penstock.engine.grammar.compile import Compiled
 NO_BITS: Final = np.int32(0)
 MARK_OF_SPECIAL: Final = b"\xff"
 """Stands before a special token in llguidance's bytes; no text has it."""
-FREE_CPU_S: Final = 0.1
+FREE_CPU_S: Final = 0.05
 """CPU time that the masks and moves of one answer may take, beside `CPU_PER_MASK_S` for each."""
-CPU_PER_MASK_S: Final = 0.005
-"""A usual mask takes a hundredth of it; an answer that takes more fails, so that a step is not its own."""
+CPU_PER_MASK_S: Final = 0.003
+"""A usual mask takes a thirtieth of it; an answer that takes more fails, so that a step is not its own."""
 SLOW_MASK_CPU_S: Final = 0.001
 BYTES_PER_SLOW_CPU_S: Final = 100 << 20
 """A mask that takes so long has derived new lexer states; measured: 70 to 100 MB of them in a second."""

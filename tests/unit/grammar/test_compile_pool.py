@@ -161,3 +161,16 @@ def test_a_fault_of_the_compiler_fails_the_request_alone():
     (done,) = rung.next_done()
     assert isinstance(done.outcome, GenerateError)
     rung.pool.close()
+
+
+@pytest.mark.parametrize(("limit_s", "times"), [(-1.0, 1), (60.0, 0)])
+def test_what_a_large_compilation_leaves_over_is_given_back(monkeypatch, limit_s, times):
+    given = threading.Semaphore(0)
+    monkeypatch.setattr(compile_pool, "LARGE_CPU_S", limit_s)
+    monkeypatch.setattr(compile_pool, "return_free_memory", given.release)
+    rung = Rung(compiler())
+    for source in (f"large ({times}", f"large {times}"):
+        rung.pool.submit(request(spec("regex", source)))
+        rung.next_done()
+    rung.pool._threads.shutdown()
+    assert [given.acquire(blocking=False) for _ in range(3)] == [True] * 2 * times + [False] * (3 - 2 * times)

@@ -10,6 +10,7 @@ from grammar_rig import compiler, matches, spec, start
 from penstock.core.errors import InvalidParameterError
 from penstock.engine.grammar import compile as compile_file
 from penstock.engine.grammar.compile import BYTES_PER_GRAMMAR, GrammarCompiler
+from penstock.engine.grammar.schema_width import check_width
 from penstock.models.embedded_model import embedded_path
 
 PERSON = {
@@ -68,6 +69,48 @@ def test_what_cannot_be_enforced_is_refused_with_the_reason(kind, source, words)
     assert words in caught.value.message
     assert len(caught.value.message) < 500
     assert caught.value.code == "invalid_grammar"
+
+
+def optional(count):
+    return {f"property_{i}": {"type": "string"} for i in range(count)}
+
+
+WIDE = {
+    "an object": {"properties": optional(491)},
+    "an object behind a required property": {"properties": {"a": True} | optional(981), "required": ["a"]},
+    "an object inside": {"items": {"properties": {"x": {"properties": optional(600)}}}},
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_more_optional_properties_than_the_parser_has_room_for_are_refused_with_the_limit(name):
+    with pytest.raises(InvalidParameterError, match="more than (490|980) optional properties"):
+        start("json_schema", WIDE[name])
+
+
+def test_as_many_optional_properties_as_are_allowed_can_be_generated():
+    schema = {"type": "object", "properties": optional(490)}
+    assert matches("json_schema", schema, '{"property_0": "a", "property_489": "b"}')
+    schema = {"type": "object", "properties": {"a": True} | optional(980), "required": ["a"]}
+    assert matches("json_schema", schema, '{"a": 1, "property_0": "a", "property_979": "b"}')
+
+
+def test_properties_of_data_are_none():
+    assert matches(
+        "json_schema",
+        {"const": {"properties": {str(i): 0 for i in range(3)}}},
+        json.dumps({"properties": {"0": 0, "1": 0, "2": 0}}),
+    )
+    check_width({"enum": [{"properties": optional(600)}]})
+
+
+def test_a_grammar_that_fails_at_the_first_token_is_refused_when_it_is_compiled():
+    several = [{"type": "object", "properties": {f"{k}_{i}": True for i in range(300)}} for k in "abc"]
+    with pytest.raises(InvalidParameterError, match="items"):
+        start("json_schema", {"anyOf": several})
+    lark = f'start: "<call>" args\nargs: %json {json.dumps({"anyOf": several})}'
+    with pytest.raises(InvalidParameterError, match="items"):
+        start("grammar", lark)
 
 
 HOSTILE = {
