@@ -36,8 +36,8 @@ WALL_MAX_S: Final = 2.0
 """As `CPU_MAX_S` by the clock, for a machine whose cores have no time for the thread."""
 LOOK_AGAIN_S: Final = 0.02
 LARGE_CPU_S: Final = 0.05
-"""A compilation that took more CPU time, or the vocabulary's first reading, has had tens of megabytes; what it
-left over is given back."""
+"""A compilation that took more CPU time, or the vocabulary's first reading, has had tens of megabytes;
+what it left over is given back."""
 RETRY_AFTER_S: Final = 1.0
 
 log = logging.getLogger("penstock.engine.grammar")
