@@ -142,6 +142,16 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Token slots in owned blocks, shared blocks counted once."""
     num_slots_used: int
     """Of those, slots that hold a token."""
+    num_offload_hit_tokens: int = 0
+    """Tokens whose KV came back from host memory."""
+    offload_saved_bytes: int = 0
+    """Copied from the pool to host memory."""
+    offload_loaded_bytes: int = 0
+    """Copied from host memory to the pool."""
+    offload_time_s: float = 0.0
+    """What these copies took."""
+    offload_used_bytes: int = 0
+    """Host memory that holds blocks."""
     num_adapters_running: int = 0
     """Different LoRA adapters of running requests."""
     num_adapters_waiting: int = 0

@@ -7,6 +7,7 @@ which is checked over everything that attention would read. Faults are injected 
 """
 
 import random
+from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,10 +16,12 @@ from msgspec.structs import replace
 
 from penstock.core.ids import SequenceId
 from penstock.core.text import TokenLogprob, TokenLogprobs
+from penstock.engine.kv.host_tier import HostMove
 from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
 from penstock.engine.scheduler.plan import (
     PENDING_TOKEN,
     UNKNOWN_DRAFT,
+    HostTraffic,
     Pooled,
     Proposal,
     SampledToken,
@@ -34,6 +37,8 @@ MULTIPLIER: Final = 1_000_003
 EMPTY: Final = 0
 NAN: Final = -1
 """Digest of a slot that holds NaN."""
+MOVE_RATE: Final = 0.7
+"""Chance that the next copy between the pool and host memory ends in a step."""
 START: Final = 1
 """Digest before the first token."""
 
@@ -135,6 +140,11 @@ class FakeRunner:
         self._sums: dict[SequenceId, tuple[int, int]] = {}
         """Of prompts under way whose every token counts: where they are, and the sum up to there."""
         self._last_drawn: dict[SequenceId, int] = {}
+        self._slots: dict[int, tuple[list[int], list[int]]] = {}
+        """Host memory."""
+        self._moves: deque[HostMove] = deque()
+        self._move_rng = random.Random(num_blocks)  # noqa: S311 - a simulation, not a secret
+        self.num_loads = 0
         self.failed: set[SequenceId] = set()
         """Sequences that were made to fail."""
 
@@ -164,6 +174,7 @@ class FakeRunner:
             failures=failures,
             pooled=pooled,
             proposals=proposals,
+            host_traffic=self._move(plan.host_moves),
             step_time_s=self._step_time_s(plan),
         )
 
@@ -206,6 +217,24 @@ class FakeRunner:
         require(len({dst for dst, *_ in sources}) == len(sources), "two copies into one block")
         for dst, tokens, digests in sources:
             self._write_block(dst, tokens, digests)
+
+    def _move(self, moves: Sequence[HostMove]) -> HostTraffic:
+        """Carry orders out in their order, the last of them in a later step by chance.
+
+        The bytes move at the end, so that a block that is freed or written meanwhile shows.
+        """
+        self._moves.extend(moves)
+        ended = []
+        while self._moves and self._move_rng.random() < MOVE_RATE:
+            move = self._moves.popleft()
+            for block, slot in zip(move.block_ids, move.slots, strict=True):
+                if move.is_load:
+                    self.write_block(block, self._slots[slot])
+                else:
+                    self._slots[slot] = self.read_block(block)
+            self.num_loads += move.is_load
+            ended.append(move.transfer_id)
+        return HostTraffic(ended=tuple(ended))
 
     def read_block(self, block: int) -> tuple[list[int], list[int]]:
         """Tokens and digests of a block."""

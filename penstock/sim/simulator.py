@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from penstock.core.errors import InvalidParameterError, QueueFullError
 from penstock.core.ids import RequestId
+from penstock.core.ports import KvConnector
 from penstock.core.tokens import TokenDelta
+from penstock.engine.kv.host_tier import HostTier
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 from penstock.engine.scheduler.policy import FairPolicy
@@ -74,7 +76,10 @@ class Simulator:
             faults=setting.faults,
             rng=self._rng,
         )
-        connector = self._make_connector() if setting.has_connector else None
+        self.host_tier = self._make_host_tier() if setting.has_connector and setting.num_host_slots else None
+        connector: KvConnector | None = self.host_tier
+        if setting.has_connector and connector is None:
+            connector = self._make_connector()
         self._scheduler = Scheduler(
             setting.config,
             kv=self._kv,
@@ -94,6 +99,14 @@ class Simulator:
         self._num_hit_tokens = 0
         self._num_draft_tokens = 0
         self._num_accepted_tokens = 0
+
+    def _make_host_tier(self) -> HostTier:
+        return HostTier(
+            num_slots=max(self._setting.num_host_slots, self._kv.num_groups),
+            num_groups=self._kv.num_groups,
+            block_size=self._setting.block_size,
+            bytes_per_slot=1,
+        )
 
     def _make_connector(self) -> FakeConnector:
         return FakeConnector(

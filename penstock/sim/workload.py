@@ -36,6 +36,7 @@ STORM_SIZES: Final = (4, 40)
 """Many short prompts start together and outgrow the pool together."""
 STORM_RATE: Final = 0.3
 SEARCH_RATE: Final = 0.2
+NUM_HOST_SLOTS: Final = (0, 3, 12, 1000)
 POOLING_RATE: Final = 0.15
 """Requests that want a vector instead of tokens."""
 CANDIDATES_PER_BEAM: Final = 3
@@ -58,6 +59,8 @@ class Setting:
     """Plan step n + 1 before step n is applied, without tokens that are being drawn unless
     `config.async_scheduling`."""
     has_connector: bool
+    num_host_slots: int
+    """Of the offload tier, which is the connector then; 0 for a pretended one."""
     speculation: Literal["none", "ngram", "wild", "runner"]
     """Who guesses: nobody, the n-gram index, chance, or the runner."""
     num_drafts_max: int
@@ -105,6 +108,7 @@ def make_workload(seed: int) -> Workload:
         block_size=block_size,
         num_blocks=max(2, int(longest * (1.3 if is_storm else rng.choice((1.0, 1.3, 2.0, 5.0))))),
         max_model_len=max_prompt + max_outputs,
+        num_host_slots=NUM_HOST_SLOTS[seed % len(NUM_HOST_SLOTS)],  # a draw would change all workloads
     )
     arrivals = _make_arrivals(rng, setting=setting, max_prompt=max_prompt, max_outputs=max_outputs)
     return Workload(seed=seed, setting=setting, arrivals=arrivals)
@@ -123,7 +127,13 @@ def with_asynchrony(workload: Workload) -> Workload:
 
 
 def _make_setting(
-    rng: random.Random, *, layout: CacheLayout, block_size: int, num_blocks: int, max_model_len: int
+    rng: random.Random,
+    *,
+    layout: CacheLayout,
+    block_size: int,
+    num_blocks: int,
+    max_model_len: int,
+    num_host_slots: int,
 ) -> Setting:
     max_num_seqs = rng.choice((1, 2, 4, 8, 8))
     config = SchedulerConfig(
@@ -147,6 +157,7 @@ def _make_setting(
         times=StepTimes(draft_s=rng.choice((0.0, 0.0, 0.0002))),
         faults=FaultRates(numerical_error=0.01, step_error=0.005) if has_faults else FaultRates(),
         overlaps=rng.random() < 0.3,
+        num_host_slots=num_host_slots,
         has_connector=config.enable_prefix_caching and rng.random() < 0.3,
         speculation=rng.choice(("none", "ngram", "wild", "runner")),
         num_drafts_max=rng.choice((1, 3, 9)),

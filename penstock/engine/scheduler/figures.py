@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from penstock.core.tokens import RequestReport, StepStats
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.cost import StepLoad
+from penstock.engine.scheduler.plan import NO_TRAFFIC, HostTraffic
 from penstock.engine.scheduler.request import GroupState, SequenceGroup
 
 
@@ -23,6 +24,9 @@ class StepCounts:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_loaded_tokens: int = 0
+    """That came back from host memory before the step."""
+    host_traffic: HostTraffic = NO_TRAFFIC
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: list[int] = field(default_factory=list)
@@ -56,6 +60,8 @@ class QueueGauges:
     num_waiting_tokens: int
     num_adapters_running: int = 0
     num_adapters_waiting: int = 0
+    host_bytes_used: int = 0
+    """Of the offload tier."""
 
 
 def num_unused_slots(kv: KvManager, groups: Iterable[SequenceGroup]) -> int:
@@ -99,6 +105,11 @@ def step_stats(
         num_waiting_tokens=gauges.num_waiting_tokens,
         num_adapters_running=gauges.num_adapters_running,
         num_adapters_waiting=gauges.num_adapters_waiting,
+        num_offload_hit_tokens=counts.num_loaded_tokens,
+        offload_saved_bytes=counts.host_traffic.saved_bytes,
+        offload_loaded_bytes=counts.host_traffic.loaded_bytes,
+        offload_time_s=counts.host_traffic.time_s,
+        offload_used_bytes=gauges.host_bytes_used,
         num_blocks=usage.num_blocks,
         num_blocks_free=usage.num_free,
         num_blocks_cached=usage.num_cached,

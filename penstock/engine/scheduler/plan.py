@@ -12,6 +12,7 @@ from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
 from penstock.core.text import TokenLogprobs
 from penstock.core.tokens import Pooling
+from penstock.engine.kv.host_tier import HostMove
 
 UNKNOWN_DRAFT: Final = -1
 """In place of a draft's token: a model of the runner is to guess it."""
@@ -114,6 +115,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that held NaN; zeroed before anything else."""
     adapter_bindings: list[AdapterBinding] = []
     """In their order, before anything is computed."""
+    host_moves: list[HostMove] = []
+    """Copies to begin in their order, after blocks were zeroed and copied; they may outlast the step."""
 
     @property
     def num_tokens(self) -> int:
@@ -167,6 +170,20 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
+class HostTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    """Copies between the pool and host memory that ended in a step."""
+
+    ended: tuple[int, ...] = ()
+    """Their transfers."""
+    saved_bytes: int = 0
+    loaded_bytes: int = 0
+    time_s: float = 0.0
+    """What the copies took, one after the other."""
+
+
+NO_TRAFFIC: Final = HostTraffic()
+
+
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a step produced; every `SampleSpec` of the plan is answered by a token or a failure.
 
@@ -184,4 +201,5 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What stood in place of `UNKNOWN_DRAFT`s."""
     num_caught_up_tokens: int = 0
     """Tokens that a draft model had to read before it could guess, beyond the last step's."""
+    host_traffic: HostTraffic = NO_TRAFFIC
     step_time_s: float = 0.0

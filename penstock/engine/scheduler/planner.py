@@ -75,7 +75,7 @@ class Planner:
             The plan; without sequences if nothing can be computed now. Block tables are the live lists.
         """
         draft = StepDraft(num_tokens_left=self._config.max_num_batched_tokens, is_ahead=is_ahead)
-        self._end_loads()
+        self._end_loads(draft)
         if self._roster.must_recheck_paths:
             self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
@@ -87,12 +87,13 @@ class Planner:
         self._admit(draft)
         return self._finish_plan(draft)
 
-    def _end_loads(self) -> None:
+    def _end_loads(self, draft: StepDraft) -> None:
         for group, num_tokens in self._roster.transfers.poll():
             if group.state is not GroupState.WAITING_KV:
                 continue
             leader = group.live[0]
             leader.num_computed_tokens += num_tokens
+            draft.counts.num_loaded_tokens += num_tokens
             if not group.num_preemptions and not group.num_generated_tokens:
                 group.num_cached_tokens = leader.num_computed_tokens
             group.move_to(GroupState.RUNNING)
@@ -393,6 +394,7 @@ class Planner:
             block_copies=[BlockCopy(copy.src, copy.dst) for copy in self._kv.take_copies()],
             blocks_to_zero=self._kv.take_blocks_to_zero(),
             adapter_bindings=[AdapterBinding(slot, revision) for slot, revision in bindings],
+            host_moves=self._roster.transfers.take_moves(),
         )
         return Planned(plan, draft.counts, draft.needs_result)
 

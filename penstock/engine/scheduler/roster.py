@@ -75,8 +75,8 @@ class Roster:
 
     @property
     def has_work(self) -> bool:
-        """True while any request has not ended, or a delta has not been taken."""
-        return bool(self._groups or self._closing or self._deltas)
+        """True while any request has not ended, a delta has not been taken, or blocks are being copied."""
+        return bool(self._groups or self._closing or self._deltas or self.transfers.are_under_way)
 
     @property
     def num_waiting(self) -> int:
@@ -106,6 +106,7 @@ class Roster:
             num_waiting_tokens=self.num_waiting_tokens,
             num_adapters_running=0 if adapters is None else adapters.num_used,
             num_adapters_waiting=0 if adapters is None else adapters.num_waiting,
+            host_bytes_used=self.transfers.host_bytes_used,
         )
 
     # -- what is told --------------------------------------------------------------------------------------
@@ -158,6 +159,8 @@ class Roster:
     def requeue(self, group: SequenceGroup, *, taint: bool) -> None:
         """Free all that a running group holds and let it wait at its old place; it is recomputed later."""
         for seq in group.live:
+            if taint:
+                self.transfers.forget(seq)
             self._kv.free(seq.blocks, taint=taint)
             seq.restart()
         group.is_forked = False
@@ -287,6 +290,8 @@ class Roster:
             self._forget(seq)
 
     def _forget(self, seq: Sequence) -> None:
+        if seq.group.is_tainted:
+            self.transfers.forget(seq)
         self._kv.free(seq.blocks, taint=seq.group.is_tainted)
         del self.sequences[seq.seq_id]
         self.constraints.pop(seq.seq_id, None)

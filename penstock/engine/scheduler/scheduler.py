@@ -121,7 +121,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True while any accepted request has not ended, or a delta has not been taken."""
+        """True while a request has not ended, a delta has not been taken, or blocks are being copied."""
         return self._roster.has_work
 
     @property

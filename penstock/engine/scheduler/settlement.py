@@ -73,6 +73,8 @@ class Settlement:
         Returns:
             The deltas of the step (and those made since the last one), and its figures.
         """
+        counts.host_traffic = result.host_traffic
+        self._roster.transfers.end_moves(result.host_traffic.ended)
         failures = {failure.seq_id: failure for failure in result.failures}
         for entry in plan.sequences:
             self._advance(entry, counts, has_failed=entry.seq_id in failures)

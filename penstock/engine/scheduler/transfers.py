@@ -4,13 +4,15 @@ Holds the blocks of every transfer until the connector has reported its end, and
 waits for which load. It decides when to save, not what to evict. Called by `scheduler`.
 """
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from penstock.core.ports import KvConnector, KvTransfer
+from penstock.engine.kv.host_tier import HostMove, HostTier
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
 
-MAX_SAVES: Final = 64
+MAX_SAVES: Final = 4096
 """Saves under way; beyond it full blocks are not saved (they stay in the pool as long as it has room)."""
 
 
@@ -32,6 +34,7 @@ class KvTransfers:
 
     def __init__(self, connector: KvConnector | None, *, kv: KvManager) -> None:
         self._connector = connector
+        self._host_tier = connector if isinstance(connector, HostTier) else None
         self._kv = kv
         self._loads: dict[int, _Load] = {}
         self._saves: dict[int, list[int]] = {}
@@ -41,6 +44,16 @@ class KvTransfers:
     def held_blocks(self) -> list[int]:
         """Blocks held by saves, one entry for each hold."""
         return [block_id for blocks in self._saves.values() for block_id in blocks]
+
+    @property
+    def are_under_way(self) -> bool:
+        """True while copies that plans carry have not been reported as done."""
+        return self._host_tier is not None and bool(self._saves or self._loads)
+
+    @property
+    def host_bytes_used(self) -> int:
+        """Host memory that holds blocks."""
+        return 0 if self._host_tier is None else self._host_tier.used_bytes
 
     def num_loadable_tokens(self, seq: Sequence) -> int:
         """Tokens of whole blocks that could be loaded next; the last token is always computed."""
@@ -76,6 +89,8 @@ class KvTransfers:
         num_full = seq.num_computed_tokens // self._kv.block_size
         if self._connector is None or first_block >= num_full or len(self._saves) >= MAX_SAVES:
             return
+        if self._host_tier is not None:
+            first_block = 0  # it knows what it has, and what it had to give up on the way
         num_tokens = num_full * self._kv.block_size
         transfer = self._make_transfer(seq, first_block=first_block, num_tokens=num_tokens)
         self._saves[transfer.transfer_id] = self._kv.hold(seq.blocks, num_blocks=num_full)
@@ -91,6 +106,20 @@ class KvTransfers:
             first_block=first_block,
             block_ids=tuple(table[first_block:end] for table in seq.blocks.tables),
         )
+
+    def forget(self, seq: Sequence) -> None:
+        """What `seq` computed may be bad: it must not be loaded again."""
+        if self._host_tier is not None:
+            self._host_tier.forget(seq.blocks.namespace, seq.token_ids)
+
+    def take_moves(self) -> list[HostMove]:
+        """Copies for the next plan to carry."""
+        return [] if self._host_tier is None else self._host_tier.take_moves()
+
+    def end_moves(self, transfer_ids: Iterable[int]) -> None:
+        """The runner has made these copies."""
+        if self._host_tier is not None:
+            self._host_tier.end_moves(transfer_ids)
 
     def poll(self) -> list[EndedLoad]:
         """Let go of what has ended; returns the loads among it."""
