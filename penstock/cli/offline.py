@@ -46,7 +46,7 @@ from penstock.core.params import SamplingParams
 from penstock.core.pooled import ClassifyRequest, EmbedRequest, ScoreRequest
 from penstock.core.text import GenerateRequest, Message, ToolChoice, ToolMode
 from penstock.core.tokens import EngineInfo
-from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.engine.config import GIB, EngineConfig, KvConfig, SchedulerConfig
 from penstock.text.pooling_config import PoolingConfig
 from penstock.text.reading import ReadingConfig
 from penstock.text.service import TextService
@@ -92,6 +92,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "block_size": (int,),
     "num_kv_blocks": (int, NONE),
     "kv_cache_memory_bytes": (int, NONE),
+    "kv_offloading_size": (float, int),
     "num_threads": (int, NONE),
     "chat_template": (str, Path, NONE),
     "score_yes_token": (str,),
@@ -137,6 +138,7 @@ TYPE_WORDS: Final = {
     str: "text",
     Path: "a path",
     int: "a whole number",
+    float: "a number",
     bool: "True or False",
     NONE: "None",
     Mapping: "a mapping",
@@ -168,6 +170,7 @@ class LLM:
         block_size: token slots in a KV block, a power of two.
         num_kv_blocks: size of the pool; None derives it.
         kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
+        kv_offloading_size: GiB of host memory for KV blocks beyond the pool; 0 for none.
         num_threads: threads that compute; None takes the CPUs of this process.
         thread_affinity: CPUs to pin the threads of the native kernels to, as `0-3,8`.
         isa: instruction set of the native kernels; auto takes `PENSTOCK_ISA` or the best.
@@ -211,6 +214,7 @@ class LLM:
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        kv_offloading_size: float = 0.0,
         num_threads: int | None = None,
         thread_affinity: str | None = None,
         isa: str = "auto",
@@ -654,6 +658,7 @@ def _engine_config(given: Mapping[str, Any], *, source: ModelSource) -> EngineCo
             cache_dtype=given["kv_cache_dtype"],
             num_blocks=given["num_kv_blocks"],
             kv_cache_memory_bytes=given["kv_cache_memory_bytes"],
+            offloading_bytes=int(given["kv_offloading_size"] * GIB),
         ),
     )
 

@@ -14,7 +14,9 @@ from penstock.cli.model_source import find_draft
 from penstock.cli.setting import PowerOfTwo, Range, setting
 from penstock.core.errors import StartupError
 from penstock.engine.config import (
+    GIB,
     MAX_BLOCK_SIZE,
+    MAX_OFFLOADING_GIB,
     EngineConfig,
     KvConfig,
     LoraConfig,
@@ -23,8 +25,6 @@ from penstock.engine.config import (
 )
 from penstock.text.pooling_config import PoolingConfig
 from penstock.text.reading import ReadingConfig
-
-GIB = 1 << 30
 
 ToolParserName = Literal[
     "auto",
@@ -161,6 +161,14 @@ class ServeSettings:
             "Bytes for the KV pool; otherwise a share of the free memory.", allowed=Range(low=1, high=1 << 50)
         ),
     ] = None
+    kv_offloading_size: Annotated[
+        float,
+        setting(
+            "GiB of host memory for KV blocks beyond the pool: cached prefixes and preempted requests; 0 for "
+            "none.",
+            allowed=Range(low=0, high=MAX_OFFLOADING_GIB),
+        ),
+    ] = 0.0
     speculative_config: Annotated[
         dict[str, str | int] | None,
         setting(
@@ -306,6 +314,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             cache_dtype=settings.kv_cache_dtype,
             num_blocks=settings.num_kv_blocks,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+            offloading_bytes=int(settings.kv_offloading_size * GIB),
         ),
         lora=LoraConfig(
             enable_lora=settings.enable_lora,

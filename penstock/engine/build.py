@@ -31,11 +31,12 @@ from penstock.engine.grammar.bitmask import MaskFiller
 from penstock.engine.grammar.compile import GrammarCompiler
 from penstock.engine.grammar.compile_pool import CompilePool
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
+from penstock.engine.kv.host_tier import HostTier
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.draft_passes import ModelPasses, draft_bytes_per_block, draft_layout
 from penstock.engine.runner.faults import FaultPoints
-from penstock.engine.runner.kv_budget import resolve_num_blocks
+from penstock.engine.runner.kv_budget import resolve_num_blocks, resolve_num_host_blocks
 from penstock.engine.runner.kv_pool import bytes_per_block
 from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
@@ -191,9 +192,17 @@ def _join(
         free_memory_bytes=available_memory_bytes(),
         max_model_len=loaded.max_model_len,
     )
+    tier = _host_tier(config, loaded, layout, pool_bytes=num_blocks * block_bytes)
     adapters = _adapter_host(config.lora, loaded)
     runner = _make_runner(
-        config, loaded, layout=layout, num_blocks=num_blocks, draft=draft, adapters=adapters, faults=faults
+        config,
+        loaded,
+        layout=layout,
+        num_blocks=num_blocks,
+        num_host_blocks=0 if tier is None else tier.num_slots,
+        draft=draft,
+        adapters=adapters,
+        faults=faults,
     )
     ranks = LocalRank(runner)
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
@@ -203,6 +212,7 @@ def _join(
         kv=kv,
         clock=SystemClock(),
         rng=random.SystemRandom(),
+        connector=tier,
         vocab_size=loaded.model.vocab_size,
         proposer=_proposer(config.speculative),
         adapters=None if adapters is None else adapters.slots,
@@ -239,6 +249,7 @@ def _make_runner(
     *,
     layout: CacheLayout,
     num_blocks: int,
+    num_host_blocks: int,
     draft: Draft | None,
     adapters: AdapterHost | None,
     faults: FaultPoints | None,
@@ -248,6 +259,7 @@ def _make_runner(
         layout=layout,
         num_blocks=num_blocks,
         block_size=config.kv.block_size,
+        num_host_blocks=num_host_blocks,
         faults=faults,
         num_adapter_slots=0 if adapters is None else config.lora.max_loras,
         adapter_weights=None if adapters is None else adapters.weights,
@@ -264,6 +276,25 @@ def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConf
         config.scheduler,
         max_model_len=loaded.max_model_len,
         async_scheduling=config.device == "cuda" if looks_ahead is None else looks_ahead,
+    )
+
+
+def _host_tier(
+    config: EngineConfig, loaded: LoadedModel, layout: CacheLayout, *, pool_bytes: int
+) -> HostTier | None:
+    """The offload tier; None if none is asked for."""
+    size = config.kv.block_size
+    num_bytes = bytes_per_block(layout, block=kv_block(loaded.kernels, loaded.kv_shape(block_size=size)))
+    free_bytes = available_memory_bytes()
+    if free_bytes is not None and loaded.device.type == "cpu":
+        free_bytes -= pool_bytes
+    num_slots = resolve_num_host_blocks(
+        config.kv, layout=layout, bytes_per_block=num_bytes, free_memory_bytes=free_bytes
+    )
+    if not num_slots:
+        return None
+    return HostTier(
+        num_slots=num_slots, num_groups=len(layout.groups), block_size=size, bytes_per_slot=num_bytes
     )
 
 

@@ -26,6 +26,8 @@ LOOKUP_MIN: Final = 3
 LOOKUP_MAX: Final = 8
 MAX_LOOKUP: Final = 64
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+GIB: Final = 1 << 30
+MAX_OFFLOADING_GIB: Final = 1 << 20
 MAX_MODEL_LEN: Final = 1 << 24
 MAX_BLOCK_SIZE: Final = MAX_MODEL_LEN
 """A block may hold a whole context: each sequence then owns its memory in one piece from start to end,
@@ -77,6 +79,8 @@ class KvConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None
     """Memory for the pool; None takes a share of the free memory, at most what `max_num_seqs` full
     contexts could use."""
+    offloading_bytes: int = 0
+    """Host memory for blocks beyond the pool; 0 for none."""
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -224,6 +228,12 @@ def validate_engine_config(config: EngineConfig) -> None:
         raise StartupError(f"block_size is {config.kv.block_size}, it must be a power of two")
     if config.kv.num_blocks is not None:
         _bound("num_blocks", config.kv.num_blocks, 2, 1 << 31)
+    _bound("kv_offloading_size", config.kv.offloading_bytes / GIB, 0, MAX_OFFLOADING_GIB)
+    if config.kv.offloading_bytes and not sched.enable_prefix_caching:
+        raise StartupError(
+            "kv_offloading_size needs enable_prefix_caching: what is kept is found by its prefix",
+            param="kv_offloading_size",
+        )
     if config.max_model_len is not None:
         _bound("max_model_len", config.max_model_len, 2, MAX_MODEL_LEN)
         check_whole_prompts(sched, max_model_len=config.max_model_len)

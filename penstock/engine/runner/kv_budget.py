@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from penstock.core.errors import StartupError
-from penstock.engine.config import KvConfig, SchedulerConfig
+from penstock.engine.config import GIB, KvConfig, SchedulerConfig
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.kv.kv_manager import num_blocks_needed
 
-GIB: Final = 1 << 30
 DEFAULT_BYTES_MAX: Final = 2 * GIB
 """A laptop's share: enough for dozens of conversations, small enough to go unnoticed."""
 MEMORY_SHARE: Final = 0.5
@@ -107,6 +106,42 @@ def resolve_num_blocks(
     _check_enough(num_blocks, needs=needs, source=source, param=param)
     _check_free(num_blocks * bytes_per_block, free_memory_bytes=free_memory_bytes, source=source, param=param)
     return num_blocks
+
+
+def resolve_num_host_blocks(
+    config: KvConfig, *, layout: CacheLayout, bytes_per_block: int, free_memory_bytes: int | None
+) -> int:
+    """How many blocks the offload tier holds.
+
+    Args:
+        config: its `offloading_bytes`.
+        layout: a block of tokens takes a slot in each of its groups.
+        bytes_per_block: of one block of the model in all slabs.
+        free_memory_bytes: host memory that the pool leaves, or None if unknown.
+
+    Returns:
+        0 without a tier.
+
+    Raises:
+        StartupError: it would not hold a block of tokens, or is more than is free.
+    """
+    num_bytes = config.offloading_bytes
+    least_bytes = len(layout.groups) * bytes_per_block
+    if num_bytes and num_bytes < least_bytes:
+        raise StartupError(
+            f"kv_offloading_size is {num_bytes} bytes, it must be 0 or at least {least_bytes} for one block "
+            f"of {config.block_size} tokens",
+            code="kv_memory",
+            param="kv_offloading_size",
+        )
+    if free_memory_bytes is not None and num_bytes > max(0, free_memory_bytes):
+        raise StartupError(
+            f"kv_offloading_size is {num_bytes} bytes, but only {max(0, free_memory_bytes)} bytes of host "
+            "memory are free beside the KV pool",
+            code="kv_memory",
+            param="kv_offloading_size",
+        )
+    return num_bytes // bytes_per_block
 
 
 def _default_blocks(needs: KvNeeds, *, free_memory_bytes: int | None) -> int:

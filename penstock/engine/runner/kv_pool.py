@@ -70,6 +70,11 @@ class KvPool:
             for slab in range(layout.num_slabs)
         )
 
+    @property
+    def storage(self) -> torch.Tensor:
+        """[num_blocks + 1, *block]: all of a block in one piece, for whoever copies whole blocks."""
+        return self._storage
+
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""
         if copies:

@@ -36,6 +36,7 @@ from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.device_batch import indices, on_device, on_host
 from penstock.engine.runner.faults import FaultPoints
+from penstock.engine.runner.host_blocks import HostBlocks
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.runner.pooling import PoolPart, Pools, overflowing, pool
@@ -47,8 +48,10 @@ from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
+    NO_TRAFFIC,
     PENDING_TOKEN,
     AdapterBinding,
+    HostTraffic,
     PromptLogprobs,
     SampledToken,
     ScheduledSequence,
@@ -118,6 +121,7 @@ class Runner:
         layout: CacheLayout,
         num_blocks: int,
         block_size: int,
+        num_host_blocks: int = 0,
         faults: FaultPoints | None = None,
         num_adapter_slots: int = 0,
         adapter_weights: Callable[[str], AdapterWeights] | None = None,
@@ -130,6 +134,7 @@ class Runner:
             layout: how its layers share blocks.
             num_blocks: blocks that the scheduler may hand out.
             block_size: token slots in a block.
+            num_host_blocks: blocks of the offload tier in host memory, 0 for none.
             faults: where tests make it fail; None in production.
             num_adapter_slots: different adapters in one step, 0 without adapters.
             adapter_weights: of a version that is bound to a slot.
@@ -149,6 +154,9 @@ class Runner:
             device=loaded.device,
         )
         self._device, self._is_queued = loaded.device, loaded.is_queued
+        self._host_blocks = (
+            HostBlocks(self._pool.storage, num_slots=num_host_blocks) if num_host_blocks else None
+        )
         self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._kernels = loaded.kernels
@@ -193,6 +201,8 @@ class Runner:
         self._bind_adapters(plan.adapter_bindings)
         self._pool.zero_blocks(plan.blocks_to_zero)
         self._pool.copy_blocks(plan.block_copies)
+        if self._host_blocks is not None:
+            self._host_blocks.begin(plan.host_moves)
         guesses = self._guess(plan, self._put_in_place(plan.sequences))
         passes, failures = self._compute(guesses.sequences) if guesses.sequences else ([], [])
         return StepHandle(
@@ -294,8 +304,14 @@ class Runner:
             ],
             proposals=handle.guesses.proposals,
             num_caught_up_tokens=handle.guesses.num_caught_up_tokens,
+            host_traffic=self._host_traffic(handle),
             step_time_s=handle.launch_time_s + handle.draw_time_s + time.perf_counter() - began_s,
         )
+
+    def _host_traffic(self, handle: StepHandle) -> HostTraffic:
+        if self._host_blocks is None:
+            return NO_TRAFFIC
+        return self._host_blocks.take_done(wait=not handle.guesses.sequences)
 
     def warm_up(
         self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
