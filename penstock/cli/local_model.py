@@ -65,6 +65,8 @@ class StepTotals:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_offload_hit_tokens: int = 0
+    """Tokens whose KV came back from host memory."""
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -85,6 +87,7 @@ class StepTotals:
         self.num_prefix_query_tokens += stats.num_prefix_query_tokens
         self.num_prefix_hit_tokens += stats.num_prefix_hit_tokens
         self.num_preemptions += stats.num_preemptions
+        self.num_offload_hit_tokens += stats.num_offload_hit_tokens
         self.num_drafts += stats.num_drafts
         self.num_draft_tokens += stats.num_draft_tokens
         self.num_accepted_tokens += sum(stats.num_accepted_tokens)

@@ -207,17 +207,7 @@ def _join(
     ranks = LocalRank(runner)
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
-    scheduler = Scheduler(
-        limits,
-        kv=kv,
-        clock=SystemClock(),
-        rng=random.SystemRandom(),
-        connector=tier,
-        vocab_size=loaded.model.vocab_size,
-        proposer=_proposer(config.speculative),
-        adapters=None if adapters is None else adapters.slots,
-        num_labels=len(loaded.labels),
-    )
+    scheduler = _scheduler(config, loaded, limits=limits, kv=kv, tier=tier, adapters=adapters)
     scheduler.cost.prime(warm_steps)
     return EngineCore(
         scheduler=scheduler,
@@ -276,6 +266,28 @@ def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConf
         config.scheduler,
         max_model_len=loaded.max_model_len,
         async_scheduling=config.device == "cuda" if looks_ahead is None else looks_ahead,
+    )
+
+
+def _scheduler(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    limits: SchedulerConfig,
+    kv: KvManager,
+    tier: HostTier | None,
+    adapters: AdapterHost | None,
+) -> Scheduler:
+    return Scheduler(
+        limits,
+        kv=kv,
+        clock=SystemClock(),
+        rng=random.SystemRandom(),
+        connector=tier,
+        vocab_size=loaded.model.vocab_size,
+        proposer=_proposer(config.speculative),
+        adapters=None if adapters is None else adapters.slots,
+        num_labels=len(loaded.labels),
     )
 
 

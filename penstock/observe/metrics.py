@@ -150,6 +150,11 @@ class Metrics:
         values["prompt_tokens_computed_total"] += stats.num_prompt_tokens
         values["prefix_cache_queries_total"] += stats.num_prefix_query_tokens
         values["prefix_cache_hits_total"] += stats.num_prefix_hit_tokens
+        values["kv_offload_hits_total"] += stats.num_offload_hit_tokens
+        values["kv_offload_saved_bytes_total"] += stats.offload_saved_bytes
+        values["kv_offload_loaded_bytes_total"] += stats.offload_loaded_bytes
+        values["kv_offload_time_seconds_total"] += stats.offload_time_s
+        values["kv_offload_used_bytes"] = stats.offload_used_bytes
         values["num_preemptions_total"] += stats.num_preemptions
         values["generation_tokens_total"] += stats.num_generated_tokens
         values["grammar_forced_tokens_total"] += stats.num_forced_tokens

@@ -12,7 +12,14 @@ from penstock.engine.config import SchedulerConfig
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.constraint import Constraint
-from penstock.engine.scheduler.plan import SampledToken, SequenceFailure, StepPlan, StepResult
+from penstock.engine.scheduler.plan import (
+    NO_TRAFFIC,
+    HostTraffic,
+    SampledToken,
+    SequenceFailure,
+    StepPlan,
+    StepResult,
+)
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.settlement import StepOutput
 from penstock.sim.clock import VirtualClock
@@ -77,6 +84,7 @@ class Rig:
         token: int | TokenSource = 9,
         failures: dict[int, str] | None = None,
         step_time_s: float = 0.01,
+        host_traffic: HostTraffic = NO_TRAFFIC,
     ) -> StepOutput:
         """Apply a plan with the given outcome."""
         failures = failures or {}
@@ -93,6 +101,7 @@ class Rig:
             tokens=tokens,
             failures=[SequenceFailure(seq_id, code, "injected") for seq_id, code in failures.items()],
             step_time_s=step_time_s,
+            host_traffic=host_traffic,
         )
         self.clock.advance(step_time_s)
         output = self.scheduler.apply(plan, result)
