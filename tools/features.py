@@ -91,6 +91,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("chunked_prefill", "chunked prefill"),
     _engine("whole_prompts", "enable_chunked_prefill off"),
     _engine("preemption", "preemption"),
+    _engine("kv_offload", "KV offload to host memory"),
     _engine("fcfs", "scheduling policy fcfs"),
     _engine("sliding_window", "sliding window"),
     _engine("eager_bfloat16", "kernels eager, bfloat16"),

@@ -490,10 +490,12 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert case.engine.order(case.request) == [Priority.BATCH, Priority.REALTIME]
     if name == "chunked_prefill":
         assert run.max_step_tokens <= CHUNK
-    if name == "whole_prompts" and "prefix_caching" not in case.names:
+    if name == "whole_prompts" and not case.names & {"prefix_caching", "kv_offload"}:
         assert run.max_step_tokens >= case.engine.num_prompt_tokens(case.request)
     if name == "preemption" and not case.is_cut:
         assert run.num_preemptions > 0
+    if name == "kv_offload" and not case.is_cut and not case.names & NATIVE:  # see `prefix_caching`
+        assert run.num_offload_hits > 0
     if name == "lora" and not is_rounded:
         base = case.engine.run(case.request, cut_after=case.cut_after, is_base=True)
         assert base.tokens() == plain.tokens()  # the base model is as it was

@@ -38,6 +38,8 @@ FEW_BLOCKS = 16
 """Blocks with `preemption`: the request and its neighbours need about thirty."""
 FEW_WINDOW_BLOCKS = 11
 """As `FEW_BLOCKS`, where blocks behind the window are given back."""
+SHORT_OF_BLOCKS = frozenset({"preemption", "kv_offload"})
+OFFLOADING_BYTES = 1 << 24
 NATIVE = frozenset({"native_bfloat16", "kv_int8"})
 """Features of the native kernels, whose heads and blocks are larger."""
 NATIVE_BLOCK_SIZE = 16
@@ -58,6 +60,7 @@ class Run:
     deltas: list[TextDelta] = field(default_factory=list)
     usage: Usage | None = None
     num_preemptions: int = 0
+    num_offload_hits: int = 0
     num_prefill_steps: int = 0
     max_step_tokens: int = 0
     num_owned_after: int = 0
@@ -171,7 +174,7 @@ class FeatureEngine:
 
     async def _run(self, request: GenerateRequest, *, cut_after: int | None) -> Run:
         run = Run()
-        preempted = self._totals.num_preemptions
+        preempted, found = self._totals.num_preemptions, self._totals.num_offload_hit_tokens
         self._totals.max_step_tokens = 0
         neighbours = [await self._generate(each) for each in self._neighbours(request)]
         async with aclosing(await self._generate(request)) as stream:
@@ -184,6 +187,7 @@ class FeatureEngine:
             async for _ in each:
                 pass
         run.num_preemptions = self._totals.num_preemptions - preempted
+        run.num_offload_hits = self._totals.num_offload_hit_tokens - found
         run.max_step_tokens = self._totals.max_step_tokens
         memory = await self._local.engine.memory()
         run.num_owned_after = memory.kv_bytes_owned // self._local.info.bytes_per_block
@@ -216,7 +220,7 @@ class FeatureEngine:
         return await self._local.service.generate(fresh)
 
     def _neighbours(self, request: GenerateRequest) -> Iterable[GenerateRequest]:
-        if "preemption" not in self._features:
+        if not self._features & SHORT_OF_BLOCKS:
             return
         params = msgspec.structs.replace(
             request.params, n=1, best_of=None, use_beam_search=False, max_tokens=20, ignore_eos=True, stop=(), logprobs=None
@@ -255,7 +259,7 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
         scheduler=SchedulerConfig(
             max_num_seqs=NUM_SEATS,
             max_num_batched_tokens=CHUNK if "chunked_prefill" in features else 256,
-            enable_prefix_caching="prefix_caching" in features,
+            enable_prefix_caching=bool(features & {"prefix_caching", "kv_offload"}),
             enable_chunked_prefill="whole_prompts" not in features,
             policy="fcfs" if "fcfs" in features else "fair",
         ),
@@ -263,12 +267,13 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
             block_size=NATIVE_BLOCK_SIZE if is_native else BLOCK_SIZE,
             cache_dtype="int8" if "kv_int8" in features else "auto",
             num_blocks=_num_blocks(features),
+            offloading_bytes=OFFLOADING_BYTES if "kv_offload" in features else 0,
         ),
     )
 
 
 def _num_blocks(features: frozenset[str]) -> int:
-    if "preemption" not in features:
+    if not features & SHORT_OF_BLOCKS:
         return 128
     if features & NATIVE:
         return FEW_NATIVE_BLOCKS

@@ -65,6 +65,12 @@ def test_the_example_of_speculation_runs() -> None:
     assert "same answer: True" in _run(sys.executable, "examples/speculation.py")
 
 
+def test_evicted_prompts_come_back_from_host_memory() -> None:
+    out = _run(sys.executable, "examples/kv_offload.py")
+    assert "the same answers: True" in out
+    assert int(out.rsplit(":", 1)[1]) > 0
+
+
 def test_the_example_of_a_quantized_checkpoint_runs(tmp_path: Path) -> None:
     """A GGUF file in the place of a folder: text in, text out, ended by the template's own end of turn."""
     from tools.quantized.gguf_file import write_gguf

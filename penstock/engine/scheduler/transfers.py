@@ -38,6 +38,7 @@ class KvTransfers:
         self._kv = kv
         self._loads: dict[int, _Load] = {}
         self._saves: dict[int, list[int]] = {}
+        self._ended: list[EndedLoad] = []
         self._last_id = 0
 
     @property
@@ -95,6 +96,7 @@ class KvTransfers:
         transfer = self._make_transfer(seq, first_block=first_block, num_tokens=num_tokens)
         self._saves[transfer.transfer_id] = self._kv.hold(seq.blocks, num_blocks=num_full)
         self._connector.begin_save(transfer)
+        self._take_ended()
 
     def _make_transfer(self, seq: Sequence, *, first_block: int, num_tokens: int) -> KvTransfer:
         self._last_id += 1
@@ -120,15 +122,19 @@ class KvTransfers:
         """The runner has made these copies."""
         if self._host_tier is not None:
             self._host_tier.end_moves(transfer_ids)
+            self._take_ended()
 
     def poll(self) -> list[EndedLoad]:
         """Let go of what has ended; returns the loads among it."""
-        ended: list[EndedLoad] = []
+        self._take_ended()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _take_ended(self) -> None:
         for end in self._connector.poll() if self._connector is not None else ():
             load = self._loads.pop(end.transfer_id, None)
             if load is None:
                 self._kv.let_go(self._saves.pop(end.transfer_id))
                 continue
             load.group.is_loading = False
-            ended.append(EndedLoad(load.group, load.num_tokens if end.ok else 0))
-        return ended
+            self._ended.append(EndedLoad(load.group, load.num_tokens if end.ok else 0))
