@@ -11,13 +11,14 @@ block's former content; a step that needs the block is planned after the load ha
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
 from penstock.engine.kv.host_tier import HostMove
+from penstock.engine.runner.copy_stream import CopyStream, Ticket
 from penstock.engine.scheduler.plan import NO_TRAFFIC, HostTraffic
 
 
@@ -40,32 +41,31 @@ def runs_of(block_ids: Sequence[int], slots: Sequence[int]) -> Iterator[Run]:
         yield Run(*run[0], len(run))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _UnderWay:
+class _UnderWay(NamedTuple):
     """One order on the copy stream."""
 
     move: HostMove
-    began: torch.cuda.Event
-    ended: torch.cuda.Event
+    ticket: Ticket
 
 
 class HostBlocks:
     """See the module."""
 
-    def __init__(self, storage: torch.Tensor, *, num_slots: int) -> None:
+    def __init__(self, storage: torch.Tensor, *, num_slots: int, stream: CopyStream | None = None) -> None:
         """Reserve the memory.
 
         Args:
             storage: the pool, [num_blocks, *block] of any dtype and device; the content of a block is copied
                 as it is.
             num_slots: blocks that host memory holds.
+            stream: makes the copies; None copies here and now.
 
         Raises:
             RuntimeError: so much memory cannot be pinned.
         """
         self._storage = storage
         shape = (num_slots, *storage.shape[1:])
-        self._stream = torch.cuda.Stream(storage.device) if storage.is_cuda else None
+        self._stream = stream
         self._slots = torch.empty(shape, dtype=storage.dtype, pin_memory=storage.is_cuda)
         self._bytes_per_block = storage[0].nbytes
         self._under_way: deque[_UnderWay] = deque()
@@ -84,20 +84,7 @@ class HostBlocks:
                 self._copy(move)
                 self._note(move, time_s=time.perf_counter() - began_s)
             else:
-                self._under_way.append(self._begin_on(self._stream, move))
-
-    def _begin_on(self, stream: torch.cuda.Stream, move: HostMove) -> _UnderWay:
-        under_way = _UnderWay(
-            move=move,
-            began=torch.cuda.Event(enable_timing=True),
-            ended=torch.cuda.Event(enable_timing=True),
-        )
-        stream.wait_stream(torch.cuda.current_stream(self._storage.device))
-        with torch.cuda.stream(stream):
-            under_way.began.record(stream)
-            self._copy(move)
-            under_way.ended.record(stream)
-        return under_way
+                self._under_way.append(_UnderWay(move, self._stream.put(partial(self._copy, move))))
 
     def _copy(self, move: HostMove) -> None:
         for run in runs_of(move.block_ids, move.slots):
@@ -123,9 +110,9 @@ class HostBlocks:
             wait: for the oldest one, if none has ended: a step without anything to compute has time.
         """
         if wait and self._under_way and not self._done.ended:
-            self._under_way[0].ended.synchronize()
-        while self._under_way and self._under_way[0].ended.query():
-            first = self._under_way.popleft()
-            self._note(first.move, time_s=first.began.elapsed_time(first.ended) / 1000)
+            self._under_way[0].ticket.wait()
+        while self._under_way and self._under_way[0].ticket.is_done:
+            move, ticket = self._under_way.popleft()
+            self._note(move, time_s=ticket.time_s)
         done, self._done = self._done, NO_TRAFFIC
         return done

@@ -34,6 +34,7 @@ from penstock.core.errors import EngineDeadError
 from penstock.core.ids import SequenceId
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.runner.bisection import Culprit, isolate
+from penstock.engine.runner.copy_stream import CudaCopyStream
 from penstock.engine.runner.device_batch import indices, on_device, on_host
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.host_blocks import HostBlocks
@@ -154,9 +155,7 @@ class Runner:
             device=loaded.device,
         )
         self._device, self._is_queued = loaded.device, loaded.is_queued
-        self._host_blocks = (
-            HostBlocks(self._pool.storage, num_slots=num_host_blocks) if num_host_blocks else None
-        )
+        self._host_blocks = _host_blocks(self._pool, num_slots=num_host_blocks)
         self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._kernels = loaded.kernels
@@ -497,6 +496,15 @@ def _inference() -> AbstractContextManager[object]:
     To enter it at each step would cost a tenth of a millisecond.
     """
     return STEADY if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+
+def _host_blocks(pool: KvPool, *, num_slots: int) -> HostBlocks | None:
+    """The offload tier's memory, if there is one."""
+    if not num_slots:
+        return None
+    device = pool.storage.device
+    stream = CudaCopyStream(device) if device.type == "cuda" else None
+    return HostBlocks(pool.storage, num_slots=num_slots, stream=stream)
 
 
 def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
