@@ -38,6 +38,8 @@ EXPONENTS: Final = {
     torch.bfloat16: (torch.int16, 0x7F80),
 }
 """Dtypes of weights: integers of the same size, and the bits of the exponent."""
+OVERFLOW: Final = 0x7F7F8000
+"""The bits of the least float32 that bfloat16 rounds to infinity."""
 TENSOR_NAME: Final = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 KEPT_FIELDS: Final = frozenset(
@@ -347,11 +349,21 @@ def _names_of(module: str, by_module: Mapping[str, dict[str, str]]) -> Mapping[s
     return by_module.get(module) or by_module.get(f"transformer.{module}") or {}
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """True if no number is NaN or infinite: those have every bit of the exponent. Faster than torch's way."""
-    bits, exponent = EXPONENTS[tensor.dtype]
+def _check_values(tensor: Tensor, name: str) -> None:
+    """Refuse what is NaN or infinite, here or as bfloat16, in which kernels keep adapters.
+
+    Looks at the bits without the sign, in which greater numbers are greater integers, infinity has every bit
+    of the exponent, and NaN more. Faster than torch's way.
+    """
+    bits, infinity = EXPONENTS[tensor.dtype]
     values = tensor.view(bits).numpy()
-    return not values.size or int((values & exponent).max()) < exponent
+    greatest = int((values & torch.iinfo(bits).max).max(initial=0))
+    if greatest >= infinity:
+        raise wrong(name, f"tensor {name!r} holds NaN or infinity")
+    if tensor.dtype is torch.float32 and greatest >= OVERFLOW:
+        value = torch.tensor(greatest, dtype=bits).view(tensor.dtype).item()
+        most = torch.finfo(torch.bfloat16).max
+        raise wrong(name, f"tensor {name!r} holds +-{value:.6g}, which bfloat16 cannot: at most {most:.6g}")
 
 
 def _take(
@@ -365,6 +377,5 @@ def _take(
         raise wrong(name, f"tensor {name!r} has shape {list(tensor.shape)}, it must be {list(shape)}")
     if tensor.dtype not in EXPONENTS:
         raise wrong(name, f"tensor {name!r} is {tensor.dtype}, it must be float32, float16 or bfloat16")
-    if not _is_finite(tensor):
-        raise wrong(name, f"tensor {name!r} holds NaN or infinity")
+    _check_values(tensor, name)
     return tensor

@@ -130,6 +130,20 @@ def test_a_number_that_is_not_finite_is_refused(value: float, tmp_path: Path) ->
     assert "NaN or infinity" in refused(write_folder(tmp_path, tensors=tensors)).message
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_bfloat16_cannot_hold_is_refused_when_it_is_loaded(sign: int, tmp_path: Path) -> None:
+    """Kernels keep adapters in bfloat16: there it would be infinite, and every answer would fail."""
+    largest = torch.finfo(torch.bfloat16).max
+    tensors = make_tensors()
+    tensors[f"{FIRST}.lora_B.weight"][1, 1] = sign * largest
+    read(write_folder(tmp_path / "largest", tensors=tensors))
+    tensors[f"{FIRST}.lora_B.weight"][1, 1] = sign * 3.4e38
+    error = refused(write_folder(tmp_path / "larger", tensors=tensors))
+    assert error.param == f"{FIRST}.lora_B.weight"
+    assert "3.4e+38" in error.message
+    assert "at most 3.38953e+38" in error.message
+
+
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     tensors = make_tensors()
     tensors[f"{FIRST}.lora_A.weight"] = torch.ones(2, 8, dtype=torch.int32)
