@@ -54,12 +54,17 @@ class KvShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    """Of what is kept: the model's, or int8 with a scale a token and head."""
+    """Of what is kept: the model's, or int8 or float8_e4m3fn with a scale a token and head."""
 
     @property
     def is_int8(self) -> bool:
-        """True if keys and values are quantized."""
+        """True if keys and values are rounded to int8."""
         return self.dtype == torch.int8
+
+    @property
+    def is_quantized(self) -> bool:
+        """True if there is a scale for each token and head."""
+        return self.dtype in (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
