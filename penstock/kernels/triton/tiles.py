@@ -14,8 +14,6 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from triton import next_power_of_2
-
 from penstock.kernels.batch import AttentionBatch
 
 MIN_ROWS: Final = 16
@@ -38,6 +36,11 @@ MAX_SPLIT: Final = 4096
 FIXED_SPLIT: Final = 1024
 """Keys of a split where results must not depend on the batch: position p belongs to split p // 1024,
 always."""
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below `number`, which is 1 or more."""
+    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +68,12 @@ class Heads:
     @property
     def block_d(self) -> int:
         """D filled up to a power of two, at least what a product takes: 96 is computed as 128."""
-        return max(16, next_power_of_2(self.head_dim))
+        return max(16, power_of_two(self.head_dim))
 
     @property
     def min_block_m(self) -> int:
         """Rows of one new token."""
-        return max(MIN_ROWS, next_power_of_2(self.group))
+        return max(MIN_ROWS, power_of_two(self.group))
 
 
 def _keys_of_a_stage(heads: Heads) -> int:
@@ -80,7 +83,7 @@ def _keys_of_a_stage(heads: Heads) -> int:
 
 def short_tile(heads: Heads, *, max_new: int) -> Tile:
     """For sequences with at most `max_new` new tokens."""
-    block_m = max(heads.min_block_m, next_power_of_2(max_new * heads.group))
+    block_m = max(heads.min_block_m, power_of_two(max_new * heads.group))
     return Tile(block_m=block_m, block_n=_keys_of_a_stage(heads), num_warps=4, num_stages=3)
 
 
@@ -168,4 +171,4 @@ def num_fixed_splits(mix: StepMix) -> int:
 
 def chunk(num_splits: int) -> int:
     """Splits that the reduction reads at once, in fast mode: all of them, mostly."""
-    return min(MAX_SPLITS, next_power_of_2(num_splits))
+    return min(MAX_SPLITS, power_of_two(num_splits))
