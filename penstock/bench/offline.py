@@ -44,12 +44,12 @@ class _Seen:
     """Seconds and tokens of one kind of step."""
 
     walls_s: list[float] = field(default_factory=list)
-    models_s: list[float] = field(default_factory=list)
+    hosts_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
 
     def add(self, wall_s: float, stats: StepStats, *, num_tokens: int) -> None:
         self.walls_s.append(wall_s)
-        self.models_s.append(stats.step_time_s)
+        self.hosts_s.append(stats.host_time_s)
         self.num_tokens += num_tokens
 
 
@@ -100,10 +100,14 @@ def _run_batch(core: EngineCore, requests: Sequence[EngineRequest]) -> tuple[_Se
     for request in requests:
         core.add(request)
     prefill, decode = _Seen(), _Seen()
-    for wall_s, stats in _steps(core):
-        if stats.num_prompt_tokens:
+    waited_s = 0.0
+    for step_s, stats in _steps(core):
+        wall_s, waited_s = waited_s + step_s, 0.0
+        if not stats.num_seqs:  # with asynchrony: the first step has only been launched
+            waited_s = wall_s
+        elif stats.num_prompt_tokens:
             prefill.add(wall_s, stats, num_tokens=stats.num_prompt_tokens)
-        elif stats.num_seqs:
+        else:
             decode.add(wall_s, stats, num_tokens=stats.num_generated_tokens)
     return prefill, decode
 
@@ -121,7 +125,6 @@ def _steps(core: EngineCore) -> Iterator[tuple[float, StepStats]]:
 def _figures(prefill: _Seen, decode: _Seen, *, batch_size: int, info: EngineInfo) -> dict[str, float]:
     """Rates over all steps of a kind, and quantiles of the single ones."""
     prefill_s, decode_s = sum(prefill.walls_s), sum(decode.walls_s)
-    own_s = [wall - model for wall, model in zip(decode.walls_s, decode.models_s, strict=True)]
     found: dict[str, float | None] = {
         "prefill_s": prefill_s,
         "prefill_tokens_per_s": prefill.num_tokens / prefill_s if prefill_s else None,
@@ -131,7 +134,7 @@ def _figures(prefill: _Seen, decode: _Seen, *, batch_size: int, info: EngineInfo
         "step_p50_ms": _ms(decode.walls_s, 0.5),
         "step_p90_ms": _ms(decode.walls_s, 0.9),
         "step_p99_ms": _ms(decode.walls_s, 0.99),
-        "step_outside_model_p50_ms": _ms(own_s, 0.5),
+        "step_outside_model_p50_ms": _ms(decode.hosts_s, 0.5),
         "weights_gb_per_s": info.weights_bytes * len(decode.walls_s) / decode_s / 1e9 if decode_s else None,
     }
     return {name: round(value, 4) for name, value in found.items() if value is not None}

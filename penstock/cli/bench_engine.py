@@ -60,6 +60,9 @@ def offline(
     quantization_group_size: GroupSize = 128,
     quantization_activations: Activations = "int8",
     num_threads: Threads = None,
+    async_scheduling: Annotated[
+        bool | None, Parameter(help="Launch each step before the outcome of the last is known.")
+    ] = None,
     limits: Annotated[
         bool, Parameter(help="Measure the machine's read bandwidth and multiply peak first.")
     ] = True,
@@ -85,13 +88,13 @@ def offline(
         quantization_activations=quantization_activations,
         num_threads=threads,
         max_model_len=prompt_tokens + output_tokens,
-        scheduler=_offline_limits(sizes),
+        scheduler=_offline_limits(sizes, async_scheduling=async_scheduling),
     )
     validate_engine_config(config)
     return _run_offline(config, sizes=sizes, model=source.name, with_limits=limits, output=output)
 
 
-def _offline_limits(sizes: OfflineSizes) -> SchedulerConfig:
+def _offline_limits(sizes: OfflineSizes, *, async_scheduling: bool | None) -> SchedulerConfig:
     """Room for the largest batch; nobody watches the tokens come, so no prompt is cut for others."""
     return SchedulerConfig(
         max_num_seqs=max(sizes.batch_sizes),
@@ -101,6 +104,7 @@ def _offline_limits(sizes: OfflineSizes) -> SchedulerConfig:
         step_time_target_ms=10_000.0,
         decode_stretch=1000.0,
         enable_prefix_caching=False,
+        async_scheduling=async_scheduling,
     )
 
 

@@ -122,6 +122,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Plain numbers of one engine step; counters are for this step alone, gauges are after it."""
 
     step_time_s: float
+    host_time_s: float = 0.0
+    """Before it nothing was computed for so long though there was work: the host did its part."""
     num_seqs: int
     num_batched_tokens: int
     num_prompt_tokens: int

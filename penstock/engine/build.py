@@ -39,6 +39,7 @@ from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.kv_budget import resolve_num_blocks, resolve_num_host_blocks
 from penstock.engine.runner.kv_pool import bytes_per_block
 from penstock.engine.runner.memory import available_memory_bytes
+from penstock.engine.runner.overlapped_rank import OverlappedRank
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.runner import Runner
 from penstock.engine.sampling.sampler import Sampler
@@ -204,7 +205,7 @@ def _join(
         adapters=adapters,
         faults=faults,
     )
-    ranks = LocalRank(runner)
+    ranks = _ranks(runner, config, limits)
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = _scheduler(config, loaded, limits=limits, kv=kv, tier=tier, adapters=adapters)
@@ -257,6 +258,12 @@ def _make_runner(
         if draft is None
         else partial(draft.drafter, num_blocks=num_blocks, block_size=config.kv.block_size),
     )
+
+
+def _ranks(runner: Runner, config: EngineConfig, limits: SchedulerConfig) -> RankGroup:
+    """Who computes; a CPU works beside the host only on a thread of its own."""
+    rank = LocalRank(runner)
+    return OverlappedRank(rank) if limits.async_scheduling and config.device == "cpu" else rank
 
 
 def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:

@@ -15,6 +15,7 @@ Draws of step n + 1 are started once step n is applied: only then are the gramma
 it known whose answer has ended.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
@@ -30,7 +31,7 @@ from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.rank_group import RankGroup
 from penstock.engine.runner.runner import StepHandle
-from penstock.engine.scheduler.plan import StepPlan
+from penstock.engine.scheduler.plan import StepPlan, StepResult
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.settlement import StepOutput
 from penstock.observe.memory import resident_bytes
@@ -45,6 +46,29 @@ class LaunchedStep:
 
     plan: StepPlan
     handle: StepHandle
+    launched_s: float
+
+
+@dataclass(slots=True)
+class HostTime:
+    """The host's part of a step that no computation hides: from the end of one step to the next one's launch.
+
+    Without asynchrony that is all that the host does; with it, what is left when the step was too short.
+    """
+
+    _last_end_s: float | None = None
+
+    def before(self, step: LaunchedStep, result: StepResult) -> float:
+        """Seconds, 0 for a step without work and for the first after an idle time."""
+        last_end_s, self._last_end_s = self._last_end_s, None
+        if not step.plan.has_work:
+            return 0.0
+        self._last_end_s = result.ended_s
+        return 0.0 if last_end_s is None else max(0.0, step.launched_s - last_end_s)
+
+    def rest(self) -> None:
+        """There is no work: what passes until there is some is nobody's."""
+        self._last_end_s = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +87,7 @@ class EngineCore:
     """Leave a step under way from one call of `step` to the next."""
     under_way: deque[LaunchedStep] = field(default_factory=deque)
     """The step that was launched last and is yet to be applied: at most one between two calls of `step`."""
+    host_time: HostTime = field(default_factory=HostTime)
 
     @property
     def has_work(self) -> bool:
@@ -123,14 +148,20 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if self.adapters is not None and self.adapters.is_busy and not plan.has_work and not self.under_way:
             self.adapters.wait(ADAPTER_WAIT_S)
-        return LaunchedStep(plan=plan, handle=self.ranks.launch(plan))
+        launched_s = time.perf_counter()
+        return LaunchedStep(plan=plan, handle=self.ranks.launch(plan), launched_s=launched_s)
 
     def _settle(self) -> StepOutput | None:
         """Take in what the step under way produced; None if there is none."""
         if not self.under_way:
             return None
         step = self.under_way.popleft()
-        return self.scheduler.apply(step.plan, self.ranks.collect(step.handle))
+        result = self.ranks.collect(step.handle)
+        host_time_s = self.host_time.before(step, result)
+        output = self.scheduler.apply(step.plan, result, host_time_s=host_time_s)
+        if not self.scheduler.has_work:
+            self.host_time.rest()
+        return output
 
     def _draw(self, step: LaunchedStep) -> None:
         void = self.scheduler.void_draws(step.plan) if self.is_async else frozenset[SequenceId]()

@@ -79,6 +79,7 @@ class EngineLoop:
                 output = self._core.step()
                 self._channel.send(Output(output.deltas, output.stats))
         self._core.grammars.close()
+        self._core.ranks.close()
 
     @property
     def _is_loading(self) -> bool:

@@ -34,6 +34,7 @@ _SHORT_S: Final = (
     40.0,
     80.0,
 )
+_HOST_S: Final = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 _FIRST_S: Final = (
     0.001,
     0.005,
@@ -252,6 +253,11 @@ METRICS: Final[tuple[Spec, ...]] = (
     ),
     _histogram("batch_size", "Sequences per engine step.", buckets=_COUNTS),
     _histogram("step_time_seconds", "Time of an engine step.", buckets=_SHORT_S),
+    _histogram(
+        "step_host_time_seconds",
+        "Time before an engine step in which nothing was computed: the host's part that no step hides.",
+        buckets=_HOST_S,
+    ),
     _counter("http_requests_total", "HTTP answers by route and status.", labels=("route", "status")),
     _counter("errors_total", "Errors told to clients, by code.", labels=("code",)),
     _counter(

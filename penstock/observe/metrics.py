@@ -99,6 +99,15 @@ def _bump(counts: dict[str, float], label: str) -> None:
     counts[label] = counts.get(label, 0.0) + 1
 
 
+def _add_step(numbers: _ModelNumbers, stats: StepStats) -> None:
+    """A step that computed something; there is also news of none, and of steps that found nothing to do."""
+    numbers.values["engine_steps_total"] += 1
+    numbers.buckets["iteration_tokens_total"].observe(stats.num_batched_tokens)
+    numbers.buckets["batch_size"].observe(stats.num_seqs)
+    numbers.buckets["step_time_seconds"].observe(stats.step_time_s)
+    numbers.buckets["step_host_time_seconds"].observe(stats.host_time_s)
+
+
 def _add_drafts(numbers: _ModelNumbers, stats: StepStats) -> None:
     numbers.values["spec_decode_num_drafts_total"] += stats.num_drafts
     numbers.values["spec_decode_num_draft_tokens_total"] += stats.num_draft_tokens
@@ -158,14 +167,12 @@ class Metrics:
         values["num_preemptions_total"] += stats.num_preemptions
         values["generation_tokens_total"] += stats.num_generated_tokens
         values["grammar_forced_tokens_total"] += stats.num_forced_tokens
-        values["engine_steps_total"] += 1
         values["lora_adapters_running"] = stats.num_adapters_running
         values["lora_adapters_waiting"] = stats.num_adapters_waiting
         if stats.num_drafts:
             _add_drafts(numbers, stats)
-        numbers.buckets["iteration_tokens_total"].observe(stats.num_batched_tokens)
-        numbers.buckets["batch_size"].observe(stats.num_seqs)
-        numbers.buckets["step_time_seconds"].observe(stats.step_time_s)
+        if stats.num_seqs:
+            _add_step(numbers, stats)
         numbers.rate.add(stats.num_generated_tokens, now_s=self._clock.monotonic())
 
     def on_token_gap(self, model: ModelName, gap_s: float) -> None:

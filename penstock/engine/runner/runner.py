@@ -110,6 +110,7 @@ class StepHandle:
     """Of the draws, failures of the model among them; None before `draw`."""
     launch_time_s: float = 0.0
     draw_time_s: float = 0.0
+    ended_s: float = 0.0
 
 
 class Runner:
@@ -266,7 +267,8 @@ class Runner:
             self._last_drawn = {
                 drawn.seq_id: drawn.token_id for drawn in outcomes if isinstance(drawn, SampledToken)
             }
-            handle.draw_time_s = time.perf_counter() - began_s
+            handle.ended_s = time.perf_counter()
+            handle.draw_time_s = handle.ended_s - began_s
 
     def _forget(self, seq_ids: Sequence[SequenceId]) -> None:
         self._sampler.forget(seq_ids)
@@ -305,6 +307,7 @@ class Runner:
             num_caught_up_tokens=handle.guesses.num_caught_up_tokens,
             host_traffic=self._host_traffic(handle),
             step_time_s=handle.launch_time_s + handle.draw_time_s + time.perf_counter() - began_s,
+            ended_s=handle.ended_s,
         )
 
     def _host_traffic(self, handle: StepHandle) -> HostTraffic:

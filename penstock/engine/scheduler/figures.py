@@ -14,6 +14,7 @@ from penstock.engine.scheduler.request import GroupState, SequenceGroup
 class StepCounts:
     """Counters of one step, gathered by `schedule` and `apply`."""
 
+    host_time_s: float = 0.0
     num_seqs: int = 0
     num_tokens: int = 0
     num_kv_tokens: int = 0
@@ -89,6 +90,7 @@ def step_stats(
     num_slots_owned = usage.num_owned * kv.block_size
     return StepStats(
         step_time_s=step_time_s,
+        host_time_s=counts.host_time_s,
         num_seqs=counts.num_seqs,
         num_batched_tokens=counts.num_tokens,
         num_prompt_tokens=counts.num_prompt_tokens,

@@ -203,3 +203,5 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that a draft model had to read before it could guess, beyond the last step's."""
     host_traffic: HostTraffic = NO_TRAFFIC
     step_time_s: float = 0.0
+    ended_s: float = 0.0
+    """When it was done, by `time.perf_counter` of this machine."""

@@ -219,14 +219,21 @@ class Scheduler:
             self._awaited_step_ids.add(step_id)
         return planned.plan
 
-    def apply(self, plan: StepPlan, result: StepResult) -> StepOutput:
+    def apply(self, plan: StepPlan, result: StepResult, *, host_time_s: float = 0.0) -> StepOutput:
         """Take in what a step produced: tokens, endings, failures, full blocks.
+
+        Args:
+            plan: of the step.
+            result: what the runner made of it.
+            host_time_s: for the figures.
 
         Returns:
             The deltas of the step (and those made since the last one), and its figures.
         """
         self._awaited_step_ids.discard(plan.step_id)
-        return self._settlement.settle(plan, result, self._counts.pop(plan.step_id))
+        counts = self._counts.pop(plan.step_id)
+        counts.host_time_s = host_time_s
+        return self._settlement.settle(plan, result, counts)
 
     @property
     def needs_result(self) -> bool:
