@@ -12,7 +12,7 @@ thread    ... draw(n)  | launch(n+1) ............. | draw(n+1) ... | launch(n+2)
 
 import threading
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
@@ -78,7 +78,7 @@ class OverlappedRank:
         return StepHandle(plan=plan)
 
     def draw(
-        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Container[SequenceId] = ()
+        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Collection[SequenceId] = ()
     ) -> None:
         """See `RankGroup`; `masks` are read until the step is collected."""
         step_id = handle.plan.step_id
@@ -86,7 +86,7 @@ class OverlappedRank:
         self._results[step_id] = self._submit(partial(self._finish, launched, masks=masks, void=void))
 
     def _finish(
-        self, launched: Future[StepHandle], *, masks: MaskSource | None, void: Container[SequenceId]
+        self, launched: Future[StepHandle], *, masks: MaskSource | None, void: Collection[SequenceId]
     ) -> StepResult:
         handle = launched.result()
         self._rank.draw(handle, masks=masks, void=void)
