@@ -64,11 +64,6 @@ void Worker::barrier(const std::vector<Memory>* reads) {
     }
 }
 
-std::byte* Worker::scratch(std::size_t bytes) {
-    if (scratch_.size() < bytes) scratch_ = HugeBuffer(bytes);
-    return scratch_.data();
-}
-
 Pool::Pool(int threads, std::vector<int> cpus, int linger_us) : cpus_(std::move(cpus)), linger_us_(linger_us) {
     for (int id = 0; id < threads; ++id) workers_.push_back(std::make_unique<Worker>(*this, id, threads));
     for (int id = 1; id < threads; ++id) threads_.emplace_back([this, id] { serve(id); });
@@ -92,6 +87,12 @@ void Pool::run(const std::function<void(Worker&)>& job) {
     if (!threads_.empty()) epoch_.notify_all();
     job(*workers_[0]);
     workers_[0]->barrier();  // nobody leaves a job while another is still in it
+}
+
+void Pool::reserve_scratch(std::size_t bytes) {
+    for (const auto& worker : workers_) {
+        if (worker->scratch_.size() < bytes) worker->scratch_ = HugeBuffer(bytes);
+    }
 }
 
 void Pool::read_between_jobs(std::shared_ptr<SharedReads> reads) {

@@ -136,7 +136,11 @@ Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
             own += capacity_rows_ * buffer.row_bytes;
         }
     }
-    return {num_rows, groups, layers_, bound_, shared_.data(), adapters};
+    const Step step{num_rows, groups, layers_, bound_, shared_.data(), adapters};
+    std::size_t scratch_bytes = 0;
+    for (const auto& op : ops_) scratch_bytes = std::max(scratch_bytes, op->scratch_bytes(step));
+    pool_->reserve_scratch(scratch_bytes);
+    return step;
 }
 
 void Program::run(std::int64_t num_rows, std::span<const External> externals,

@@ -101,11 +101,11 @@ public:
     template <class Task>
     void share(std::int64_t num_tasks, Task&& task);
 
-    // This thread's memory, at least `bytes` long, 64-byte aligned, kept from call to call; contents are lost when it
-    // grows. One use at a time.
-    std::byte* scratch(std::size_t bytes);
+    // This thread's memory, 64-byte aligned and as long as `Pool::reserve_scratch` made it. One use at a time.
+    std::byte* scratch() const { return scratch_.data(); }
 
 private:
+    friend class Pool;
     Pool& pool_;
     HugeBuffer scratch_;
     ReadAhead ahead_;
@@ -126,6 +126,10 @@ public:
 
     // Run the job on all threads and wait. Not reentrant, one caller at a time; the job must not throw.
     void run(const std::function<void(Worker&)>& job);
+
+    // Every thread's scratch is at least so long from now on; where it grows its contents are lost. Not while a job runs,
+    // in which nothing may be allocated: there is nobody to tell that there is no memory.
+    void reserve_scratch(std::size_t bytes);
 
     // What threads ask for after the next job and those that follow, until they have been through or other reads are
     // given; null for nothing. Not while a job runs.

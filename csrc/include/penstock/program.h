@@ -108,6 +108,8 @@ public:
     virtual ~Op() = default;
     virtual std::string_view name() const = 0;  // for profiles
     virtual void run(const Step& step, Worker& worker) const = 0;
+    // How much of its scratch a thread uses in such a step; asked for before every job.
+    virtual std::size_t scratch_bytes(const Step&) const { return 0; }
     // What task `task` of its `share` reads, where that is known and the rows are few; empty past the last task.
     virtual std::vector<Memory> reads(int) const { return {}; }
 };

@@ -74,9 +74,9 @@ public:
     void run(const Step& step, Worker& worker) const override {
         const LayerKv& layer = step.layers[static_cast<std::size_t>(args_.layer)];
         const AttentionInputs& inputs = step.groups[static_cast<std::size_t>(layer.group)];
-        const std::size_t plan_bytes = align(static_cast<std::size_t>(inputs.num_seqs + 1) * sizeof(SequencePlan));
-        std::byte* scratch = worker.scratch(plan_bytes + tile_bytes());
-        const Run run{step, layer, inputs, reinterpret_cast<SequencePlan*>(scratch), tile_scratch(scratch + plan_bytes)};
+        std::byte* scratch = worker.scratch();
+        const Run run{step, layer, inputs, reinterpret_cast<SequencePlan*>(scratch),
+                      tile_scratch(scratch + plan_bytes(inputs))};
         make_plan(run, worker.count);
         const SequencePlan& end = run.plans[inputs.num_seqs];
         worker.share(end.first_task, [&](std::int64_t task) { attend_task(run, task); });
@@ -85,7 +85,16 @@ public:
         worker.share(end.first_fold, [&](std::int64_t fold) { fold_task(run, fold); });
     }
 
+    std::size_t scratch_bytes(const Step& step) const override {
+        const LayerKv& layer = step.layers[static_cast<std::size_t>(args_.layer)];
+        return plan_bytes(step.groups[static_cast<std::size_t>(layer.group)]) + tile_bytes();
+    }
+
 private:
+    static std::size_t plan_bytes(const AttentionInputs& inputs) {
+        return align(static_cast<std::size_t>(inputs.num_seqs + 1) * sizeof(SequencePlan));
+    }
+
     struct Run {
         const Step& step;
         const LayerKv& layer;

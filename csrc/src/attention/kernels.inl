@@ -38,7 +38,6 @@ constexpr int step_granules = 4;
 constexpr int step_tokens = step_granules * granule_tokens;
 constexpr int step_pairs = step_tokens / 2;
 constexpr int granule_vectors = granule_tokens / lanes;
-constexpr int fetches_per_row = 4;  // while weighing; measured: a row takes as long as 4 pairs of dims
 constexpr float log2_e = 1.44269504f;
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
@@ -199,44 +198,17 @@ PENSTOCK_INLINE void repeat(F&& f) {
 struct StepView {
     const std::byte* keys[step_granules];
     const std::byte* values[step_granules];
+    // The granules at the same places of the next step: whoever reads a line here asks for the same line there. One at
+    // a time, because a core keeps few lines on their way at once, and a burst would wait for itself; with no count of
+    // its own, because that took a third of the time. Where there is nothing to ask for, the granule itself.
+    const std::byte* next_keys[step_granules];
+    const std::byte* next_values[step_granules];
     int begin;  // position of granule 0's first token
     int from;   // granules [from, to)
     int to;
 };
 
-// Brings the next step's granules into the cache while this one is computed, some lines at each call: evenly, because a core
-// keeps few lines on their way at once, and a burst would wait for itself.
-class Fetcher {
-public:
-    // rate: lines at each call.
-    void start(const StepView& next, std::int64_t granule_bytes, int num_calls) {
-        count_ = 0;
-        for (int g = next.to - 1; g >= next.from; --g) spans_[count_++] = next.values[g];
-        for (int g = next.to - 1; g >= next.from; --g) spans_[count_++] = next.keys[g];
-        span_bytes_ = static_cast<int>(granule_bytes);
-        offset_ = 0;
-        const int lines = count_ * (span_bytes_ / line_bytes);
-        rate_ = lines > 0 ? (lines + num_calls - 1) / num_calls : 0;
-    }
-
-    PENSTOCK_INLINE void go() {
-        for (int i = 0; i < rate_; ++i) {
-            __builtin_prefetch(spans_[count_ - 1] + offset_);
-            offset_ += line_bytes;
-            if (offset_ < span_bytes_) continue;
-            offset_ = 0;
-            if (--count_ == 0) rate_ = 0;
-        }
-    }
-
-private:
-    static constexpr int line_bytes = 64;
-    const std::byte* spans_[2 * step_granules];  // the last one first
-    int count_ = 0;
-    int span_bytes_ = 0;
-    int offset_ = 0;
-    int rate_ = 0;
-};
+PENSTOCK_INLINE void fetch(const std::byte* next) { __builtin_prefetch(next); }
 
 // One thread's memory for a group of rows.
 struct GroupScratch {
@@ -250,15 +222,17 @@ struct GroupScratch {
 
 // Scores of R rows with the keys of G granules; each sums its dims in their order.
 template <class Kv, int R, int G>
-void multiply_keys(const std::byte* const* keys, const Weight* query, int num_pairs, float* scores, Fetcher& fetcher) {
+void multiply_keys(const std::byte* const* keys, const std::byte* const* next, const Weight* query, int num_pairs,
+                   float* scores) {
     constexpr int num_vectors = G * granule_vectors;
     F32 sums[R][num_vectors]{};
     for (int p = 0; p < num_pairs; ++p) {
         Pairs x[num_vectors];
-        fetcher.go();
         repeat<num_vectors>([&](auto v) PENSTOCK_INLINE_LAMBDA {
             constexpr int token = v % granule_vectors * lanes;
-            x[v] = Kv::load_pairs(keys[v / granule_vectors] + (p * granule_tokens + token) * Kv::pair_bytes);
+            const int at = (p * granule_tokens + token) * Kv::pair_bytes;
+            x[v] = Kv::load_pairs(keys[v / granule_vectors] + at);
+            if (at % cache_line == 0) fetch(next[v / granule_vectors] + at);
         });
         repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
             const Weight w = query[r * num_pairs + p];
@@ -270,24 +244,28 @@ void multiply_keys(const std::byte* const* keys, const Weight* query, int num_pa
             store(scores + r * step_tokens + v * lanes, sums[r][v]);
         });
     });
+    if constexpr (Kv::is_scaled) {
+        for (int g = 0; g < G; ++g) fetch(next[g] + num_pairs * granule_tokens * Kv::pair_bytes);
+    }
 }
 
 template <class Kv, int R>
-void score_step(const StepView& step, const Weight* query, int num_pairs, float* scores, Fetcher& fetcher) {
+void score_step(const StepView& step, const Weight* query, int num_pairs, float* scores) {
     constexpr int most = at_least(1, vectors_of(R) / granule_vectors);
     int g = step.from;
     while (g < step.to) {
         const std::byte* const* keys = step.keys + g;
+        const std::byte* const* next = step.next_keys + g;
         float* to = scores + g * granule_tokens;
         const int num = step.to - g < most ? step.to - g : most;
         if constexpr (most >= 4) {
-            if (num == 4) multiply_keys<Kv, R, 4>(keys, query, num_pairs, to, fetcher);
-            if (num == 3) multiply_keys<Kv, R, 3>(keys, query, num_pairs, to, fetcher);
+            if (num == 4) multiply_keys<Kv, R, 4>(keys, next, query, num_pairs, to);
+            if (num == 3) multiply_keys<Kv, R, 3>(keys, next, query, num_pairs, to);
         }
         if constexpr (most >= 2) {
-            if (num == 2) multiply_keys<Kv, R, 2>(keys, query, num_pairs, to, fetcher);
+            if (num == 2) multiply_keys<Kv, R, 2>(keys, next, query, num_pairs, to);
         }
-        if (num == 1) multiply_keys<Kv, R, 1>(keys, query, num_pairs, to, fetcher);
+        if (num == 1) multiply_keys<Kv, R, 1>(keys, next, query, num_pairs, to);
         g += num;
     }
 }
@@ -359,14 +337,12 @@ PENSTOCK_INLINE void store_row(const AttentionTile& tile, const StepView& step, 
 
 // The weights of R rows, and in `shrink` what their sums and outs so far are multiplied by.
 template <class Kv, int R, bool IsPlain>
-void weigh(const AttentionTile& tile, const StepView& step, int row, float* max, GroupScratch& scratch, float* shrink,
-           Fetcher& fetcher) {
+void weigh(const AttentionTile& tile, const StepView& step, int row, float* max, GroupScratch& scratch, float* shrink) {
     static_assert(R <= lanes);
     const float factor = (tile.softcap > 0.0f ? tile.softcap : tile.scale) * log2_e;
     alignas(64) float base[lanes];
     F32 largest{};
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
-        for (int i = 0; i < fetches_per_row; ++i) fetcher.go();
         set_lane<r>(largest, finish_scores<Kv, IsPlain>(tile, step, row + r, scratch.scores[r]));
     });
     const F32 old = load_first(max + row, R);
@@ -387,7 +363,7 @@ void weigh(const AttentionTile& tile, const StepView& step, int row, float* max,
 // C vectors of out, of R rows, from `column` on; each sums its tokens in their order.
 template <class Kv, int R, int C>
 void multiply_values(const StepView& step, const Weight* weights, const float* shrink, int head_dim, int column,
-                     float* out, Fetcher& fetcher) {
+                     float* out) {
     F32 sums[R][C];
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
         repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA {
@@ -396,11 +372,17 @@ void multiply_values(const StepView& step, const Weight* weights, const float* s
     });
     for (int g = step.from; g < step.to; ++g) {
         const std::byte* from = step.values[g] + column * Kv::pair_bytes;
+        const std::byte* next = step.next_values[g] + column * Kv::pair_bytes;
+        if (Kv::is_scaled && column == 0) fetch(step.next_values[g] + granule_tokens * head_dim);
         const Weight* weight = weights + g * (granule_tokens / 2);
-        for (int t = 0; t < granule_tokens / 2; ++t, ++weight, from += head_dim * Kv::pair_bytes) {
+        const int row_bytes = head_dim * Kv::pair_bytes;
+        for (int t = 0; t < granule_tokens / 2; ++t, ++weight, from += row_bytes, next += row_bytes) {
             Pairs x[C];
-            fetcher.go();
-            repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA { x[c] = Kv::load_pairs(from + c * lanes * Kv::pair_bytes); });
+            repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA {
+                constexpr int at = c * lanes * Kv::pair_bytes;
+                x[c] = Kv::load_pairs(from + at);
+                if constexpr (at % cache_line == 0) fetch(next + at);
+            });
             repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
                 const Weight w = weight[r * step_pairs];
                 repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA { sums[r][c] = dot(sums[r][c], x[c], w); });
@@ -413,8 +395,7 @@ void multiply_values(const StepView& step, const Weight* weights, const float* s
 }
 
 template <class Kv, int R>
-void value_step(const StepView& step, const Weight* weights, const float* shrink, int head_dim, float* out,
-                Fetcher& fetcher) {
+void value_step(const StepView& step, const Weight* weights, const float* shrink, int head_dim, float* out) {
     constexpr int most = vectors_of(R);
     const int num = head_dim / lanes;
     int c = 0;
@@ -425,11 +406,11 @@ void value_step(const StepView& step, const Weight* weights, const float* shrink
         if (most == 4 && (left == 5 || left == 6)) width = 3;
         const int column = c * lanes;
         if constexpr (most == 4) {
-            if (width == 4) multiply_values<Kv, R, 4>(step, weights, shrink, head_dim, column, out, fetcher);
-            if (width == 3) multiply_values<Kv, R, 3>(step, weights, shrink, head_dim, column, out, fetcher);
+            if (width == 4) multiply_values<Kv, R, 4>(step, weights, shrink, head_dim, column, out);
+            if (width == 3) multiply_values<Kv, R, 3>(step, weights, shrink, head_dim, column, out);
         }
-        if (width == 2) multiply_values<Kv, R, 2>(step, weights, shrink, head_dim, column, out, fetcher);
-        if (width == 1) multiply_values<Kv, R, 1>(step, weights, shrink, head_dim, column, out, fetcher);
+        if (width == 2) multiply_values<Kv, R, 2>(step, weights, shrink, head_dim, column, out);
+        if (width == 1) multiply_values<Kv, R, 1>(step, weights, shrink, head_dim, column, out);
         c += width;
     }
 }
@@ -479,30 +460,28 @@ StepView clean_step(const AttentionTile& tile, const StepView& step, int row, st
 
 template <class Kv, int R>
 void attend_group(const AttentionTile& tile, const StepView& step, int row, const AttentionPart& part,
-                  GroupScratch& scratch, Fetcher& fetcher) {
+                  GroupScratch& scratch) {
     const int num_pairs = tile.head_dim / 2;
     const auto* query = reinterpret_cast<const Weight*>(tile.query) + row * num_pairs;
     float* out = part.out + row * tile.head_dim;
     alignas(64) float shrink[lanes];
-    score_step<Kv, R>(step, query, num_pairs, scratch.scores[0], fetcher);
+    score_step<Kv, R>(step, query, num_pairs, scratch.scores[0]);
     const bool is_edge = tile.first[row + R - 1] > step.begin + step.from * granule_tokens ||
                          tile.last[row] < step.begin + step.to * granule_tokens - 1;
     const bool is_plain = !is_edge && step.to - step.from == step_granules && !(tile.softcap > 0.0f);
     const auto weigh_rows = is_plain ? weigh<Kv, R, true> : weigh<Kv, R, false>;
-    weigh_rows(tile, step, row, part.max, scratch, shrink, fetcher);
+    weigh_rows(tile, step, row, part.max, scratch, shrink);
     if (!Kv::is_scaled && is_edge && needs_cleaning(tile, step, row, R)) {
         for (int r = 0; r < R; ++r) {
             const StepView clean = clean_step(tile, step, row + r, scratch.clean);
-            value_step<Kv, 1>(clean, scratch.weights[r], shrink + r, tile.head_dim, out + r * tile.head_dim,
-                              fetcher);
+            value_step<Kv, 1>(clean, scratch.weights[r], shrink + r, tile.head_dim, out + r * tile.head_dim);
         }
         return;
     }
-    value_step<Kv, R>(step, scratch.weights[0], shrink, tile.head_dim, out, fetcher);
+    value_step<Kv, R>(step, scratch.weights[0], shrink, tile.head_dim, out);
 }
 
-using AttendGroup = void (*)(const AttentionTile&, const StepView&, int, const AttentionPart&, GroupScratch&,
-                             Fetcher&);
+using AttendGroup = void (*)(const AttentionTile&, const StepView&, int, const AttentionPart&, GroupScratch&);
 
 // By the number of rows.
 template <class Kv>
@@ -544,27 +523,27 @@ StepView view_step(const AttentionTile& tile, int begin, int end, int seen_from,
 
 int num_groups_of(int num_rows) { return num_rows <= max_rows ? 1 : (num_rows + best_rows - 1) / best_rows; }
 
-// Calls of the fetcher in one step.
-int num_fetches(const AttentionTile& tile) {
-    const int num_groups = num_groups_of(tile.num_rows);
-    const int vectors = vectors_of(tile.num_rows / num_groups);
-    const int key_calls = tile.head_dim / 2 * at_least(1, step_granules * granule_vectors / vectors);
-    const int value_calls = step_pairs * (tile.head_dim / (lanes * vectors));
-    return num_groups * (key_calls + value_calls) + tile.num_rows * fetches_per_row;
+// The step's lines ask for those of `next`, or for none.
+void aim(StepView& step, const StepView* next) {
+    for (int g = step.from; g < step.to; ++g) {
+        const bool is_there = next && g >= next->from && g < next->to;
+        step.next_keys[g] = is_there ? next->keys[g] : step.keys[g];
+        step.next_values[g] = is_there ? next->values[g] : step.values[g];
+    }
 }
 
 // All groups of rows over one step; a group reads only the granules that one of its rows sees.
 template <class Kv>
-void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part, GroupScratch& scratch,
-                 Fetcher& fetcher) {
+void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part, GroupScratch& scratch) {
     const int num_groups = num_groups_of(tile.num_rows);
     for (int i = 0; i < num_groups; ++i) {
         const int row = tile.num_rows * i / num_groups, end = tile.num_rows * (i + 1) / num_groups;
         StepView seen = step;
+        if (i > 0) aim(seen, nullptr);  // the first group has asked
         const int first = tile.first[row] - step.begin, last = tile.last[end - 1] - step.begin;
         seen.from = at_least(step.from, first > 0 ? first / granule_tokens : 0);
         seen.to = last < 0 ? 0 : at_most(step.to, last / granule_tokens + 1);
-        if (seen.from < seen.to) group_kernel<Kv>(end - row)(tile, seen, row, part, scratch, fetcher);
+        if (seen.from < seen.to) group_kernel<Kv>(end - row)(tile, seen, row, part, scratch);
     }
 }
 
@@ -575,17 +554,15 @@ void attend(const AttentionTile& tile, int begin, int end, const AttentionPart& 
     std::memset(part.out, 0, sizeof(float) * static_cast<std::size_t>(tile.num_rows * tile.head_dim));
     for (int r = 0; r < tile.num_rows; ++r) part.max[r] = minus_infinity;
     const int seen_from = tile.first[0], seen_to = tile.last[tile.num_rows - 1] + 1;
-    Fetcher fetcher;
-    const int num_calls = num_fetches(tile);
     StepView step = view_step(tile, begin, end, seen_from, seen_to);
     for (int at = begin; at < end; at += step_tokens) {
         StepView next{};
         const bool is_last = at + step_tokens >= end;
         if (!is_last || end < tile.fetch_end) {
             next = view_step(tile, at + step_tokens, is_last ? tile.fetch_end : end, seen_from, seen_to);
-            fetcher.start(next, tile.granule_bytes, num_calls);
         }
-        if (step.from < step.to) attend_step<Kv>(tile, step, part, scratch, fetcher);
+        aim(step, &next);
+        if (step.from < step.to) attend_step<Kv>(tile, step, part, scratch);
         step = next;
     }
     for (int r = 0; r < tile.num_rows; ++r) part.sum[r] = sum_of(load(scratch.sums[r]));

@@ -123,14 +123,17 @@ public:
         const LayerKv& layer = step.layers[static_cast<std::size_t>(args_.layer)];
         const std::int64_t* slots = step.groups[static_cast<std::size_t>(layer.group)].slot_mapping;
         const int head_dim = args_.shape.head_dim, num_kv_heads = args_.shape.num_kv_heads, half = angles_.cols / 2;
-        auto* rotated = reinterpret_cast<std::uint16_t*>(
-            worker.scratch(static_cast<std::size_t>(num_kv_heads * head_dim) * sizeof(std::uint16_t)));
+        auto* rotated = reinterpret_cast<std::uint16_t*>(worker.scratch());
         for_each_row(step, worker, [&](std::int64_t row) {
             auto* q = query.row<std::uint16_t>(row);
             kernels_.rotate(q, angles.row<float>(row), query_.cols / head_dim, head_dim, half, q);
             kernels_.rotate(keys.row<std::uint16_t>(row), angles.row<float>(row), num_kv_heads, head_dim, half, rotated);
             writer_.write(layer, slots[row], rotated, values.row<std::uint16_t>(row));
         });
+    }
+
+    std::size_t scratch_bytes(const Step&) const override {
+        return static_cast<std::size_t>(args_.shape.num_kv_heads * args_.shape.head_dim) * sizeof(std::uint16_t);
     }
 
 private:

@@ -45,15 +45,18 @@ public:
         const std::int64_t num_pieces = step.num_rows * pieces_per_row;
         const std::int64_t per_task = std::max(1, values_per_task / piece_);
         const std::int64_t num_tasks = (num_pieces + per_task - 1) / per_task;
-        const auto bytes = sizeof(float) * static_cast<std::size_t>(padded_cols(piece_) * scratch_rows_);
         worker.share(num_tasks, [&](std::int64_t task) {
-            auto* scratch = reinterpret_cast<float*>(worker.scratch(bytes));
+            auto* scratch = reinterpret_cast<float*>(worker.scratch());
             const std::int64_t end = std::min(num_pieces, (task + 1) * per_task);
             for (std::int64_t i = task * per_task; i < end; ++i) {
                 const int col = static_cast<int>(i % pieces_per_row) * piece_;
                 body_(step, Piece{i / pieces_per_row, col, std::min(piece_, cols_ - col)}, scratch);
             }
         });
+    }
+
+    std::size_t scratch_bytes(const Step&) const override {
+        return sizeof(float) * static_cast<std::size_t>(padded_cols(piece_) * scratch_rows_);
     }
 
 private:

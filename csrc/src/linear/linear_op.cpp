@@ -186,7 +186,7 @@ public:
     void run(const Step& step, Worker& worker) const final {
         const Operand x = operand_of(step, x_);
         const auto num_panels = static_cast<std::int64_t>(panels_.size());
-        const RowBlocks blocks = row_blocks(step.num_rows, x.row_bytes, num_panels, rows_at_once_, threads_);
+        const RowBlocks blocks = blocks_of(step, x);
         if (blocks.count == 1) {
             worker.share(static_cast<std::int64_t>(runs_.size()) - 1, [&](std::int64_t task) {
                 const auto i = static_cast<std::size_t>(task);
@@ -194,13 +194,18 @@ public:
             });
             return;
         }
-        const bool is_long = blocks.count >= blocks_for_parts && blocks.size <= part_rows / 2;
-        if (is_long && has_parts()) return run_parts(step, x, worker);
+        if (runs_parts(blocks)) return run_parts(step, x, worker);
         worker.share(blocks.count * num_panels, [&](std::int64_t task) {
             const std::int64_t first = task / num_panels * blocks.size;
             run_panel(step, x, static_cast<int>(task % num_panels), first,
                       std::min<std::int64_t>(step.num_rows, first + blocks.size));
         });
+    }
+
+    // 1 MiB a thread, kept from the first such step on.
+    std::size_t scratch_bytes(const Step& step) const final {
+        constexpr std::size_t sums = sizeof(float) * panel_features * part_rows * most_group_panels;
+        return runs_parts(blocks_of(step, operand_of(step, x_))) ? sums : 0;
     }
 
     std::vector<Memory> reads(int task) const final {
@@ -233,6 +238,15 @@ protected:
     const EpilogueKernels& epilogue_;
 
 private:
+    RowBlocks blocks_of(const Step& step, const Operand& x) const {
+        const auto num_panels = static_cast<std::int64_t>(panels_.size());
+        return row_blocks(step.num_rows, x.row_bytes, num_panels, rows_at_once_, threads_);
+    }
+
+    bool runs_parts(const RowBlocks& blocks) const {
+        return blocks.count >= blocks_for_parts && blocks.size <= part_rows / 2 && has_parts();
+    }
+
     void run_panel(const Step& step, const Operand& x, int at, std::int64_t first, std::int64_t end) const {
         for (; first < end; first += tile_rows) {
             const int num_rows = static_cast<int>(std::min<std::int64_t>(tile_rows, end - first));
@@ -246,8 +260,7 @@ private:
         const int group = std::min(most_group_panels, wanted);
         const int num_groups = (num_panels + group - 1) / group;
         const std::int64_t num_blocks = (step.num_rows + part_rows - 1) / part_rows;
-        // 1 MiB a thread, kept: taken here, at the first such step.
-        auto* sums = reinterpret_cast<float*>(worker.scratch(sizeof(float) * panel_features * part_rows * most_group_panels));
+        auto* sums = reinterpret_cast<float*>(worker.scratch());
         worker.share(num_blocks * num_groups, [&](std::int64_t task) {
             const std::int64_t first = task / num_groups * part_rows;
             const int first_panel = static_cast<int>(task % num_groups) * group;

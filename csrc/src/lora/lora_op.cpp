@@ -63,6 +63,15 @@ public:
         });
     }
 
+    std::size_t scratch_bytes(const Step& step) const override {
+        int rank = 0;
+        for (const AdapterRows& segment : step.adapters) {
+            for (const LoraSite& site : sites_) rank = std::max(rank, segment.sites[site.site].rank);
+        }
+        const auto floats = adapter_tile_rows * (padded_values(x_.cols) + padded_values(rank));
+        return rank > 0 ? sizeof(float) * static_cast<std::size_t>(floats) : 0;
+    }
+
 private:
     void run_tile(const Step& step, Worker& worker, const AdapterRows& segment, std::int64_t tile,
                   const LoraSite& site) const {
@@ -70,8 +79,7 @@ private:
         if (weights.rank == 0) return;
         const std::int64_t first = tile * adapter_tile_rows;
         const int rows = static_cast<int>(std::min<std::int64_t>(adapter_tile_rows, segment.num_rows - first));
-        const auto floats = static_cast<std::size_t>(rows * (padded_values(x_.cols) + padded_values(weights.rank)));
-        auto* scratch = reinterpret_cast<float*>(worker.scratch(floats * sizeof(float)));
+        auto* scratch = reinterpret_cast<float*>(worker.scratch());
         apply_({weights, step.at(x_), step.at(site.out), segment.first_row + first, rows, scratch});
     }
 

@@ -103,6 +103,10 @@ public:
 
     std::string_view name() const override { return "moe"; }
 
+    std::size_t scratch_bytes(const Step&) const override {
+        return sizeof(float) * static_cast<std::size_t>(std::max(at_.hidden_inputs, at_.inner_inputs));
+    }
+
     void run(const Step& step, Worker& worker) const override {
         for (std::int64_t first = 0; first < step.num_rows; first += most_tokens) {
             if (first > 0) worker.barrier();
@@ -218,16 +222,14 @@ private:
         tokens.shared<float>(scales_at)[slot] = dense_.quantize(from, static_cast<int>(n), values, sums);
     }
 
-    // Float32 scratch of this thread.
-    static float* scratch_row(Worker& worker, std::int64_t num_values) {
-        return reinterpret_cast<float*>(worker.scratch(sizeof(float) * static_cast<std::size_t>(num_values)));
-    }
+    // This thread's row of float32, as long as the longer of the two kinds of rows.
+    static float* scratch_row(Worker& worker) { return reinterpret_cast<float*>(worker.scratch()); }
 
     void gather(const Tokens& tokens, std::int64_t slot, Worker& worker) const {
         const std::int64_t token = tokens.shared<std::int32_t>(at_.sources)[slot] / at_.top_k;
         const auto* x = tokens.step.at(args_.x).row<const std::uint16_t>(tokens.first + token);
         if (args_.is_quantized) {
-            float* row = scratch_row(worker, at_.hidden_inputs);
+            float* row = scratch_row(worker);
             dense_.load_bf16(x, static_cast<int>(at_.hidden), row);
             quantize(tokens, row, at_.hidden, at_.hidden_inputs, slot, at_.rows, at_.row_scales, at_.row_sums);
             return;
@@ -238,7 +240,7 @@ private:
     }
 
     void quantize_inner(const Tokens& tokens, std::int64_t slot, Worker& worker) const {
-        float* row = scratch_row(worker, at_.inner_inputs);
+        float* row = scratch_row(worker);
         dense_.load_bf16(tokens.shared<std::uint16_t>(at_.inner_rows) + slot * at_.inner_inputs,
                          static_cast<int>(at_.inner), row);
         quantize(tokens, row, at_.inner, at_.inner_inputs, slot, at_.inner_values, at_.inner_scales, at_.inner_sums);
@@ -292,7 +294,7 @@ private:
 
     void sum(const Tokens& tokens, std::int64_t token, Worker& worker) const {
         const int n = static_cast<int>(at_.hidden);
-        float* row = scratch_row(worker, at_.hidden_inputs);
+        float* row = scratch_row(worker);
         std::fill_n(row, at_.hidden_inputs, 0.0f);
         for (std::int64_t i = token * at_.top_k; i < (token + 1) * at_.top_k; ++i) {
             const std::int64_t slot = tokens.shared<std::int32_t>(at_.slots)[i];
