@@ -3,16 +3,19 @@
 The bound of an operation is the larger of (bytes it must move / read bandwidth) and (operations / multiply
 peak); the share reached is that bound over the time taken. Both limits are measured just before. Weights are
 taken from a row of copies larger than the caches, so that a weight is read from memory as in a decode step.
-Operations are called one by one through `kernels/ops`; inside a model they are recorded and cost less around
-them, which `bench offline` shows.
+A home that records models (the native one) is timed as a model runs on it: the calls behind one another in
+one program, each timed inside it. Other homes are called one by one through `kernels/ops`, and a call's own
+cost counts.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import partial
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import torch
 from rich.table import Table
@@ -26,9 +29,15 @@ from penstock.kernels.quantization import Quantization
 
 Format = Literal["bf16", "int8", "int4"]
 FORMATS: Final[tuple[Format, ...]] = ("bf16", "int8", "int4")
+KV_DTYPES: Final[dict[Format, torch.dtype]] = {"bf16": torch.bfloat16, "int8": torch.int8}
 COLD_BYTES: Final = 96 << 20
 """Of all copies of a weight together: three times the last cache of a small server."""
 COPIES_MAX: Final = 48
+COPIES_MIN: Final = 3
+CALLS_MIN: Final = 5
+CALLS_MAX: Final = 10_000
+ALIKE: Final = 16
+"""Calls in a row of what reads nothing large."""
 BLOCK_SIZE: Final = 16
 KEPT_BYTES: Final[dict[Format, float]] = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -81,7 +90,26 @@ class Case:
     """Multiplies and adds."""
     peak: Format
     """int4 and int8 multiply int8, if activations are rounded too."""
-    calls: "Callable[[], object]"
+    calls: tuple[Callable[[], object], ...]
+    """The same operation, two or more times, over memory of its own where that is large."""
+    rows: int
+    batch: AttentionBatch | None = None
+
+
+@runtime_checkable
+class TimesCalls(Protocol):
+    """A home that times calls inside its recorded programs."""
+
+    def time_calls(
+        self,
+        calls: Sequence[Callable[[], object]],
+        *,
+        rows: int,
+        batch: AttentionBatch | None,
+        repeats: int,
+    ) -> list[float]:
+        """Seconds of each but the first, `repeats` times."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,17 +137,32 @@ class Measured:
         }
 
 
-def measure(case: Case, *, seconds: float) -> Measured:
-    """Call it for about `seconds`, at least five times, after two calls that are not counted."""
-    case.calls()
-    case.calls()
+def measure(kernels: KernelSet, case: Case, *, seconds: float) -> Measured:
+    """Call it for about `seconds`, at least five times, after a round of calls that are not counted."""
+    if isinstance(kernels, TimesCalls):
+        once = partial(kernels.time_calls, case.calls, rows=case.rows, batch=case.batch)
+        began_s = time.perf_counter()
+        once(repeats=1)
+        round_s = time.perf_counter() - began_s
+        repeats = min(max(seconds / round_s, CALLS_MIN / (len(case.calls) - 1)), CALLS_MAX / len(case.calls))
+        times_s = once(repeats=math.ceil(repeats))
+    else:
+        times_s = _call_one_by_one(case, seconds=seconds)
+    return Measured(case=case, median_s=statistics.median(times_s), least_s=min(times_s))
+
+
+def _call_one_by_one(case: Case, *, seconds: float) -> list[float]:
+    for call in case.calls[:2]:
+        call()
     times_s: list[float] = []
     end_s = time.perf_counter() + seconds
-    while len(times_s) < 5 or (time.perf_counter() < end_s and len(times_s) < 10_000):
+    for call in itertools.islice(itertools.cycle(case.calls), CALLS_MAX):
+        if len(times_s) >= CALLS_MIN and time.perf_counter() > end_s:
+            break
         began_s = time.perf_counter()
-        case.calls()
+        call()
         times_s.append(time.perf_counter() - began_s)
-    return Measured(case=case, median_s=statistics.median(times_s), least_s=min(times_s))
+    return times_s
 
 
 # -- the cases -----------------------------------------------------------------------------------------------
@@ -144,10 +187,13 @@ def make_cases(
             for num_rows in rows:
                 yield make(kernels, shape, num_rows)
     if "attention" in operations:
-        for num_rows in rows:
-            yield _decode_attention(kernels, shape, num_seqs=num_rows, length=512)
-        yield _decode_attention(kernels, shape, num_seqs=1, length=4096)
-        yield _prefill_attention(kernels, shape, num_tokens=512)
+        decodes = [(num_rows, 512) for num_rows in rows] + [(1, 4096), (8, 4096)]
+        sizes = [([1] * num, [length] * num) for num, length in decodes] + [([512], [512])]
+        for kept in (each for each in formats if each in KV_DTYPES):
+            for query_lens, lens in sizes:
+                yield _attention(
+                    kernels, shape, kept=kept, query_lens=query_lens, lens=lens, cold_bytes=cold_bytes
+                )
 
 
 def _linear(
@@ -162,20 +208,26 @@ def _linear(
     num_out, num_in = product
     quantization = Quantization(method="none" if kept == "bf16" else kept)
     weight_bytes = num_out * num_in * KEPT_BYTES[kept]
-    num_copies = min(COPIES_MAX, max(1, -(-cold_bytes // int(weight_bytes))))
+    num_copies = _num_copies(int(weight_bytes), cold_bytes)
     dense = torch.randn(num_out, num_in).mul_(0.02).to(torch.bfloat16)
     weights = [ops.prepare_linear(kernels, dense, quantization=quantization) for _ in range(num_copies)]
+    repeats = -(-COPIES_MIN // num_copies)  # a weight larger than the caches is cold each time
     for num_rows in rows:
         x = torch.randn(num_rows, num_in).to(torch.bfloat16)
-        turn = itertools.cycle(weights)
         yield Case(
             operation=f"linear {name} {kept}",
             size=f"{num_rows} x {num_in} -> {num_out}",
             num_bytes=weight_bytes + 2.0 * num_rows * (num_in + num_out),
             num_operations=2.0 * num_rows * num_in * num_out,
             peak=kept,
-            calls=lambda x=x, turn=turn: ops.linear(kernels, x, next(turn)),  # type: ignore[misc]  # bound early
+            calls=tuple(partial(ops.linear, kernels, x, weight) for weight in weights * repeats),
+            rows=num_rows,
         )
+
+
+def _num_copies(num_bytes: int, cold_bytes: int) -> int:
+    """Of memory that a call reads, so that all together are larger than the caches."""
+    return min(COPIES_MAX, max(1, -(-cold_bytes // num_bytes)))
 
 
 def _rows(num_rows: int, width: int) -> Tensor:
@@ -191,7 +243,8 @@ def _norm(kernels: KernelSet, shape: ModelShape, num_rows: int) -> Case:
         num_bytes=2.0 * 4 * x.numel(),
         num_operations=4.0 * x.numel(),
         peak="bf16",
-        calls=lambda: ops.add_rms_norm(kernels, x, residual, weight, eps=1e-6),
+        calls=(partial(ops.add_rms_norm, kernels, x, residual, weight, eps=1e-6),) * ALIKE,
+        rows=num_rows,
     )
 
 
@@ -203,7 +256,8 @@ def _activation(kernels: KernelSet, shape: ModelShape, num_rows: int) -> Case:
         num_bytes=2.0 * 3 * gate.numel(),
         num_operations=4.0 * gate.numel(),
         peak="bf16",
-        calls=lambda: ops.silu_and_mul(kernels, gate, up),
+        calls=(partial(ops.silu_and_mul, kernels, gate, up),) * ALIKE,
+        rows=num_rows,
     )
 
 
@@ -217,7 +271,8 @@ def _rope(kernels: KernelSet, shape: ModelShape, num_rows: int) -> Case:
         num_bytes=2.0 * 2 * x.numel() + 4.0 * angles.numel(),
         num_operations=3.0 * x.numel(),
         peak="bf16",
-        calls=lambda: ops.rope(kernels, x, angles),
+        calls=(partial(ops.rope, kernels, x, angles),) * ALIKE,
+        rows=num_rows,
     )
 
 
@@ -230,7 +285,8 @@ def _embedding(kernels: KernelSet, shape: ModelShape, num_rows: int) -> Case:
         num_bytes=2.0 * 2 * num_rows * shape.hidden,
         num_operations=0.0,
         peak="bf16",
-        calls=lambda: ops.embedding(kernels, token_ids, table),
+        calls=(partial(ops.embedding, kernels, token_ids, table),) * ALIKE,
+        rows=num_rows,
     )
 
 
@@ -244,27 +300,38 @@ OPERATIONS: Final = ("linear", *MAKERS, "attention")
 
 
 def _attention(
-    kernels: KernelSet, shape: ModelShape, *, name: str, query_lens: Sequence[int], lens: Sequence[int]
+    kernels: KernelSet,
+    shape: ModelShape,
+    *,
+    kept: Format,
+    query_lens: Sequence[int],
+    lens: Sequence[int],
+    cold_bytes: int,
 ) -> Case:
-    """Sequences with blocks of their own, the table of each in order."""
+    """Sequences with blocks of their own, the table of each in order, for as many layers as are cold."""
     num_blocks = [-(-length // BLOCK_SIZE) for length in lens]
     kv = KvShape(
-        block_size=BLOCK_SIZE, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=torch.bfloat16
+        block_size=BLOCK_SIZE, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=KV_DTYPES[kept]
     )
-    slab = ops.make_slab(kernels, kv, num_blocks=sum(num_blocks))
+    kv_bytes = 2 * ops.kv_block(kernels, kv).num_bytes * sum(lens) // BLOCK_SIZE
+    num_slabs = max(COPIES_MIN, _num_copies(kv_bytes, cold_bytes))
+    slabs = [ops.make_slab(kernels, kv, num_blocks=sum(num_blocks)) for _ in range(num_slabs)]
+    for slab in slabs:
+        slab.keys.zero_()  # memory that was never written is one page of zeros
+        slab.values.zero_()
     batch = _batch(query_lens=query_lens, lens=lens, num_blocks=num_blocks)
     query = torch.randn(sum(query_lens), shape.heads, shape.head_dim).to(torch.bfloat16)
     pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in zip(query_lens, lens, strict=True))
-    kv_bytes = sum(lens) * 2 * shape.kv_heads * shape.head_dim * 2
+    how = AttentionShape(scale=shape.head_dim**-0.5)
     return Case(
-        operation=name,
+        operation=f"attention {'decode' if query_lens[0] == 1 else 'prefill'} {kept}",
         size=f"{len(lens)} x {lens[0]} tokens",
         num_bytes=float(kv_bytes + 2 * 2 * query.numel()),
         num_operations=4.0 * pairs * shape.heads * shape.head_dim,
         peak="bf16",
-        calls=lambda: ops.paged_attention(
-            kernels, query, slab, batch, AttentionShape(scale=shape.head_dim**-0.5)
-        ),
+        calls=tuple(partial(ops.paged_attention, kernels, query, slab, batch, how) for slab in slabs),
+        rows=sum(query_lens),
+        batch=batch,
     )
 
 
@@ -284,15 +351,6 @@ def _batch(*, query_lens: Sequence[int], lens: Sequence[int], num_blocks: Sequen
         query_lens_host=tuple(query_lens),
         seq_lens_host=tuple(lens),
     )
-
-
-def _decode_attention(kernels: KernelSet, shape: ModelShape, *, num_seqs: int, length: int) -> Case:
-    lens = [length] * num_seqs
-    return _attention(kernels, shape, name="attention decode", query_lens=[1] * num_seqs, lens=lens)
-
-
-def _prefill_attention(kernels: KernelSet, shape: ModelShape, *, num_tokens: int) -> Case:
-    return _attention(kernels, shape, name="attention prefill", query_lens=[num_tokens], lens=[num_tokens])
 
 
 COLUMNS: Final = ("operation", "size", "median_us", "gb_per_s", "gop_per_s", "bound", "share")

@@ -143,7 +143,7 @@ class KernelSettings:
     rows: Annotated[str, Parameter(help="Tokens in a step, with commas.")] = "1,16,64,512"
     kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto"
     isa: Annotated[
-        Literal["auto", "scalar", "avx2", "avx512", "amx"],
+        Literal["auto", "scalar", "avx2", "avx512", "amx_emulated", "amx"],
         Parameter(help="Instruction set of the native kernels; auto takes the best."),
     ] = "auto"
     num_threads: Threads = None
@@ -199,4 +199,4 @@ def _measured(
         formats=[each for each in FORMATS if each in formats],
         rows=numbers(chosen.rows, param="rows"),
     )
-    return [measure(case, seconds=chosen.seconds).row(limits) for case in cases]
+    return [measure(home, case, seconds=chosen.seconds).row(limits) for case in cases]

@@ -4,7 +4,7 @@ Every method describes one operation. While a recording runs it is written down;
 program of its own over the caller's tensors, made once for its shapes and kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
@@ -18,7 +18,7 @@ from penstock.kernels.cpu import _native, weights
 from penstock.kernels.cpu import tape as t
 from penstock.kernels.cpu.adapters import pack_adapter
 from penstock.kernels.cpu.emission import Machine, kv_format
-from penstock.kernels.cpu.single_calls import Programs, SingleCall, slots_only
+from penstock.kernels.cpu.single_calls import Programs, SingleCall, TimedCalls, slots_only
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.rounded import RoundedWeight
@@ -92,6 +92,31 @@ class NativeKernels:
             yield
         finally:
             self._recording = None
+
+    def time_calls(
+        self,
+        calls: Sequence[Callable[[], object]],
+        *,
+        rows: int,
+        batch: AttentionBatch | None,
+        repeats: int,
+    ) -> list[float]:
+        """Seconds of each of some calls, run as a model runs them: recorded, one behind the other.
+
+        Args:
+            calls: two or more of one operation, alike but for the memory they read.
+            rows: first dimension of what they are given.
+            batch: of attention.
+            repeats: how often all of them run.
+
+        Returns:
+            `repeats` times as many as there are calls, less the first call of each time.
+        """
+        timed = TimedCalls(self._programs, rows=rows, batch=batch)
+        with self.recording(timed):
+            for call in calls:
+                call()
+        return timed.seconds(len(calls), repeats=repeats)
 
     def _writer(self, rows: int, batch: AttentionBatch | None = None) -> Writer:
         return self._recording or SingleCall(self._programs, rows=rows, batch=batch)

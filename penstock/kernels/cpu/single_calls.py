@@ -28,7 +28,7 @@ class Programs:
     """The programs of single calls."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        self.machine = machine
         self._programs: dict[Tape, _native.Program] = {}
 
     def program(self, tape: Tape) -> _native.Program:
@@ -37,7 +37,7 @@ class Programs:
         if program is None:
             if len(self._programs) >= MAX_PROGRAMS:
                 self._programs.clear()
-            program = self._programs[tape] = emit(lower(tape), self._machine)
+            program = self._programs[tape] = emit(lower(tape), self.machine)
         return program
 
 
@@ -97,9 +97,9 @@ class SingleCall:
         return place
 
     def layer(self, slab: KvSlab) -> int:
-        """The number of a layer's keys and values: the only one."""
-        self._layers = [layer_kv(slab, group=0)]
-        return 0
+        """The number of a layer's keys and values."""
+        self._layers.append(layer_kv(slab, group=0))
+        return len(self._layers) - 1
 
     def add(self, operation: Operation) -> None:
         """Append an operation."""
@@ -115,7 +115,14 @@ class SingleCall:
         if self._is_done or not self._rows:
             return
         self._is_done = True
-        tape = Tape(
+        program = self._programs.program(self._tape())
+        program.set_layers(self._layers)
+        program.run(self._rows, self._externals(), self._groups(), adapter_runs(self._adapters))
+        if program.buffer_bytes:
+            program.shrink()
+
+    def _tape(self) -> Tape:
+        return Tape(
             buffers=tuple(
                 Buffer(dtype=each.dtype, cols=each.shape[1], role=Role.EXTERNAL) for each in self._tensors
             ),
@@ -123,13 +130,40 @@ class SingleCall:
             inputs=tuple(range(len(self._tensors))),
             outputs=(),
         )
-        program = self._programs.program(tape)
+
+    def _externals(self) -> list[tuple[int, int]]:
+        return [(each.data_ptr(), each.stride(0) * each.itemsize) for each in self._tensors]
+
+    def _groups(self) -> list[_native.AttentionInputs]:
+        return attention_inputs([self._batch] if self._batch else [])
+
+
+class TimedCalls(SingleCall):
+    """Calls in a row as one program, whose operations are timed inside it: nothing around them counts.
+
+    The results are there once `seconds` has run.
+    """
+
+    def run(self) -> None:
+        """Nothing: they run when they are timed."""
+
+    def seconds(self, num_calls: int, *, repeats: int) -> list[float]:
+        """Of each call but the first, which wakes the threads.
+
+        Args:
+            num_calls: that were described, all alike.
+            repeats: how often all of them run.
+        """
+        program = emit(lower(self._tape()), self._programs.machine)
         program.set_layers(self._layers)
-        externals = [(each.data_ptr(), each.stride(0) * each.itemsize) for each in self._tensors]
-        groups = attention_inputs([self._batch] if self._batch else [])
-        program.run(self._rows, externals, groups, adapter_runs(self._adapters))
-        if program.buffer_bytes:
-            program.shrink()
+        given, groups, adapters = self._externals(), self._groups(), adapter_runs(self._adapters)
+        num_operations = len(program.op_names) // num_calls
+        taken: list[float] = []
+        for _ in range(repeats):
+            spent = program.profile(self._rows, given, groups, 1, adapters)
+            each = [sum(spent[i : i + num_operations]) for i in range(0, len(spent), num_operations)]
+            taken += each[1:]
+        return taken
 
 
 def layer_kv(slab: KvSlab, *, group: int) -> _native.LayerKv:

@@ -49,8 +49,8 @@ def test_every_operation_runs_on_every_home(name):
         rows=(1, 3),
         cold_bytes=1,
     )
-    found = [measure(case, seconds=0.0) for case in cases]
-    assert len({each.case.operation for each in found}) == 5 * 3 + 4 + 2
+    found = [measure(home, case, seconds=0.0) for case in cases]
+    assert len({each.case.operation for each in found}) == 5 * 3 + 4 + 2 * 2
     assert all(each.median_s >= each.least_s > 0 for each in found)
 
 
@@ -64,7 +64,13 @@ def test_every_operation_runs_on_every_home(name):
 )
 def test_the_share_is_the_larger_bound_over_the_time(num_bytes, num_operations, peak, bound, share):
     case = Case(
-        operation="x", size="1", num_bytes=num_bytes, num_operations=num_operations, peak=peak, calls=object
+        operation="x",
+        size="1",
+        num_bytes=num_bytes,
+        num_operations=num_operations,
+        peak=peak,
+        calls=(object, object),
+        rows=1,
     )
     row = Measured(case=case, median_s=0.2, least_s=0.1).row(LIMITS)
     assert (row["bound"], row["share"]) == (bound, share)
