@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tools.features import FEATURES, POOLED, POOLED_FIELDS, REFUSED, REFUSED_PAIRS, Feature, pair_id
+from tools.features import (
+    FEATURES,
+    NOT_PAIRS,
+    POOLED,
+    POOLED_FIELDS,
+    REFUSED,
+    REFUSED_PAIRS,
+    Feature,
+    pair_id,
+)
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "compatibility.md"
@@ -23,7 +32,8 @@ other. A cell is
 
 - **ok**: the pair runs in `{test_file}::test_pair[A+B]`, through the whole engine, and both features keep
   their law. On the diagonal the feature runs alone;
-- **no**: the pair is refused, in one message that names both, by `{test_file}::test_refused_pair[A+B]`.
+- **no**: the pair is refused, in one message that names both, by `{test_file}::test_refused_pair[A+B]`;
+- **-**: two formats of a checkpoint, which has one.
 
 The pairs run on the `reference` kernels in float32, where a greedy or seeded answer is exactly the same with
 and without chunked prefill, prefix hits and preemption; the rows and columns *kernels eager* and *kernels
@@ -52,6 +62,8 @@ DOORS: Final = (
 
 def _cell(row: Feature, column: Feature) -> str:
     refused = {frozenset((pair.first, pair.second)) for pair in REFUSED_PAIRS}
+    if (row.name, column.name) in NOT_PAIRS or (column.name, row.name) in NOT_PAIRS:
+        return "-"
     return "**no**" if frozenset((row.name, column.name)) in refused else "ok"
 
 

@@ -99,9 +99,11 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("int8", "quantization int8"),
     _engine("int4", "quantization int4"),
     _engine("gptq", "quantized checkpoint (GPTQ)"),
+    _engine("gguf", "GGUF checkpoint (Q8_0)"),
     _engine("kv_int8", "kv_cache_dtype int8 (on the native kernels)"),
     _engine("deterministic", "deterministic"),
     _engine("ngram", "speculative decoding, n-gram"),
+    _engine("draft_model", "speculative decoding, draft model"),
     _engine("lora", "LoRA adapters"),
 )
 """Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
@@ -179,7 +181,22 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         reason="its results depend on the batch",
     ),
     RefusedPair(first="int8", second="int4", words=("int8", "int4"), reason="weights are rounded in one way"),
+    RefusedPair(
+        first="ngram",
+        second="draft_model",
+        words=("ngram", "draft_model"),
+        reason="one proposer makes the guesses",
+    ),
+    RefusedPair(
+        first="sliding_window",
+        second="draft_model",
+        words=("full attention", "draft model"),
+        reason="a draft keeps its own memory in the blocks of full attention, which are kept",
+    ),
 )
+
+NOT_PAIRS: Final = frozenset({("gptq", "gguf")})
+"""Formats of a checkpoint, which has one: nothing could ask for both."""
 
 REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="reasoning_effort", label="how much to think", kind="request"),
@@ -209,7 +226,7 @@ def served_pairs() -> list[tuple[Feature, Feature]]:
         (first, second)
         for index, first in enumerate(FEATURES)
         for second in FEATURES[index:]
-        if (first.name, second.name) not in refused
+        if (first.name, second.name) not in refused | NOT_PAIRS
     ]
 
 

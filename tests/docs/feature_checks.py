@@ -22,6 +22,8 @@ PROMPT = "Hello, world"
 ALLOWED = tuple(range(4, VOCAB_SIZE, 2))
 """Not among `BANNED`; without end of sequence."""
 BANNED = dict.fromkeys(range(3, VOCAB_SIZE, 2), -100.0)
+GGUF_EOS_IDS = EOS_IDS[:2]
+"""What the form has room for: an end of sequence and one of a turn."""
 FREE = 2
 FORCED = "KKM"
 GRAMMAR = GrammarSpec(kind=GrammarKind.REGEX, source="[^\\n]{2}KKM[^\\n]*")
@@ -274,7 +276,7 @@ def _min_tokens(run: Run, _: Run, case: Case) -> None:
 def _eos(run: Run, alone: Run, case: Case) -> None:
     for index in range(case.request.params.n):
         tokens = run.tokens(index)
-        assert not set(tokens) & set(EOS_IDS)
+        assert not set(tokens) & set(GGUF_EOS_IDS if "gguf" in case.names else EOS_IDS)
         if not case.is_cut and len(tokens) < MAX_TOKENS:
             assert run.end(index)[0] is FinishReason.STOP
 
@@ -462,7 +464,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 }
 
 
-OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", "gptq", "lora", *NATIVE})
+OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", "gptq", "gguf", "lora", *NATIVE})
 """Another model, or another rounding of it: what is said may differ from what is said without."""
 ROUNDED = frozenset({"eager_bfloat16", *NATIVE})
 """Where a token may also depend on the batch."""
@@ -496,6 +498,8 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert run.num_preemptions > 0
     if name == "kv_offload" and not case.is_cut and not case.names & NATIVE:  # see `prefix_caching`
         assert run.num_offload_hits > 0
+    if name == "draft_model" and case.names == {name}:
+        assert run.num_draft_tokens > 0
     if name == "lora" and not is_rounded:
         base = case.engine.run(case.request, cut_after=case.cut_after, is_base=True)
         assert base.tokens() == plain.tokens()  # the base model is as it was

@@ -27,8 +27,9 @@ from penstock.engine.config import (
     SpeculativeConfig,
 )
 from penstock.engine.core import EngineCore
-from tests.docs.tiny_model import HEAD_DIM, make_tiny_adapter, make_tiny_model
+from tests.docs.tiny_model import HEAD_DIM, MLP, make_tiny_adapter, make_tiny_model
 from tools.quantized.checkpoint import write_quantized
+from tools.quantized.gguf_file import write_gguf
 
 BLOCK_SIZE = 4
 WINDOW = 8
@@ -42,6 +43,8 @@ SHORT_OF_BLOCKS = frozenset({"preemption", "kv_offload"})
 OFFLOADING_BYTES = 1 << 24
 NATIVE = frozenset({"native_bfloat16", "kv_int8"})
 """Features of the native kernels, whose heads and blocks are larger."""
+GGUF_MLP = 64
+"""Its blocks have 32 numbers."""
 NATIVE_BLOCK_SIZE = 16
 NATIVE_HEAD_DIM = 32
 FEW_NATIVE_BLOCKS = 5
@@ -60,6 +63,7 @@ class Run:
     deltas: list[TextDelta] = field(default_factory=list)
     usage: Usage | None = None
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
     num_offload_hits: int = 0
     num_prefill_steps: int = 0
     max_step_tokens: int = 0
@@ -99,13 +103,18 @@ class FeatureEngine:
         self._num_requests = 0
         window = WINDOW if "sliding_window" in features else None
         head_dim = NATIVE_HEAD_DIM if features & NATIVE else HEAD_DIM
-        made = make_tiny_model(folder / "model", window=window, head_dim=head_dim)
+        mlp = GGUF_MLP if "gguf" in features else MLP
+        made = make_tiny_model(folder / "model", window=window, head_dim=head_dim, mlp=mlp)
         if "gptq" in features:
             made = write_quantized(made, folder / "gptq", "gptq-all-inputs")
+        if "gguf" in features:
+            write_gguf(made, folder / "model.gguf", kind="Q8_0")
+            made = folder / "model.gguf"
         source = find_model(str(made))
-        config = _config(source.path, features)
+        draft = make_tiny_model(folder / "draft", head_dim=head_dim, seed=6)
+        config = _config(source.path, features, draft=draft)
         if "lora" in features:
-            adapter = make_tiny_adapter(folder / "adapter", head_dim=head_dim)
+            adapter = make_tiny_adapter(folder / "adapter", head_dim=head_dim, mlp=mlp)
             module = LoraModule(name=ADAPTER, path=str(adapter))
             config = msgspec.structs.replace(config, lora=LoraConfig(enable_lora=True, modules=(module,)))
         self._local: LocalModel = self._thread.run(
@@ -175,6 +184,7 @@ class FeatureEngine:
     async def _run(self, request: GenerateRequest, *, cut_after: int | None) -> Run:
         run = Run()
         preempted, found = self._totals.num_preemptions, self._totals.num_offload_hit_tokens
+        drafted = self._totals.num_draft_tokens
         self._totals.max_step_tokens = 0
         neighbours = [await self._generate(each) for each in self._neighbours(request)]
         async with aclosing(await self._generate(request)) as stream:
@@ -187,6 +197,7 @@ class FeatureEngine:
             async for _ in each:
                 pass
         run.num_preemptions = self._totals.num_preemptions - preempted
+        run.num_draft_tokens = self._totals.num_draft_tokens - drafted
         run.num_offload_hits = self._totals.num_offload_hit_tokens - found
         run.max_step_tokens = self._totals.max_step_tokens
         memory = await self._local.engine.memory()
@@ -241,7 +252,14 @@ def _all_of(features: frozenset[str], words: dict[str, str], otherwise: str) -> 
     return ",".join(word for name, word in words.items() if name in features) or otherwise
 
 
-def _config(path: Path, features: frozenset[str]) -> EngineConfig:
+def _speculative(features: frozenset[str], draft: Path) -> SpeculativeConfig | None:
+    method = _all_of(features, {"ngram": "ngram", "draft_model": "draft_model"}, "")
+    if method == "draft_model":
+        return SpeculativeConfig(method="draft_model", model=str(draft))
+    return SpeculativeConfig(method=method, prompt_lookup_min=1) if method else None  # type: ignore[arg-type]  # a wrong one is refused
+
+
+def _config(path: Path, features: frozenset[str], *, draft: Path) -> EngineConfig:
     is_native = bool(features & NATIVE)
     kernels = _all_of(features, {"eager_bfloat16": "eager", "native_bfloat16": "native"}, "reference")
     if is_native and kernels == "reference":
@@ -255,7 +273,7 @@ def _config(path: Path, features: frozenset[str]) -> EngineConfig:
         num_threads=1,
         max_model_len=56,
         warmup=False,
-        speculative=SpeculativeConfig(method="ngram", prompt_lookup_min=1) if "ngram" in features else None,
+        speculative=_speculative(features, draft),
         scheduler=SchedulerConfig(
             max_num_seqs=NUM_SEATS,
             max_num_batched_tokens=CHUNK if "chunked_prefill" in features else 256,

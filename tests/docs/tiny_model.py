@@ -22,19 +22,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def _shapes(head_dim: int) -> dict[str, tuple[int, int]]:
+def _shapes(head_dim: int, mlp: int = MLP) -> dict[str, tuple[int, int]]:
     return {
         "self_attn.q_proj": (HEADS * head_dim, HIDDEN),
         "self_attn.k_proj": (KV_HEADS * head_dim, HIDDEN),
         "self_attn.v_proj": (KV_HEADS * head_dim, HIDDEN),
         "self_attn.o_proj": (HIDDEN, HEADS * head_dim),
-        "mlp.gate_proj": (MLP, HIDDEN),
-        "mlp.up_proj": (MLP, HIDDEN),
-        "mlp.down_proj": (HIDDEN, MLP),
+        "mlp.gate_proj": (mlp, HIDDEN),
+        "mlp.up_proj": (mlp, HIDDEN),
+        "mlp.down_proj": (HIDDEN, mlp),
     }
 
 
-def _weights(*, seed: int, head_dim: int) -> dict[str, torch.Tensor]:
+def _weights(*, seed: int, head_dim: int, mlp: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 0.3) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _weights(*, seed: int, head_dim: int) -> dict[str, torch.Tensor]:
         "model.norm.weight": torch.ones(HIDDEN),
         "lm_head.weight": normal(VOCAB_SIZE, HIDDEN),
     }
-    shapes = _shapes(head_dim)
+    shapes = _shapes(head_dim, mlp)
     for layer in range(LAYERS):
         for name, shape in shapes.items():
             weights[f"model.layers.{layer}.{name}.weight"] = normal(*shape)
@@ -64,7 +64,9 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_tiny_model(folder: Path, *, window: int | None = None, head_dim: int = HEAD_DIM) -> Path:
+def make_tiny_model(
+    folder: Path, *, window: int | None = None, head_dim: int = HEAD_DIM, mlp: int = MLP, seed: int = 5
+) -> Path:
     """Write the checkpoint; with a window it calls itself Mistral."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -75,7 +77,7 @@ def make_tiny_model(folder: Path, *, window: int | None = None, head_dim: int = 
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": head_dim,
-        "intermediate_size": MLP,
+        "intermediate_size": mlp,
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
@@ -92,18 +94,20 @@ def make_tiny_model(folder: Path, *, window: int | None = None, head_dim: int = 
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_IDS}))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     _tokenizer().save(str(folder / "tokenizer.json"))
-    save_file(_weights(seed=5, head_dim=head_dim), folder / "model.safetensors")
+    save_file(_weights(seed=seed, head_dim=head_dim, mlp=mlp), folder / "model.safetensors")
     return folder
 
 
-def make_tiny_adapter(folder: Path, *, head_dim: int = HEAD_DIM, seed: int = 7) -> Path:
+def make_tiny_adapter(
+    folder: Path, *, head_dim: int = HEAD_DIM, mlp: int = MLP, seed: int = 7
+) -> Path:
     """Write a LoRA adapter of the checkpoint, in the form of PEFT; it changes what is said."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(LAYERS):
         for name in ADAPTED:
-            rows, cols = _shapes(head_dim)[name]
+            rows, cols = _shapes(head_dim, mlp)[name]
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, cols, generator=generator) * 0.3
             tensors[f"{key}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.3
