@@ -205,7 +205,7 @@ def _join(
         adapters=adapters,
         faults=faults,
     )
-    ranks = _ranks(runner, config, limits)
+    ranks = _ranks(runner, device=loaded.device, is_async=bool(limits.async_scheduling))
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = _scheduler(config, loaded, limits=limits, kv=kv, tier=tier, adapters=adapters)
@@ -260,10 +260,10 @@ def _make_runner(
     )
 
 
-def _ranks(runner: Runner, config: EngineConfig, limits: SchedulerConfig) -> RankGroup:
+def _ranks(runner: Runner, *, device: torch.device, is_async: bool) -> RankGroup:
     """Who computes; a CPU works beside the host only on a thread of its own."""
     rank = LocalRank(runner)
-    return OverlappedRank(rank) if limits.async_scheduling and config.device == "cpu" else rank
+    return OverlappedRank(rank) if is_async and device.type == "cpu" else rank
 
 
 def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:
@@ -272,7 +272,7 @@ def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConf
     return msgspec.structs.replace(
         config.scheduler,
         max_model_len=loaded.max_model_len,
-        async_scheduling=config.device == "cuda" if looks_ahead is None else looks_ahead,
+        async_scheduling=loaded.device.type == "cuda" if looks_ahead is None else looks_ahead,
     )
 
 
