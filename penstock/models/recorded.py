@@ -84,24 +84,33 @@ class LogitsBuffers:
     """Memory for logits, taken again once nobody holds the last result: fresh pages cost time."""
 
     def __init__(self) -> None:
-        self._kept: list[np.ndarray[tuple[int], np.dtype[np.float32]]] = []
+        self._kept: list[np.ndarray[tuple[int, int], np.dtype[np.float32]]] = []
+        """Each [rows, cols] as it was asked for last, over memory of its own."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are kept."""
-        return sum(each.nbytes for each in self._kept)
+        return sum(_memory_of(each).nbytes for each in self._kept)
 
     def take(self, rows: int, cols: int) -> Tensor:
         """Uninitialised [rows, cols] float32."""
-        size = rows * cols
-        # Held by the list, the loop's name and the call's argument, and by no tensor.
+        for each in self._kept:
+            # Held by the list, the loop's name and the call's argument, and by no tensor.
+            if each.shape == (rows, cols) and sys.getrefcount(each) == NOBODY_ELSE:
+                return torch.from_numpy(each)
+        shaped = self._free_memory(rows * cols)[: rows * cols].reshape(rows, cols)
+        self._kept.append(shaped)
+        return torch.from_numpy(shaped)
+
+    def _free_memory(self, size: int) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+        """At least `size` values that nobody holds; they are on the list no more."""
         free = [each for each in self._kept if sys.getrefcount(each) == NOBODY_ELSE]
-        fitting = next((each for each in free if each.size >= size), None)
+        fitting = next((each for each in free if _memory_of(each).size >= size), None)
         if fitting is None:
-            self._kept = [each for each in self._kept if each.size >= size]
-            fitting = np.empty(size, dtype=np.float32)
-            self._kept.append(fitting)
-        return torch.from_numpy(fitting[:size].reshape(rows, cols))
+            self._kept = [each for each in self._kept if _memory_of(each).size >= size]
+            return np.empty(size, dtype=np.float32)
+        self._kept = [each for each in self._kept if each is not fitting]
+        return _memory_of(fitting)
 
 
 class RecordedModel:
@@ -240,6 +249,13 @@ class RecordedModel:
         self._forward.set_layers(layers)
         self._adapted.set_layers(layers)
         self._slabs = batch.layer_slabs
+
+
+def _memory_of(
+    shaped: "np.ndarray[tuple[int, int], np.dtype[np.float32]]",
+) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+    assert shaped.base is not None
+    return shaped.base
 
 
 def _count_of_nobody_else() -> int:

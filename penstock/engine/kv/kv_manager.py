@@ -144,11 +144,15 @@ class KvManager:
     def add_unused_slots(
         self, unused: dict[int, int], blocks: SequenceBlocks, *, num_computed_tokens: int
     ) -> None:
-        """Note for each block of the sequence that is not full how many slots hold no token."""
+        """Note for each block that is not full, and that forks may share, how many slots hold no token."""
         for block_idx in range(num_computed_tokens // self.block_size, blocks.num_blocks):
             num_used = max(0, num_computed_tokens - block_idx * self.block_size)
             for table in blocks.tables:
                 unused[table[block_idx]] = self.block_size - num_used
+
+    def num_unused_slots(self, blocks: SequenceBlocks, *, num_computed_tokens: int) -> int:
+        """Slots without a token of a sequence that shares no partly filled block."""
+        return self.num_groups * (blocks.num_blocks * self.block_size - num_computed_tokens)
 
     def new_sequence(self, *, adapter_revision: str, tenant_id: str, cache_salt: str) -> SequenceBlocks:
         """Empty tables in the namespace of a request; holds nothing yet."""
@@ -192,6 +196,14 @@ class KvManager:
         self.tree.pin(node)
         if previous is not None:
             self.tree.unpin(previous)
+
+    def has_slots(self, blocks: SequenceBlocks, *, end: int) -> bool:
+        """True if positions up to `end` have slots of the sequence's own and nothing is behind a window.
+
+        `num_tokens_allocatable`, `allocate` and `free_behind_window` have nothing to do then, as for most
+        decodes.
+        """
+        return end <= blocks.num_blocks * self.block_size and not (blocks.is_forked or self._windowed)
 
     def num_tokens_allocatable(self, blocks: SequenceBlocks, *, start: int, num_tokens: int) -> int:
         """How many of `num_tokens` from position `start` on can get slots now."""

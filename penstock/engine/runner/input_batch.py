@@ -22,6 +22,8 @@ from penstock.kernels.adapters import AdapterRows, AdapterWeights
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
 
 NO_BLOCK: Final = -1
+COLUMNS_STEP: Final = 16
+"""Arrays of decodes grow by so many blocks a sequence."""
 
 Tables = list[npt.NDArray[np.int32]]
 """One array per cache group."""
@@ -65,7 +67,7 @@ class BlockTableCache:
 
     The scheduler hands tables by reference and goes on changing them, so a table is compared with the copy
     that its array was made from (comparing equal lists costs a few ns an entry, converting one 30 ns). Only
-    the sequences of the latest step are kept.
+    the sequences of the latest step with a chunk are kept; decodes have a `DecodeTable`.
     """
 
     def __init__(self) -> None:
@@ -90,7 +92,7 @@ class BlockTableCache:
 
 
 class InputBatchBuilder:
-    """Builds `ForwardBatch`es over one KV pool; keeps nothing but the block table cache."""
+    """Builds `ForwardBatch`es over one KV pool; keeps nothing but block tables and the arrays of decodes."""
 
     def __init__(self, layout: CacheLayout, *, pool: KvPool) -> None:
         self._num_groups = len(layout.groups)
@@ -98,12 +100,12 @@ class InputBatchBuilder:
         self._layer_groups = layer_groups(layout)
         self._layer_slabs = layer_slabs(layout, slabs=pool.slabs)
         self._tables = BlockTableCache()
-        self._decodes = DecodeArrays(0, num_groups=self._num_groups)
+        self._decodes: DecodeArrays | None = None
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes that stay allocated between steps."""
-        return self._tables.num_bytes
+        return self._tables.num_bytes + (self._decodes.num_bytes if self._decodes else 0)
 
     def build(
         self, sequences: Sequence[ScheduledSequence], *, adapters: Sequence[AdapterWeights | None] = ()
@@ -145,16 +147,19 @@ class InputBatchBuilder:
         has read its batch when the next is built.
         """
         starts = [seq.start for seq in sequences]
+        num_blocks = [start // self._block_size + 1 for start in starts]
+        shape = (len(starts), -(-max(num_blocks) // COLUMNS_STEP) * COLUMNS_STEP)
         decodes = self._decodes
-        if decodes.num_seqs != len(starts):
-            decodes = self._decodes = DecodeArrays(len(starts), num_groups=self._num_groups)
+        if decodes is None or decodes.shape != shape:
+            decodes = self._decodes = DecodeArrays(shape, num_groups=self._num_groups)
         decodes.token_ids[:] = [seq.token_ids[0] for seq in sequences]
         decodes.positions[:] = starts
         seq_lens = tuple(start + 1 for start in starts)
         decodes.seq_lens[:] = seq_lens
-        tables = self._tables.tables(sequences, num_groups=self._num_groups)
-        for slots, group in zip(decodes.slots, tables, strict=True):
-            slots[:] = _decode_slots(group, starts, self._block_size)
+        for group_idx, table in enumerate(decodes.tables):
+            rows = [seq.block_tables[group_idx] for seq in sequences]
+            decodes.slots[group_idx][:] = _decode_slots(rows, starts, self._block_size)
+            table.write(rows, num_blocks=num_blocks)
         token_ids, positions, query_start_loc, seq_lens_tensor, *slot_mappings = decodes.tensors
         return ForwardBatch(
             token_ids=token_ids,
@@ -163,12 +168,12 @@ class InputBatchBuilder:
                 AttentionBatch(
                     query_start_loc=query_start_loc,
                     seq_lens=seq_lens_tensor,
-                    block_tables=torch.from_numpy(_decode_tables(group, starts, self._block_size)),
+                    block_tables=table.tensor,
                     slot_mapping=slot_mapping,
                     query_lens_host=decodes.query_lens,
                     seq_lens_host=seq_lens,
                 )
-                for group, slot_mapping in zip(tables, slot_mappings, strict=True)
+                for table, slot_mapping in zip(decodes.tables, slot_mappings, strict=True)
             ),
             layer_groups=self._layer_groups,
             layer_slabs=self._layer_slabs,
@@ -198,11 +203,42 @@ def adapter_rows(
     return tuple(runs)
 
 
+class DecodeTable:
+    """The block tables of one cache group in a step of decodes, kept from step to step.
+
+    A row is written only if the sequence in its place has other blocks than the one in the step before, which
+    in most steps few have. The scheduler goes on changing the tables that it hands out, so they are compared
+    with copies.
+    """
+
+    def __init__(self, num_seqs: int, num_columns: int) -> None:
+        self._array = np.full((num_seqs, num_columns), NO_BLOCK, np.int32)
+        self._written: list[list[int]] = [[] for _ in range(num_seqs)]
+        self.tensor = torch.from_numpy(self._array)
+        """[num_seqs, num_columns]: entries beyond a sequence's last token are `NO_BLOCK`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the array, and of the copies (8 an entry)."""
+        return self._array.nbytes + sum(8 * len(row) for row in self._written)
+
+    def write(self, tables: Sequence[list[int]], *, num_blocks: Sequence[int]) -> None:
+        """Hold the first `num_blocks` entries of each table."""
+        for row, (table, num) in enumerate(zip(tables, num_blocks, strict=True)):
+            used = table[:num]
+            if used != self._written[row]:
+                self._written[row] = used
+                self._array[row, :num] = used
+                self._array[row, num:] = NO_BLOCK
+
+
 class DecodeArrays:
     """The numbers of a step of decodes, with tensors over the same memory."""
 
-    def __init__(self, num_seqs: int, *, num_groups: int) -> None:
-        self.num_seqs = num_seqs
+    def __init__(self, shape: tuple[int, int], *, num_groups: int) -> None:
+        """Make them for a number of sequences, and of columns of their block tables."""
+        self.shape = shape
+        num_seqs, num_columns = shape
         self.token_ids = np.zeros(num_seqs, np.int64)
         self.positions = np.zeros(num_seqs, np.int64)
         self.query_start_loc = np.arange(num_seqs + 1, dtype=np.int32)
@@ -211,26 +247,22 @@ class DecodeArrays:
         self.query_lens = (1,) * num_seqs
         arrays = (self.token_ids, self.positions, self.query_start_loc, self.seq_lens, *self.slots)
         self.tensors = [torch.from_numpy(array) for array in arrays]
+        self.tables = [DecodeTable(num_seqs, num_columns) for _ in range(num_groups)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all."""
+        tensors = sum(each.nbytes for each in self.tensors)
+        return tensors + sum(table.num_bytes for table in self.tables)
 
 
-def _decode_slots(tables: Tables, starts: list[int], block_size: int) -> list[int]:
+def _decode_slots(tables: Sequence[list[int]], starts: Sequence[int], block_size: int) -> list[int]:
     slots = []
     for table, start in zip(tables, starts, strict=True):
-        block_id = int(table[start // block_size])
+        block_id = table[start // block_size]
         assert block_id >= 0, "a token is written to a block that its sequence does not own"
         slots.append(block_id * block_size + start % block_size)
     return slots
-
-
-def _decode_tables(tables: Tables, starts: list[int], block_size: int) -> npt.NDArray[np.int32]:
-    """[num_seqs, max_num_blocks]: entries beyond a sequence's last token are `NO_BLOCK`."""
-    num_blocks = [start // block_size + 1 for start in starts]
-    if len(tables) == 1:
-        return tables[0][None, : num_blocks[0]].copy()
-    stacked = np.full((len(tables), max(num_blocks)), NO_BLOCK, np.int32)
-    for row, table, num in zip(stacked, tables, num_blocks, strict=True):
-        row[:num] = table[:num]
-    return stacked
 
 
 def _attention_batch(tables: Tables, *, rows: _Rows, block_size: int) -> AttentionBatch:

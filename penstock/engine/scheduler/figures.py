@@ -70,11 +70,15 @@ def num_unused_slots(kv: KvManager, groups: Iterable[SequenceGroup]) -> int:
 
     Cost: O(running sequences).
     """
-    unused: dict[int, int] = {}
+    num_unused = 0
+    shared: dict[int, int] = {}
     for group in groups:
         for seq in group.active:
-            kv.add_unused_slots(unused, seq.blocks, num_computed_tokens=seq.num_computed_tokens)
-    return sum(unused.values())
+            if seq.blocks.is_forked:
+                kv.add_unused_slots(shared, seq.blocks, num_computed_tokens=seq.num_computed_tokens)
+            else:
+                num_unused += kv.num_unused_slots(seq.blocks, num_computed_tokens=seq.num_computed_tokens)
+    return num_unused + sum(shared.values())
 
 
 def step_stats(

@@ -82,7 +82,8 @@ class Planner:
         if self._drafting and draft.decodes:
             self._add_drafts(draft, self._drafting)
         prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
-        self._limit_chunks(draft, chunk_start=prefills[0].next_position if prefills else 0)
+        if prefills or self._roster.num_waiting:
+            self._limit_chunks(draft, chunk_start=prefills[0].next_position if prefills else 0)
         self._schedule_prefills(draft, prefills)
         self._admit(draft)
         return self._finish_plan(draft)
@@ -202,6 +203,18 @@ class Planner:
         Without chunked prefill it is all of them or none, preempting as long as some lack a slot.
         """
         start = seq.next_position
+        if not self._kv.has_slots(seq.blocks, end=start + num_tokens):
+            num_tokens = self._find_slots(draft, seq, start=start, num_tokens=num_tokens)
+            if not num_tokens:
+                return 0
+        draft.add(seq, num_tokens=num_tokens, samples=self._samples(seq, end=start + num_tokens))
+        place = next_place(seq, block_size=self._kv.block_size)
+        if place is not None:
+            draft.note_next_block(seq, place)
+        return num_tokens
+
+    def _find_slots(self, draft: StepDraft, seq: Sequence, *, start: int, num_tokens: int) -> int:
+        """Allocate blocks for as many of `num_tokens` as `_place` says; returns for how many."""
         kv, blocks = self._kv, seq.blocks
         kv.free_behind_window(blocks, num_computed_tokens=seq.num_computed_tokens)
         num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
@@ -211,18 +224,21 @@ class Planner:
                 return 0
             num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
         kv.allocate(blocks, start=start, end=start + num_fit)
-        draft.add(seq, num_tokens=num_fit, samples=self._samples(seq, end=start + num_fit))
-        place = next_place(seq, block_size=self._kv.block_size)
-        if place is not None:
-            draft.note_next_block(seq, place)
         return num_fit
 
     def _samples(self, seq: Sequence, *, end: int) -> tuple[SampleSpec, ...]:
         group = seq.group
-        if end < group.target(seq) or group.ends_with_prompt:
+        if group.needs_fork:
+            return self._first_samples(group, end=end)
+        if end < seq.num_tokens or group.ends_with_prompt:
             return ()
-        if not group.needs_fork:
-            return (SampleSpec(seq.seq_id, seq.num_outputs + (end > seq.num_tokens)),)
+        return (SampleSpec(seq.seq_id, seq.num_outputs + (end > seq.num_tokens)),)
+
+    def _first_samples(self, group: SequenceGroup, *, end: int) -> tuple[SampleSpec, ...]:
+        """Of the sequence that computes the prompt for all of its group."""
+        seq = group.live[0]
+        if end < group.num_prompt_tokens or group.ends_with_prompt:
+            return ()
         if group.beams is not None:
             return () if seq.num_outputs else (SampleSpec(seq.seq_id, 0),)
         # After a preemption the prompt is computed once more for all, but each has a next token already.
@@ -416,9 +432,12 @@ class Planner:
             for spec in entry.samples:
                 sequences[spec.seq_id].num_draws = spec.output_idx + 1
             draft.needs_result |= bool(entry.samples) and needs_result(seq, speculates=self._speculates)
-            met = [seq, *(sequences[spec.seq_id] for spec in entry.samples if spec.seq_id != seq_id)]
-            for each in met:
-                if not each.is_known_to_runner:
-                    each.is_known_to_runner = True
-                    unknown.append(new_sequence(each))
-        return unknown
+            if not seq.is_known_to_runner:
+                unknown.append(seq)
+                seq.is_known_to_runner = True
+            for spec in entry.samples:
+                drawn = sequences[spec.seq_id]
+                if not drawn.is_known_to_runner:
+                    unknown.append(drawn)
+                    drawn.is_known_to_runner = True
+        return [new_sequence(seq) for seq in unknown]
