@@ -83,8 +83,10 @@ def _round(x_RD: tl.tensor, LIMIT: tl.constexpr, IS_INT8: tl.constexpr) -> tl.te
     divisor_R = tl.where(scale_R > 0, scale_R, 1.0)
     numbers_RD = tl.div_rn(x_RD, tl.broadcast_to(divisor_R[:, None], x_RD.shape))
     if IS_INT8:
-        return (numbers_RD + ROUNDER - ROUNDER).to(tl.int8), scale_R
-    return narrow(numbers_RD, tl.float8e4nv), scale_R
+        rounded_RD = (numbers_RD + ROUNDER - ROUNDER).to(tl.int8)
+    else:
+        rounded_RD = narrow(numbers_RD, tl.float8e4nv)
+    return rounded_RD, scale_R
 
 
 @inlined

@@ -23,8 +23,13 @@ MAX_SHORT_ROWS: Final = 64
 time than reading the keys: 128 operations for 2 bytes, where the device has 160 operations for each byte it
 reads."""
 STAGE_BYTES: Final = 32 << 10
-"""Keys and values of one tile. Three stages of them are 96 KiB of shared memory, so that two programs fit on
-a multiprocessor (228 KiB) and about 128 KiB are on their way at any time; 30 KiB would cover the latency."""
+"""Keys and values of one tile of a decode. Compiled with five stages (a block table's entry is read before
+the keys it leads to), two such tiles lie in shared memory or are on their way, 72 KiB in all, so that two or
+three programs fit on a multiprocessor (228 KiB) and it waits for 128 KiB at a time; 30 would cover the
+latency."""
+FLOAT32_NUMBERS: Final = 2048
+"""Keys of a tile of float32: its products run outside the tensor instructions, and hold whole rows of both
+sides in registers; with twice as many they spill."""
 PROGRAMS_PER_PROCESSOR: Final = 2
 """As many fit side by side (see `STAGE_BYTES`); more splits than that only make the reduction longer."""
 MAX_SPLITS: Final = 32
@@ -76,6 +81,12 @@ class Heads:
         return max(MIN_ROWS, power_of_two(self.group))
 
 
+def _float32_tile(heads: Heads, *, block_m: int) -> Tile:
+    # Four rows a warp: with more they spill.
+    block_n = min(128, max(16, FLOAT32_NUMBERS // heads.block_d))
+    return Tile(block_m=block_m, block_n=block_n, num_warps=min(16, block_m // 4), num_stages=2)
+
+
 def _keys_of_a_stage(heads: Heads) -> int:
     # bfloat16: 128 keys of 64, 64 of 128 (and 96), 32 of 256.
     return min(128, max(16, STAGE_BYTES // (2 * heads.block_d * heads.itemsize)))
@@ -84,32 +95,31 @@ def _keys_of_a_stage(heads: Heads) -> int:
 def short_tile(heads: Heads, *, max_new: int) -> Tile:
     """For sequences with at most `max_new` new tokens."""
     block_m = max(heads.min_block_m, power_of_two(max_new * heads.group))
-    return Tile(block_m=block_m, block_n=_keys_of_a_stage(heads), num_warps=4, num_stages=3)
+    if heads.itemsize == 4:
+        return _float32_tile(heads, block_m=block_m)
+    return Tile(block_m=block_m, block_n=_keys_of_a_stage(heads), num_warps=4, num_stages=5)
 
 
 def long_tile(heads: Heads) -> Tile:
-    """For prefill: two warp groups with 64 rows each, 64 keys at a time.
+    """For prefill: two warp groups with 64 rows each, as many keys as registers allow.
 
-    At D = 128 the queries take 32 KiB and three stages 96 KiB of shared memory, the sum of outputs 64
-    registers and the scores 32 of each of 256 threads. At D = 256 there is room for two stages. Float32 has
-    no tensor instructions that keep its digits, so its tile is small.
+    At D = 128 the queries take 32 KiB and two tiles of keys and values each 16 KiB of shared memory; of 256
+    threads each keeps 64 numbers of the output and 32 scores, 185 registers in all. At D = 256 64 keys
+    would spill; at D = 64 128 keys would leave room for one program on a multiprocessor only.
     """
     if heads.itemsize == 4:
-        return Tile(block_m=max(64, heads.min_block_m), block_n=32, num_warps=4, num_stages=2)
-    block_m = max(128, heads.min_block_m)
-    if heads.block_d <= 64:
-        return Tile(block_m=block_m, block_n=128, num_warps=8, num_stages=3)
-    return Tile(block_m=block_m, block_n=64, num_warps=8, num_stages=3 if heads.block_d <= 128 else 2)
+        return _float32_tile(heads, block_m=max(64, heads.min_block_m))
+    block_n = 32 if heads.block_d > 128 else 64
+    return Tile(block_m=max(128, heads.min_block_m), block_n=block_n, num_warps=8, num_stages=3)
 
 
 def fixed_tile(heads: Heads) -> Tile:
     """The one tile of deterministic mode: a row's products run through the same instruction in every step."""
-    return Tile(
-        block_m=max(MAX_SHORT_ROWS, heads.min_block_m),
-        block_n=_keys_of_a_stage(heads),
-        num_warps=4,
-        num_stages=2,
-    )
+    block_m = max(MAX_SHORT_ROWS, heads.min_block_m)
+    if heads.itemsize == 4:
+        return _float32_tile(heads, block_m=block_m)
+    block_n = 32 if heads.block_d > 128 else 64
+    return Tile(block_m=block_m, block_n=block_n, num_warps=4, num_stages=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
