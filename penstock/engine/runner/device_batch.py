@@ -1,62 +1,19 @@
-"""Between host and device: a step's inputs in one copy, and numbers back.
+"""A step's inputs on the device: built in plain arrays as on the CPU, then moved in one transfer.
 
-The batch is built in plain arrays as on the CPU; here all of them go into one pinned buffer, the buffer to
-the device in one copy that the host does not wait for, and the tensors of the batch are views of what
-arrives. Pinned memory comes from torch's own pool, which hands a buffer out again only after the copies from
-it have run. Without a device the same code moves from host memory to host memory, for tests.
+Tokens that the host does not know yet, because the step before is drawing them, are put in place on the
+device, out of the tensor in which that step's draws lie.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate
-from typing import Final
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from penstock.engine.sampling.vocabulary import Floats
+from penstock.core.ids import SequenceId
+from penstock.engine.scheduler.plan import PENDING_TOKEN, ScheduledSequence
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
-
-ALIGNMENT: Final = 256
-"""Bytes; what torch gives every tensor of its own, so that a kernel compiled for one takes a view as well."""
-
-
-def host_buffer(num_bytes: int, *, device: torch.device) -> Tensor:
-    """Uninitialised bytes on the host from which `device` can copy by itself."""
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def upload(tensors: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
-    """Copies on the device of tensors on the host, in one transfer.
-
-    Args:
-        tensors: contiguous, of any dtypes.
-        device: where to.
-
-    Returns:
-        Views of one buffer, in the order given; valid for work that is queued after this call.
-    """
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    offsets = [0, *accumulate(sizes)]
-    buffer = host_buffer(offsets[-1], device=device)
-    _fill(buffer, tensors, offsets)
-    arrived = buffer.to(device, non_blocking=True) if device.type == "cuda" else buffer
-    return views_like(arrived, tensors, offsets)
-
-
-def _fill(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> None:
-    target = buffer.numpy()
-    for tensor, start in zip(tensors, offsets, strict=False):
-        flat = tensor.reshape(-1).view(torch.uint8).numpy()
-        target[start : start + len(flat)] = flat
-
-
-def views_like(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> list[Tensor]:
-    """For each tensor the bytes of `buffer` from its offset on, in its dtype and shape."""
-    return [
-        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, start in zip(tensors, offsets, strict=False)
-    ]
+from penstock.kernels.transfer import upload
 
 
 def tensors_of(batch: ForwardBatch) -> list[Tensor]:
@@ -87,19 +44,47 @@ def _group(group: AttentionBatch, tensors: Sequence[Tensor]) -> AttentionBatch:
     )
 
 
-def on_device(batch: ForwardBatch, *, device: torch.device) -> ForwardBatch:
-    """The step's inputs on the device, by `upload`; its slabs and adapters are there already."""
-    return with_tensors(batch, upload(tensors_of(batch), device=device))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastDrawn:
+    """What the latest step drew, where it lies."""
+
+    rows: dict[SequenceId, int] = field(default_factory=dict)
+    """By sequence: its row in `tokens`."""
+    tokens: Tensor | None = None
+    """[draws] int64 on the device; None if nothing was drawn there."""
+
+    def sources(self, sequences: Sequence[ScheduledSequence]) -> tuple[list[int], list[int]]:
+        """Rows of the step whose token is not known on the host, and for each its row in `tokens`."""
+        targets, origins, row = [], [], 0
+        for seq in sequences:
+            if seq.token_ids[0] == PENDING_TOKEN:
+                targets.append(row)
+                origins.append(self.rows[seq.seq_id])
+            row += len(seq.token_ids)
+        return targets, origins
 
 
-def indices(values: Sequence[int], *, device: torch.device) -> Tensor:
-    """[n] int64 on the device, without waiting for it (`torch.tensor(..., device=)` would)."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64)
-    return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+def on_device(
+    batch: ForwardBatch,
+    *,
+    device: torch.device,
+    sequences: Sequence[ScheduledSequence] = (),
+    last: LastDrawn | None = None,
+) -> ForwardBatch:
+    """The step's inputs on the device; its slabs and adapters are there already.
 
-
-def on_host(tensor: Tensor) -> Floats:
-    """[...] float32 in host memory, C-contiguous; waits for the device, is a view on the CPU."""
-    values: Floats = tensor.float().contiguous().cpu().numpy()
-    return values
+    Args:
+        batch: on the host.
+        device: where to.
+        sequences: what it was built from, where some token may be `PENDING_TOKEN`.
+        last: where those tokens lie.
+    """
+    targets, origins = ([], []) if last is None else last.sources(sequences)
+    tensors = tensors_of(batch)
+    places = [torch.tensor(targets), torch.tensor(origins)] if targets else []
+    arrived = upload([*tensors, *places], device=device)
+    moved = with_tensors(batch, arrived[: len(tensors)])
+    if last is not None and last.tokens is not None and targets:
+        rows, drawn = arrived[len(tensors) :]
+        moved.token_ids.index_copy_(0, rows, last.tokens.index_select(0, drawn))
+    return moved

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from penstock.core.errors import StartupError
 from penstock.engine.kv.cache_groups import CacheGroupSpec, CacheLayout
-from penstock.engine.runner.device_batch import on_device, on_host
+from penstock.engine.runner.device_batch import on_device
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.plan import BlockCopy, ScheduledSequence
 from penstock.kernels.ops import kv_block
+from penstock.kernels.transfer import on_host
 from penstock.models.interface import LoadedModel
 
 

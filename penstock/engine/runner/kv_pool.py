@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from penstock.engine.kv.cache_groups import CacheLayout
-from penstock.engine.runner.device_batch import indices
 from penstock.engine.scheduler.plan import BlockCopy
 from penstock.kernels.batch import KvBlock, KvShape, KvSlab
 from penstock.kernels.devices import CPU
+from penstock.kernels.transfer import indices
 
 KEYS_AND_VALUES: Final = 2
 

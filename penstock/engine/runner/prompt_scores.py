@@ -10,9 +10,9 @@ from typing import Final
 import torch
 
 from penstock.core.text import TokenLogprobs
-from penstock.engine.runner.device_batch import on_host
 from penstock.engine.sampling.logprobs import logprobs_of_tokens
 from penstock.engine.scheduler.plan import PromptLogprobs, ScheduledSequence
+from penstock.kernels.transfer import on_host
 
 MAX_ELEMENTS: Final = 1 << 22
 """Logits held at a time, 16 MiB: 27 rows of a vocabulary of 152k, so that the head is read rarely."""

@@ -35,7 +35,8 @@ from penstock.core.ids import SequenceId
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.copy_stream import CudaCopyStream
-from penstock.engine.runner.device_batch import indices, on_device, on_host
+from penstock.engine.runner.device_batch import LastDrawn, on_device
+from penstock.engine.runner.device_draws import DeviceDraws, QueuedPass, ReadPass, StartedDraws
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.host_blocks import HostBlocks
 from penstock.engine.runner.input_batch import InputBatchBuilder
@@ -43,6 +44,7 @@ from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.runner.pooling import PoolPart, Pools, overflowing, pool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
+from penstock.engine.sampling.greedy import GreedySampler
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.sampling.native import NativeSampler
 from penstock.engine.sampling.sampler import Outcome, Sampler
@@ -64,6 +66,7 @@ from penstock.engine.spec.proposer import Guesses, RunnerProposer
 from penstock.engine.spec.verify import DraftRun, Draw, verify
 from penstock.kernels.adapters import AdapterWeights
 from penstock.kernels.ops import KernelSet, kv_block, rows_not_finite
+from penstock.kernels.transfer import indices, not_finite, on_host
 from penstock.models.interface import CausalLM, LoadedModel
 
 CANARY: Final = SequenceId(-1)
@@ -87,8 +90,13 @@ class ForwardPass:
     """What one pass of the model left for the sampler."""
 
     sequences: Sequence[ScheduledSequence]
-    is_sound: Sequence[bool]
-    """[len(sequences)]: False if a hidden state of the sequence is NaN or infinite."""
+    ends: Sequence[int]
+    """For each sequence one past its last row."""
+    is_sound: Sequence[bool] | None
+    """[len(sequences)]: False if a hidden state of the sequence is NaN or infinite; None where
+    `bad_rows` alone tells, on a device that nobody has waited for."""
+    bad_rows: torch.Tensor | None = None
+    """[rows] bool on the device, True where a row is not finite; None without a queue."""
     logits: torch.Tensor
     """[sequences with samples and their drafts, vocab] float32"""
     prompt_logprobs: Sequence[PromptLogprobs] = ()
@@ -107,7 +115,9 @@ class StepHandle:
     failures: Sequence[SequenceFailure] = ()
     guesses: Guesses = NO_GUESSES
     outcomes: Sequence[Outcome] | None = None
-    """Of the draws, failures of the model among them; None before `draw`."""
+    """Of the draws, failures of the model among them; None before `draw`, on a device before `collect`."""
+    started: StartedDraws | None = None
+    """Draws under way on a device."""
     launch_time_s: float = 0.0
     draw_time_s: float = 0.0
     ended_s: float = 0.0
@@ -155,7 +165,7 @@ class Runner:
             block=kv_block(loaded.kernels, shape),
             device=loaded.device,
         )
-        self._device, self._is_queued = loaded.device, loaded.is_queued
+        self._device = loaded.device
         self._host_blocks = _host_blocks(self._pool, num_slots=num_host_blocks)
         self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
@@ -164,7 +174,18 @@ class Runner:
         self._pools = Pools()
         self._drafter = None if make_drafter is None else make_drafter(self._sampler)
         self._last_drawn: dict[SequenceId, int] = {}
-        """What the latest draws chose."""
+        """What the latest draws chose, where the host knows it."""
+        self._last_on_device = LastDrawn()
+        """Where it lies, where they are under way on a device."""
+        self._queue = self._make_queue() if loaded.is_queued else None
+
+    def _make_queue(self) -> DeviceDraws:
+        return DeviceDraws(
+            self._sampler,
+            device_sampler=GreedySampler(),
+            device=self._device,
+            before_sample=self._faults.before_sample if self._faults else None,
+        )
 
     @property
     def model(self) -> CausalLM:
@@ -175,7 +196,7 @@ class Runner:
     def buffer_bytes(self) -> int:
         """Bytes kept beside KV and weights: activations, scratch block, tables, sampling states, sums."""
         own = self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
-        own += self._pools.num_bytes
+        own += self._pools.num_bytes + (self._queue.num_bytes if self._queue else 0)
         drafter = self._drafter.buffer_bytes if self._drafter else 0
         return own + self._model_bytes() + drafter
 
@@ -217,12 +238,13 @@ class Runner:
         """The same with the tokens that the step before drew where the plan could not know them.
 
         A sequence for which that step drew nothing has failed: whatever is computed for it is discarded.
+        Tokens that lie on a device are put in place there.
         """
         if not any(seq.token_ids[0] == PENDING_TOKEN for seq in sequences):
             return sequences
         return [
             replace(seq, token_ids=[self._last_drawn.get(seq.seq_id, ANY_TOKEN)])
-            if seq.token_ids[0] == PENDING_TOKEN
+            if seq.token_ids[0] == PENDING_TOKEN and seq.seq_id not in self._last_on_device.rows
             else seq
             for seq in sequences
         ]
@@ -260,15 +282,38 @@ class Runner:
             began_s = time.perf_counter()
             # Not before: the step before it, drawn later than this step was planned, may still know them.
             self._forget(handle.plan.finished_seq_ids)
-            outcomes: list[Outcome] = list(handle.failures)
-            for done in handle.passes:
-                outcomes.extend(self._sample(done, masks=masks, void=void))
-            handle.outcomes = outcomes
-            self._last_drawn = {
-                drawn.seq_id: drawn.token_id for drawn in outcomes if isinstance(drawn, SampledToken)
-            }
+            self._start_draws(handle, masks=masks, void=void)
             handle.ended_s = time.perf_counter()
             handle.draw_time_s = handle.ended_s - began_s
+
+    def _start_draws(
+        self, handle: StepHandle, *, masks: MaskSource | None, void: Collection[SequenceId]
+    ) -> None:
+        """Draw, on a device only as far as it can be queued."""
+        queued = [_queued(done, void=void) for done in handle.passes]
+        if self._queue and not any(seq.num_drafts for done in handle.passes for seq in done.sequences):
+            handle.started = self._queue.start([each for each in queued if each], masks=masks)
+            self._last_drawn, self._last_on_device = {}, handle.started.last
+            return
+        outcomes: list[Outcome] = list(handle.failures)
+        for done in handle.passes:
+            outcomes.extend(self._sample(done, masks=masks, void=void))
+        handle.outcomes = outcomes
+        self._last_on_device = LastDrawn()
+        self._last_drawn = {
+            drawn.seq_id: drawn.token_id for drawn in outcomes if isinstance(drawn, SampledToken)
+        }
+
+    def _read_draws(self, handle: StepHandle) -> Sequence[Outcome]:
+        """What was drawn; waits for a device, whose tokens are counted here."""
+        if handle.outcomes is not None or self._queue is None or handle.started is None:
+            return handle.outcomes or ()
+        outcomes: list[Outcome] = list(handle.failures)
+        for done, read in zip(handle.passes, self._queue.read(handle.started), strict=True):
+            outcomes.extend(_outcomes_in_order(done, read))
+        self._sampler.commit(each for each in outcomes if isinstance(each, SampledToken))
+        handle.outcomes = outcomes
+        return outcomes
 
     def _forget(self, seq_ids: Sequence[SequenceId]) -> None:
         self._sampler.forget(seq_ids)
@@ -287,10 +332,11 @@ class Runner:
             A token or a failure for every `SampleSpec` of the plan that was not void, and a failure for every
             sequence without samples that could not be computed. Tokens are in plan order.
         """
-        if handle.outcomes is None:
+        if handle.outcomes is None and handle.started is None:
             self.draw(handle, masks=masks)
         began_s = time.perf_counter()
-        outcomes = handle.outcomes or ()
+        with _inference():
+            outcomes = self._read_draws(handle)
         tokens = [outcome for outcome in outcomes if isinstance(outcome, SampledToken)]
         return StepResult(
             step_id=handle.plan.step_id,
@@ -349,7 +395,9 @@ class Runner:
                 if self._drafter:
                     self._drafter.warm_up(plan.sequences)
                     began_s = time.perf_counter()
-                self._sample(self._forward(plan.sequences), masks=None, void=())
+                handle = StepHandle(plan=plan, passes=[self._forward(plan.sequences)])
+                self._start_draws(handle, masks=None, void=())
+                self._read_draws(handle)
             timed.append(TimedStep(load_of(plan), time.perf_counter() - began_s))
             self._sampler.forget(plan.finished_seq_ids)
             self._pool.zero_blocks(touched_blocks(plan))
@@ -372,8 +420,8 @@ class Runner:
         if self._faults:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
         batch = self._inputs.build(sequences, adapters=self._adapters)
-        if self._is_queued:
-            batch = on_device(batch, device=self._device)
+        if self._queue:
+            batch = on_device(batch, device=self._device, sequences=sequences, last=self._last_on_device)
         hidden = self._model.forward(batch)
         ends = list(accumulate(batch.groups[0].query_lens_host))
         rows = [
@@ -390,6 +438,22 @@ class Runner:
         if self._faults:
             owners = [seq.seq_id for seq in sequences if seq.samples for _ in range(1 + seq.num_drafts)]
             self._faults.after_logits(logits, owners)
+        return self._look_at(sequences, hidden=hidden, ends=ends, logits=logits)
+
+    def _look_at(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        *,
+        hidden: torch.Tensor,
+        ends: Sequence[int],
+        logits: torch.Tensor,
+    ) -> ForwardPass:
+        """Who is sound, and what was asked of the prompts; on a device only where the host needs it now."""
+        bad_rows = not_finite(hidden) if self._queue else None
+        if bad_rows is not None and not any(_needs_host(seq) for seq in sequences):
+            return ForwardPass(
+                sequences=sequences, ends=ends, is_sound=None, bad_rows=bad_rows, logits=logits
+            )
         is_sound = _are_sound(rows_not_finite(self._kernels, hidden), ends)
         asking = [
             (seq, end)
@@ -397,12 +461,16 @@ class Runner:
             if (seq.prompt_targets or seq.pooling is not None) and ok
         ]
         if not asking:
-            return ForwardPass(sequences=sequences, is_sound=is_sound, logits=logits)
+            return ForwardPass(
+                sequences=sequences, ends=ends, is_sound=is_sound, bad_rows=bad_rows, logits=logits
+            )
         pools = pool(asking, hidden=hidden, logits=self._model.logits)
         bad = overflowing(pools)
         return ForwardPass(
             sequences=sequences,
+            ends=ends,
             is_sound=[ok and seq.seq_id not in bad for ok, seq in zip(is_sound, sequences, strict=True)],
+            bad_rows=bad_rows,
             logits=logits,
             prompt_logprobs=prompt_logprobs(
                 [(seq, end) for seq, end in asking if seq.seq_id not in bad],
@@ -438,7 +506,7 @@ class Runner:
         outcomes: list[Outcome] = []
         runs: list[DraftRun] = []
         row = 0
-        for seq, is_sound in zip(done.sequences, done.is_sound, strict=True):
+        for seq, is_sound in zip(done.sequences, _soundness(done), strict=True):
             if not is_sound:
                 outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
             elif seq.num_drafts:
@@ -534,6 +602,47 @@ def _are_sound(bad_rows: Sequence[int], ends: Sequence[int]) -> list[bool]:
     for row in bad_rows:
         are_sound[bisect_right(ends, row)] = False
     return are_sound
+
+
+def _soundness(done: ForwardPass) -> Sequence[bool]:
+    """`is_sound`, waited for where a device has not told yet."""
+    if done.is_sound is not None:
+        return done.is_sound
+    assert done.bad_rows is not None, "one of the two tells"
+    return _are_sound(done.bad_rows.nonzero().flatten().tolist(), done.ends)
+
+
+def _needs_host(seq: ScheduledSequence) -> bool:
+    """True if the host looks at the sequence's rows before the step is collected."""
+    return seq.pooling is not None or bool(seq.prompt_targets) or bool(seq.num_drafts)
+
+
+def _queued(done: ForwardPass, *, void: Collection[SequenceId]) -> QueuedPass | None:
+    """A pass for `DeviceDraws`; None where results do not come by a queue."""
+    if done.bad_rows is None:
+        return None
+    drawing = [seq for seq in done.sequences if seq.samples]
+    draws = [
+        Draw(spec, row) for row, seq in enumerate(drawing) for spec in seq.samples if spec.seq_id not in void
+    ]
+    return QueuedPass(logits=done.logits, bad_rows=done.bad_rows, draws=draws)
+
+
+def _outcomes_in_order(done: ForwardPass, read: ReadPass) -> list[Outcome]:
+    """Tokens and failures of a pass's sequences, once they are there."""
+    errors = {culprit.member.spec.seq_id: culprit.error for culprit in read.culprits}
+    outcomes: list[Outcome] = []
+    sound = _are_sound(read.bad_rows, done.ends)
+    for seq, is_sound, was_sound in zip(done.sequences, sound, done.is_sound or sound, strict=True):
+        if not (is_sound and was_sound):
+            outcomes.extend(_numerical_error(seq_id) for seq_id in _owners(seq))
+            continue
+        for spec in seq.samples:
+            if spec.seq_id in errors:
+                outcomes.append(_step_error(spec.seq_id, error=errors[spec.seq_id], place="sampler"))
+            elif spec.seq_id in read.outcomes:
+                outcomes.append(read.outcomes[spec.seq_id])
+    return outcomes
 
 
 def _owners(seq: ScheduledSequence) -> Sequence[SequenceId]:

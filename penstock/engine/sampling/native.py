@@ -11,14 +11,13 @@ Sampler(native=NativeSampler(pool, isa="avx512"))
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from penstock.core.text import TokenLogprob, TokenLogprobs
+from penstock.engine.sampling.fast import Draws, DrawStatus
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.sampling.vocabulary import Floats
@@ -31,30 +30,8 @@ FEW_DRAWS: Final = 16
 """Room for these at first; it doubles when a batch is larger."""
 
 
-class DrawStatus(IntEnum):
-    """How a row's choice ended; the numbers are those of the extension."""
-
-    DRAWN = 0
-    NOT_FINITE = 1
-    """The raw row has a NaN, or no finite maximum."""
-    NONE_ALLOWED = 2
-    """Masks and bans left no finite logit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NativeDraws:
-    """What a call drew; a list for each part, because a batch makes one of these and not one a row."""
-
-    statuses: list[int]
-    """[draws] of `DrawStatus`."""
-    token_ids: list[int]
-    """[draws]; meaningless unless drawn."""
-    logprobs: list[TokenLogprobs | None]
-    """[draws]; None unless drawn and asked for."""
-
-
 class NativeSampler:
-    """Draws tokens with the extension's `TokenSampler`. One call at a time."""
+    """Draws tokens with the extension's `TokenSampler`; a `HostSampler`. One call at a time."""
 
     def __init__(self, pool: "_native.Pool", *, isa: str) -> None:
         """Take no memory yet; the first call takes about 40 bytes a token of the vocabulary and thread.
@@ -84,22 +61,8 @@ class NativeSampler:
         states: Sequence[SequenceState],
         output_idxs: Sequence[int],
         masks: Sequence[Mask | None] | None,
-    ) -> NativeDraws:
-        """Choose one token per draw; changes neither logits nor states.
-
-        Args:
-            logits: [num_rows, vocab] float32, C-contiguous.
-            rows: [draws], the row that each draws from; may repeat.
-            states: [draws], each sequence's parameters and history.
-            output_idxs: [draws], how many tokens each answer has already.
-            masks: [draws], the tokens that each may draw, or None where it may draw any; None where all may.
-
-        Returns:
-            The tokens, and what was asked about them.
-
-        Raises:
-            IndexError: a bias, ban or penalty names a token outside the vocabulary.
-        """
+    ) -> Draws:
+        """As `HostSampler.sample`."""
         assert logits.dtype == np.float32, logits.dtype
         assert logits.flags.c_contiguous, logits.strides
         assert not rows or 0 <= min(rows) <= max(rows) < len(logits), (rows, logits.shape)
@@ -172,11 +135,11 @@ class _Desk:
         if self._numbers[0, :num].any():
             self._numbers[4, :num] = uniforms([state.seed for state in states], output_idxs=list(output_idxs))
 
-    def draws(self, num_top: list[int]) -> NativeDraws:
+    def draws(self, num_top: list[int]) -> Draws:
         """What the extension wrote for the first `len(num_top)` draws."""
         num = len(num_top)
         statuses = self._statuses[:num].tolist()
-        return NativeDraws(
+        return Draws(
             statuses=statuses,
             token_ids=self._tokens[:num].tolist(),
             logprobs=[

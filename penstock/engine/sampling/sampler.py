@@ -17,8 +17,8 @@ A row's token depends on its own logits, parameters, seed and history, on no nei
 changes nothing, neither logits nor states, so that it can be repeated; `commit` is what counts tokens.
 The runner calls both.
 
-Given a `NativeSampler`, steps 1 to 7 run there, in the same order and with the same result but for the
-rounding of float32 (see `native`); without one, here.
+Given a `HostSampler` (see `fast`), steps 1 to 7 run there, in the same order and with the same result but for
+the rounding of float32 (see `native`); without one, here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,8 +30,8 @@ from penstock.core.ids import SequenceId
 from penstock.core.text import TokenLogprobs
 from penstock.engine.sampling.constraints import add_bias, apply_bitmask, ban_tokens
 from penstock.engine.sampling.draw import DrawParams, draw
+from penstock.engine.sampling.fast import Draws, DrawStatus, HostSampler
 from penstock.engine.sampling.logprobs import token_logprobs
-from penstock.engine.sampling.native import DrawStatus, NativeSampler
 from penstock.engine.sampling.penalties import penalise_presence_and_frequency, penalise_repetition
 from penstock.engine.sampling.rare_filters import draw_rare
 from penstock.engine.sampling.sequence_state import SequenceState, SequenceStates
@@ -58,12 +58,12 @@ Outcome = SampledToken | SequenceFailure
 class Sampler:
     """Chooses tokens for the sequences it has been told of."""
 
-    def __init__(self, *, native: NativeSampler | None = None) -> None:
+    def __init__(self, *, native: HostSampler | None = None) -> None:
         """Know nobody yet.
 
         Args:
-            native: the passes over the vocabulary in C++, on the pool of threads that runs the model; None
-                computes them with numpy.
+            native: makes the passes over the vocabulary faster (in C++, on the threads that run the model);
+                None makes them with numpy.
         """
         self._native = native
         self._states = SequenceStates()
@@ -85,6 +85,10 @@ class Sampler:
     def forget(self, seq_ids: Iterable[SequenceId]) -> None:
         """Drop what is remembered of finished sequences."""
         self._states.forget(seq_ids)
+
+    def state(self, seq_id: SequenceId) -> SequenceState:
+        """What is remembered of a sequence; only read."""
+        return self._states[seq_id]
 
     def is_free_of_history(self, seq_id: SequenceId) -> bool:
         """True if the tokens of an answer do not change how its later ones are drawn."""
@@ -121,7 +125,7 @@ class Sampler:
 
     def _sample_natively(
         self,
-        native: NativeSampler,
+        native: HostSampler,
         logits: Floats,
         *,
         specs: Sequence[SampleSpec],
@@ -134,16 +138,11 @@ class Sampler:
             return self._sample_mixed(native, logits, specs=specs, rows=rows, masks=masks, rare=rare)
         output_idxs = [spec.output_idx for spec in specs]
         draws = native.sample(logits, rows=rows, states=states, output_idxs=output_idxs, masks=masks)
-        return [
-            _outcome(spec.seq_id, status=status, token_id=token_id, logprobs=logprobs)
-            for spec, status, token_id, logprobs in zip(
-                specs, draws.statuses, draws.token_ids, draws.logprobs, strict=True
-            )
-        ]
+        return outcomes_of(draws, specs=specs)
 
     def _sample_mixed(
         self,
-        native: NativeSampler,
+        native: HostSampler,
         logits: Floats,
         *,
         specs: Sequence[SampleSpec],
@@ -282,6 +281,15 @@ class _Rows:
         if num_top is None:
             return None
         return token_logprobs(self._raw[row], token_id=token_id, num_top=num_top)
+
+
+def outcomes_of(draws: Draws, *, specs: Sequence[SampleSpec]) -> list[Outcome]:
+    """For each spec its token or its failure."""
+    told = zip(specs, draws.statuses, draws.token_ids, draws.logprobs, strict=True)
+    return [
+        _outcome(spec.seq_id, status=status, token_id=token_id, logprobs=logprobs)
+        for spec, status, token_id, logprobs in told
+    ]
 
 
 def _outcome(seq_id: SequenceId, *, status: int, token_id: int, logprobs: TokenLogprobs | None) -> Outcome:

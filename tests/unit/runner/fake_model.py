@@ -6,6 +6,7 @@ sum of the keys of all tokens up to it (read back from the pool), 1]. Its logits
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -61,7 +62,12 @@ class FakeLoaded:
     dtype: torch.dtype = torch.float32
     kernels: ReferenceKernels = field(default_factory=ReferenceKernels)
     device: torch.device = CPU
-    is_queued: bool = False
+
+    is_queued_by_default: ClassVar[bool] = False
+
+    @property
+    def is_queued(self):
+        return self.is_queued_by_default
 
     def kv_shape(self, *, block_size):
         return KvShape(

@@ -3,12 +3,13 @@
 import torch
 
 from penstock.engine.kv.cache_groups import make_cache_layout
-from penstock.engine.runner.device_batch import ALIGNMENT, indices, on_device, on_host, tensors_of, upload
+from penstock.engine.runner.device_batch import on_device, tensors_of
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.scheduler.plan import ScheduledSequence
 from penstock.kernels.batch import KvBlock, KvShape
 from penstock.kernels.devices import CPU
+from penstock.kernels.transfer import ALIGNMENT, indices, on_host, upload
 
 
 def test_tensors_of_all_kinds_arrive_in_one_buffer_each_at_an_aligned_place() -> None:

@@ -10,6 +10,8 @@ from penstock.core.tokens import Pooling
 from penstock.engine.runner.pooling import PoolPart, Pools
 from penstock.engine.scheduler.plan import ScheduledSequence, StepPlan
 
+pytestmark = pytest.mark.usefixtures("is_queued")
+
 PROMPT = [3, 5, 2, 7, 1, 4]
 CUMULATED = torch.tensor([4.0, 10.0, 13.0, 21.0, 23.0, 28.0])
 """Third number of each hidden state: sums of token + 1."""

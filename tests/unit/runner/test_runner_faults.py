@@ -12,6 +12,8 @@ from penstock.core.params import SamplingParams
 from penstock.engine.runner.bisection import isolate
 from penstock.engine.scheduler.plan import BlockCopy, NewSequence, SampleSpec, ScheduledSequence, StepPlan
 
+pytestmark = pytest.mark.usefixtures("is_queued")
+
 
 class Faults:
     """Scripted faults: which sequences raise where, which rows become NaN."""

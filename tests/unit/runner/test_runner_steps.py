@@ -1,11 +1,14 @@
 """Plans through the runner on the fake model: its token is (sum of `token + 1` so far) mod 16."""
 
 import numpy as np
+import pytest
 from fake_model import VOCAB, make_runner
 
 from penstock.core.params import SamplingParams
 from penstock.engine.runner.rank_group import LocalRank
 from penstock.engine.scheduler.plan import BlockCopy, NewSequence, SampleSpec, ScheduledSequence, StepPlan
+
+pytestmark = pytest.mark.usefixtures("is_queued")
 
 GREEDY = SamplingParams(temperature=0.0)
 

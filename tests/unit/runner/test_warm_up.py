@@ -6,6 +6,8 @@ from fake_model import make_runner
 from penstock.engine.runner.warmup import WarmUpLimits, largest_steps
 from penstock.engine.scheduler.cost import StepLoad
 
+pytestmark = pytest.mark.usefixtures("is_queued")
+
 
 def warmed(
     *, layer_windows=(None,), num_blocks=64, max_num_seqs=8, max_num_batched_tokens=40, max_model_len=1000
