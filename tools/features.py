@@ -203,7 +203,6 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="load_format", label="load_format (read from the files)", kind="engine"),
     RefusedFeature(name="tensor_parallel_size", label="tensor parallelism", kind="engine"),
-    RefusedFeature(name="gpu_memory_utilization", label="GPU", kind="engine"),
 )
 """Refused with every served feature, by name."""
 

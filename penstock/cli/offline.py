@@ -92,6 +92,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "block_size": (int,),
     "num_kv_blocks": (int, NONE),
     "kv_cache_memory_bytes": (int, NONE),
+    "gpu_memory_utilization": (float, int, NONE),
     "kv_offloading_size": (float, int),
     "num_threads": (int, NONE),
     "chat_template": (str, Path, NONE),
@@ -170,6 +171,7 @@ class LLM:
         block_size: token slots in a KV block, a power of two.
         num_kv_blocks: size of the pool; None derives it.
         kv_cache_memory_bytes: memory of the pool; None takes a share of what is free.
+        gpu_memory_utilization: share of a CUDA device's memory that may be taken; None is 0.9.
         kv_offloading_size: GiB of host memory for KV blocks beyond the pool; 0 for none.
         num_threads: threads that compute; None takes the CPUs of this process.
         thread_affinity: CPUs to pin the threads of the native kernels to, as `0-3,8`.
@@ -214,6 +216,7 @@ class LLM:
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float | None = None,
         kv_offloading_size: float = 0.0,
         num_threads: int | None = None,
         thread_affinity: str | None = None,
@@ -658,6 +661,7 @@ def _engine_config(given: Mapping[str, Any], *, source: ModelSource) -> EngineCo
             cache_dtype=given["kv_cache_dtype"],
             num_blocks=given["num_kv_blocks"],
             kv_cache_memory_bytes=given["kv_cache_memory_bytes"],
+            gpu_memory_utilization=given["gpu_memory_utilization"],
             offloading_bytes=int(given["kv_offloading_size"] * GIB),
         ),
     )

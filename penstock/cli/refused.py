@@ -13,7 +13,6 @@ _NO_GUIDED: Final = "llguidance is the one backend, and its limits are fixed"
 REFUSED_OPTIONS: Final[dict[str, str]] = {
     "q": "write --quantization",
     "load_format": "the format of the weights is read from the files",
-    "gpu_memory_utilization": _NO_DEVICE,
     "swap_space": "write --kv-offloading-size: preempted sequences and cached prefixes share that memory",
     "kv_offloading_backend": "there is one: host memory; write --kv-offloading-size",
     "cpu_offload_gb": _NO_DEVICE,

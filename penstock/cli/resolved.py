@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from penstock.cli.setting import plain
 from penstock.cli.settings import ServeSettings
 from penstock.core.tokens import EngineInfo
+from penstock.engine.config import DEFAULT_UTILIZATION
 
 TYPICAL_REQUEST_TOKENS = 512
 """Second line of the capacity row: what many chat requests need."""
@@ -49,12 +50,31 @@ def _capacity(info: EngineInfo) -> str:
     return ", ".join(parts)
 
 
-def _pool_reason(settings: ServeSettings) -> str:
+def _pool_reason(settings: ServeSettings, info: EngineInfo) -> str:
     if settings.num_kv_blocks is not None:
         return "num_kv_blocks"
     if settings.kv_cache_memory_bytes is not None:
         return "kv_cache_memory_bytes"
+    if info.device_bytes:
+        share = settings.gpu_memory_utilization or DEFAULT_UTILIZATION
+        return f"{share:g} of {readable_bytes(info.device_bytes)}, less all else"
     return "a share of the free memory, or all that max_num_seqs full contexts need"
+
+
+def _memory(info: EngineInfo) -> tuple[str, str]:
+    """All that is taken for as long as the engine lives, and what for; the parts add up."""
+    on_host = info.kv_offload_bytes
+    parts = {
+        "weights": info.weights_bytes,
+        "KV": info.kv_bytes,
+        "activations": info.activation_bytes,
+        "graphs": info.graph_bytes,
+    }
+    told = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items() if size)
+    total = readable_bytes(sum(parts.values()))
+    if info.device_bytes:
+        total = f"{total} of {readable_bytes(info.device_bytes)}"
+    return total, told + (f"; beside it {readable_bytes(on_host)} of host memory for KV" if on_host else "")
 
 
 def _asked(value: object, *, otherwise: str) -> str:
@@ -82,12 +102,13 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
             _asked(settings.max_model_len, otherwise="the model's own"),
         ),
         ("KV dtype", info.kv_cache_dtype, _asked(settings.kv_cache_dtype, otherwise="the model's")),
-        ("KV budget", readable_bytes(info.kv_bytes), _pool_reason(settings)),
+        ("KV budget", readable_bytes(info.kv_bytes), _pool_reason(settings, info)),
         (
             "KV blocks",
             f"{info.num_blocks:,} of {info.block_size} tokens",
             f"{readable_bytes(info.bytes_per_block)} each, {info.num_cache_groups} cache group(s)",
         ),
+        ("memory", *_memory(info)),
         ("concurrent requests", _capacity(info), f"and at most max_num_seqs = {info.max_num_seqs}"),
         (
             "step",

@@ -161,6 +161,14 @@ class ServeSettings:
             "Bytes for the KV pool; otherwise a share of the free memory.", allowed=Range(low=1, high=1 << 50)
         ),
     ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        setting(
+            "Share of a CUDA device's memory that may be taken, above 0; otherwise 0.9. The KV pool gets "
+            "what weights, activations and graphs leave of it.",
+            allowed=Range(low=0, high=1),
+        ),
+    ] = None
     kv_offloading_size: Annotated[
         float,
         setting(
@@ -314,6 +322,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             cache_dtype=settings.kv_cache_dtype,
             num_blocks=settings.num_kv_blocks,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
             offloading_bytes=int(settings.kv_offloading_size * GIB),
         ),
         lora=LoraConfig(

@@ -212,6 +212,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     kv_bytes: int
     bytes_per_block: int
+    kv_offload_bytes: int = 0
+    """Host memory for blocks beyond the pool."""
+    device_bytes: int = 0
+    """Memory of a device with its own; 0 on the CPU."""
+    activation_bytes: int = 0
+    """What the heaviest step takes on it beside weights and KV, measured at start."""
+    graph_bytes: int = 0
+    """Set aside on it for recorded steps."""
     block_size: int
     num_blocks: int
     num_cache_groups: int
@@ -240,6 +248,19 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     prefix_tree_nodes: int
     prefix_tree_bytes: int
     buffer_bytes: int
+    """Inputs, activations of the CPU's kernels, sampling states, masks, grammars."""
+    offload_bytes_total: int = 0
+    """Host memory for blocks beyond the pool."""
+    offload_bytes_used: int = 0
+    """Of that, what holds blocks."""
+    activation_bytes: int = 0
+    """Kept free on a device for the heaviest step, as measured at start; 0 on the CPU."""
+    graph_bytes: int = 0
+    """Kept for recorded steps on a device; 0 on the CPU."""
+    device_bytes_total: int = 0
+    """What the device has; 0 on the CPU."""
+    device_bytes_used: int = 0
+    """What is taken of it now, by other processes too."""
     process_rss_bytes: int
 
 

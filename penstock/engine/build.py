@@ -16,14 +16,18 @@ from typing import cast
 import msgspec
 import torch
 
+from penstock.core.errors import StartupError
 from penstock.core.tokens import AdapterReport, EngineInfo
 from penstock.engine.config import (
+    DEFAULT_UTILIZATION,
     EngineConfig,
+    KvConfig,
     LoraConfig,
     SchedulerConfig,
     SpeculativeConfig,
     check_whole_prompts,
     read_affinity,
+    refuse_utilization,
     validate_engine_config,
 )
 from penstock.engine.core import EngineCore
@@ -34,14 +38,24 @@ from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.host_tier import HostTier
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
+from penstock.engine.runner.device_memory import DeviceMemory, memory_of
 from penstock.engine.runner.draft_passes import ModelPasses, draft_bytes_per_block, draft_layout
 from penstock.engine.runner.faults import FaultPoints
-from penstock.engine.runner.kv_budget import resolve_num_blocks, resolve_num_host_blocks
+from penstock.engine.runner.kv_budget import (
+    GRAPHS_OVERHEAD_BYTES,
+    PROFILE_BLOCKS_PER_GROUP,
+    DeviceBudget,
+    resolve_device_blocks,
+    resolve_num_blocks,
+    resolve_num_host_blocks,
+)
 from penstock.engine.runner.kv_pool import bytes_per_block
 from penstock.engine.runner.memory import available_memory_bytes
+from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.runner.overlapped_rank import OverlappedRank
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.runner import Runner
+from penstock.engine.runner.warmup import StepPeaks
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.drafting import Proposer, RunnerGuesses
@@ -185,14 +199,8 @@ def _join(
     check_whole_prompts(limits, max_model_len=limits.max_model_len)
     draft = None if draft_model is None else Draft.over(draft_model, target=loaded, target_layout=layout)
     block_bytes = _block_bytes(config, loaded, layout, draft)
-    num_blocks = resolve_num_blocks(
-        config.kv,
-        scheduler=limits,
-        layout=layout,
-        bytes_per_block=block_bytes,
-        free_memory_bytes=available_memory_bytes(),
-        max_model_len=loaded.max_model_len,
-    )
+    budget = _device_budget(config, loaded, limits=limits, layout=layout, draft=draft)
+    num_blocks = _num_blocks(config.kv, limits, layout=layout, block_bytes=block_bytes, budget=budget)
     tier = _host_tier(config, loaded, layout, pool_bytes=num_blocks * block_bytes)
     adapters = _adapter_host(config.lora, loaded)
     runner = _make_runner(
@@ -224,12 +232,15 @@ def _join(
             layout=layout,
             num_blocks=num_blocks,
             block_bytes=block_bytes,
+            budget=budget,
+            host_bytes=0 if tier is None else tier.total_bytes,
             load_time_s=load_time_s,
             warmup_time_s=warmup_time_s,
             adapters=() if adapters is None else tuple(adapters.reports()),
             device_detail=device_detail,
         ),
         adapters=adapters,
+        device_memory=memory_of(loaded.device),
         is_async=bool(limits.async_scheduling),
     )
 
@@ -295,6 +306,100 @@ def _scheduler(
         proposer=_proposer(config.speculative),
         adapters=None if adapters is None else adapters.slots,
         num_labels=len(loaded.labels),
+    )
+
+
+def _device_budget(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    *,
+    limits: SchedulerConfig,
+    layout: CacheLayout,
+    draft: Draft | None,
+) -> DeviceBudget | None:
+    """How a device's own memory is shared out, after a look at what steps take; None on the CPU."""
+    memory = memory_of(loaded.device)
+    share = config.kv.gpu_memory_utilization
+    if memory is None:
+        if share is not None:
+            refuse_utilization(share)
+        return None
+    memory.empty_cache()
+    used_bytes = memory.used_bytes
+    peaks = _measured_peaks(config, loaded, memory, limits=limits, layout=layout, draft=draft)
+    memory.empty_cache()
+    return DeviceBudget(
+        total=memory.total_bytes,
+        utilization=DEFAULT_UTILIZATION if share is None else share,
+        used=used_bytes,
+        activations=max(peaks),
+        graphs=peaks.decodes + GRAPHS_OVERHEAD_BYTES,
+    )
+
+
+def _measured_peaks(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    memory: DeviceMemory,
+    *,
+    limits: SchedulerConfig,
+    layout: CacheLayout,
+    draft: Draft | None,
+) -> StepPeaks:
+    """With a runner of a few blocks, which is gone when this returns."""
+    runner = _make_runner(
+        config,
+        loaded,
+        layout=layout,
+        num_blocks=PROFILE_BLOCKS_PER_GROUP * len(layout.groups),
+        num_host_blocks=0,
+        draft=draft,
+        adapters=None,
+        faults=None,
+    )
+    try:
+        return runner.measure_peaks(
+            memory,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=limits.max_model_len,
+        )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StartupError(
+            f"a step of max_num_batched_tokens={limits.max_num_batched_tokens} and "
+            f"max_num_seqs={limits.max_num_seqs} does not fit into the device's memory beside the weights: "
+            "lower them",
+            code="device_memory",
+            param="max_num_batched_tokens",
+        ) from error
+
+
+def _num_blocks(
+    config: KvConfig,
+    limits: SchedulerConfig,
+    *,
+    layout: CacheLayout,
+    block_bytes: int,
+    budget: DeviceBudget | None,
+) -> int:
+    if budget is not None:
+        return resolve_device_blocks(
+            config,
+            scheduler=limits,
+            layout=layout,
+            bytes_per_block=block_bytes,
+            budget=budget,
+            max_model_len=limits.max_model_len,
+        )
+    return resolve_num_blocks(
+        config,
+        scheduler=limits,
+        layout=layout,
+        bytes_per_block=block_bytes,
+        free_memory_bytes=available_memory_bytes(),
+        max_model_len=limits.max_model_len,
     )
 
 
@@ -384,6 +489,8 @@ def _info(
     layout: CacheLayout,
     num_blocks: int,
     block_bytes: int,
+    budget: DeviceBudget | None,
+    host_bytes: int,
     load_time_s: float,
     warmup_time_s: float,
     adapters: tuple[AdapterReport, ...],
@@ -408,6 +515,10 @@ def _info(
         weights_bytes=loaded.weights_bytes + (draft.loaded.weights_bytes if draft else 0),
         kv_bytes=num_blocks * block_bytes,
         bytes_per_block=block_bytes,
+        kv_offload_bytes=host_bytes,
+        device_bytes=budget.total if budget else 0,
+        activation_bytes=budget.activations if budget else 0,
+        graph_bytes=budget.graphs if budget else 0,
         block_size=config.kv.block_size,
         num_blocks=num_blocks,
         num_cache_groups=len(layout.groups),

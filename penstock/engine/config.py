@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 import msgspec
 
@@ -27,6 +27,7 @@ LOOKUP_MAX: Final = 8
 MAX_LOOKUP: Final = 64
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 GIB: Final = 1 << 30
+DEFAULT_UTILIZATION: Final = 0.9
 MAX_OFFLOADING_GIB: Final = 1 << 20
 MAX_MODEL_LEN: Final = 1 << 24
 MAX_BLOCK_SIZE: Final = MAX_MODEL_LEN
@@ -79,6 +80,9 @@ class KvConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None
     """Memory for the pool; None takes a share of the free memory, at most what `max_num_seqs` full
     contexts could use."""
+    gpu_memory_utilization: float | None = None
+    """Share of a CUDA device's memory that may be taken once the pool is there, above 0, at most 1; None is
+    0.9. The pool gets what weights, activations and graphs leave of it."""
     offloading_bytes: int = 0
     """Host memory for blocks beyond the pool; 0 for none."""
 
@@ -234,6 +238,7 @@ def validate_engine_config(config: EngineConfig) -> None:
             "kv_offloading_size needs enable_prefix_caching: what is kept is found by its prefix",
             param="kv_offloading_size",
         )
+    _check_utilization(config)
     if config.max_model_len is not None:
         _bound("max_model_len", config.max_model_len, 2, MAX_MODEL_LEN)
         check_whole_prompts(sched, max_model_len=config.max_model_len)
@@ -293,6 +298,32 @@ def _check_quantization(config: EngineConfig) -> None:
             f"quantization_group_size is {size}, which needs quantization int4",
             param="quantization_group_size",
         )
+
+
+def _check_utilization(config: EngineConfig) -> None:
+    share = config.kv.gpu_memory_utilization
+    if share is None:
+        return
+    if not 0 < share <= 1:
+        raise StartupError(
+            f"gpu_memory_utilization is {share:.15g}, it must be above 0 and at most 1",
+            param="gpu_memory_utilization",
+        )
+    if config.device == "cpu":
+        refuse_utilization(share)
+
+
+def refuse_utilization(share: float) -> NoReturn:
+    """The CPU computes in the host's memory, of which half is left to others.
+
+    Raises:
+        StartupError: always.
+    """
+    raise StartupError(
+        f"gpu_memory_utilization is {share:.15g}, but the device is the CPU: size the pool with "
+        "kv_cache_memory_bytes",
+        param="gpu_memory_utilization",
+    )
 
 
 def _check_lora(lora: LoraConfig) -> None:

@@ -29,6 +29,7 @@ from penstock.engine.grammar.bitmask import MaskFiller
 from penstock.engine.grammar.compile_pool import CompiledRequest, CompilePool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
+from penstock.engine.runner.device_memory import DeviceMemory
 from penstock.engine.runner.rank_group import RankGroup
 from penstock.engine.runner.runner import StepHandle
 from penstock.engine.scheduler.plan import StepPlan, StepResult
@@ -83,6 +84,8 @@ class EngineCore:
     masks: MaskFiller
     adapters: AdapterHost | None = None
     """None where adapters are not enabled."""
+    device_memory: DeviceMemory | None = None
+    """None where the host's memory is used."""
     is_async: bool = False
     """Leave a step under way from one call of `step` to the next."""
     under_way: deque[LaunchedStep] = field(default_factory=deque)
@@ -189,5 +192,11 @@ class EngineCore:
             + self.masks.num_bytes
             + self.grammars.compiler.num_bytes
             + self.scheduler.drafting_bytes,
+            offload_bytes_total=self.info.kv_offload_bytes,
+            offload_bytes_used=self.scheduler.host_bytes_used,
+            activation_bytes=self.info.activation_bytes,
+            graph_bytes=self.info.graph_bytes,
+            device_bytes_total=self.info.device_bytes,
+            device_bytes_used=0 if self.device_memory is None else self.device_memory.used_bytes,
             process_rss_bytes=resident_bytes(),
         )

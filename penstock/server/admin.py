@@ -37,6 +37,12 @@ class ModelMemory(AnswerModel):
     prefix_tree_nodes: int
     prefix_tree_bytes: int
     buffer_bytes: int
+    offload_bytes_total: int
+    offload_bytes_used: int
+    activation_bytes: int
+    graph_bytes: int
+    device_bytes_total: int
+    device_bytes_used: int
     process_rss_bytes: int
 
 

@@ -16,6 +16,11 @@ DEFAULT_BYTES_MAX: Final = 2 * GIB
 MEMORY_SHARE: Final = 0.5
 """Of what is free at start; the rest is for activations, the API process and everybody else."""
 MIN_BLOCKS: Final = 2
+PROFILE_BLOCKS_PER_GROUP: Final = 4
+"""Of the small pool on which the heaviest step is measured."""
+GRAPHS_OVERHEAD_BYTES: Final = 256 << 20
+"""What the driver keeps for a ladder of recorded decode steps, beside the activations that they share. An
+estimate, not measured yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +110,89 @@ def resolve_num_blocks(
     param = "num_blocks" if config.num_blocks is not None else "kv_cache_memory_bytes"
     _check_enough(num_blocks, needs=needs, source=source, param=param)
     _check_free(num_blocks * bytes_per_block, free_memory_bytes=free_memory_bytes, source=source, param=param)
+    return num_blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBudget:
+    """How the memory of a device with its own is shared out; all in bytes.
+
+    ```
+    0 ............. used | activations | graphs | KV ............. utilization * total | kept free ... total
+      weights, context,    measured       kept
+      other processes
+    ```
+    """
+
+    total: int
+    utilization: float
+    """Share that may be taken once the pool is there, by whomever; above 0, at most 1."""
+    used: int
+    """Before the pool is made: weights, the runtime's own, other processes."""
+    activations: int
+    """What the heaviest step takes beside KV, measured."""
+    graphs: int
+    """Set aside for recorded steps."""
+
+    @property
+    def kv(self) -> int:
+        """What is left for KV; may be negative."""
+        return int(self.utilization * self.total) - self.used - self.activations - self.graphs
+
+    @property
+    def room(self) -> int:
+        """What a pool could have at the very most, with nothing kept free."""
+        return self.total - self.used - self.activations - self.graphs
+
+    def __str__(self) -> str:
+        return (
+            f"gpu_memory_utilization={self.utilization:g} of {self.total} bytes, less {self.used} in use, "
+            f"{self.activations} for activations and {self.graphs} for graphs,"
+        )
+
+
+def resolve_device_blocks(
+    config: KvConfig,
+    *,
+    scheduler: SchedulerConfig,
+    layout: CacheLayout,
+    bytes_per_block: int,
+    budget: DeviceBudget,
+    max_model_len: int,
+) -> int:
+    """`resolve_num_blocks` on a device with its own memory: all that its budget leaves.
+
+    Args:
+        config: what was asked for; `num_blocks` or `kv_cache_memory_bytes` go before the budget.
+        scheduler: its `max_num_seqs` and `max_num_batched_tokens` bound what can be used.
+        layout: how layers share blocks.
+        bytes_per_block: of one block in all slabs.
+        budget: the device's.
+        max_model_len: tokens of the longest context, as resolved.
+
+    Raises:
+        StartupError: as `resolve_num_blocks`.
+    """
+    if config.num_blocks is not None or config.kv_cache_memory_bytes is not None:
+        return resolve_num_blocks(
+            config,
+            scheduler=scheduler,
+            layout=layout,
+            bytes_per_block=bytes_per_block,
+            free_memory_bytes=budget.room,
+            max_model_len=max_model_len,
+        )
+    needs = KvNeeds(
+        layout=layout,
+        bytes_per_block=bytes_per_block,
+        max_model_len=max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        block_size=config.block_size,
+    )
+    # One block more than is handed out: the runner's scratch.
+    num_blocks = max(0, budget.kv) // bytes_per_block - 1
+    _check_enough(num_blocks, needs=needs, source=str(budget), param="gpu_memory_utilization")
     return num_blocks
 
 

@@ -37,13 +37,21 @@ from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.copy_stream import CudaCopyStream
 from penstock.engine.runner.device_batch import LastDrawn, on_device
 from penstock.engine.runner.device_draws import DeviceDraws, QueuedPass, ReadPass, StartedDraws
+from penstock.engine.runner.device_memory import DeviceMemory
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.host_blocks import HostBlocks
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.runner.pooling import PoolPart, Pools, overflowing, pool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
-from penstock.engine.runner.warmup import WarmUpLimits, largest_steps, load_of, touched_blocks
+from penstock.engine.runner.warmup import (
+    StepPeaks,
+    WarmUpLimits,
+    heaviest_steps,
+    largest_steps,
+    load_of,
+    touched_blocks,
+)
 from penstock.engine.sampling.greedy import GreedySampler
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.sampling.native import NativeSampler
@@ -389,19 +397,56 @@ class Runner:
         )
         timed = []
         for plan in largest_steps(limits):
-            self._sampler.add(plan.new_sequences)
-            began_s = time.perf_counter()
-            with _inference():
-                if self._drafter:
-                    self._drafter.warm_up(plan.sequences)
-                    began_s = time.perf_counter()
-                handle = StepHandle(plan=plan, passes=[self._forward(plan.sequences)])
-                self._start_draws(handle, masks=None, void=())
-                self._read_draws(handle)
-            timed.append(TimedStep(load_of(plan), time.perf_counter() - began_s))
-            self._sampler.forget(plan.finished_seq_ids)
+            timed.append(TimedStep(load_of(plan), self._run_once(plan)))
             self._pool.zero_blocks(touched_blocks(plan))
         return timed
+
+    def _run_once(self, plan: StepPlan) -> float:
+        """A step of our own; returns how long it took without the drafter."""
+        self._sampler.add(plan.new_sequences)
+        with _inference():
+            if self._drafter:
+                self._drafter.warm_up(plan.sequences)
+            began_s = time.perf_counter()
+            handle = StepHandle(plan=plan, passes=[self._forward(plan.sequences)])
+            self._start_draws(handle, masks=None, void=())
+            self._read_draws(handle)
+        time_s = time.perf_counter() - began_s
+        self._sampler.forget(plan.finished_seq_ids)
+        return time_s
+
+    def measure_peaks(
+        self, memory: DeviceMemory, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> StepPeaks:
+        """Run the steps that take the most memory, once, and forget them.
+
+        The pool may have few blocks: their content is lost.
+
+        Args:
+            memory: of the device.
+            max_num_seqs: sequences in the largest step.
+            max_num_batched_tokens: tokens in the largest step.
+            max_model_len: tokens in the longest context.
+
+        Raises:
+            Exception: whatever the model raises, out of memory included.
+        """
+        limits = WarmUpLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_batched_tokens,
+            num_groups=len(self._layout.groups),
+            num_blocks=self._pool.num_blocks,
+            block_size=self._pool.block_size,
+        )
+        peaks = []
+        for plan in heaviest_steps(
+            limits, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens
+        ):
+            memory.reset_peak()
+            before_bytes = memory.allocated_bytes
+            self._run_once(plan)
+            peaks.append(max(0, memory.peak_bytes - before_bytes))
+        return StepPeaks(*peaks)
 
     def _compute(
         self, sequences: Sequence[ScheduledSequence]

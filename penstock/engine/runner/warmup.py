@@ -5,7 +5,7 @@ model has its first observations. The runner calls it.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
@@ -14,12 +14,21 @@ from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSeq
 
 FIRST_SEQ_ID: Final = -2
 """Ids run down from here; the scheduler's are not negative."""
+PROFILED_CONTEXT_TOKENS: Final = 1 << 19
+"""Of all decodes of a profiled step together: more would take long and no other memory."""
 KINDS: Final = (
     SamplingParams(temperature=0.0),
     SamplingParams(),
     SamplingParams(top_k=50, top_p=0.95),
     SamplingParams(presence_penalty=0.1, logprobs=0),
 )
+
+
+class StepPeaks(NamedTuple):
+    """Bytes that steps take beside weights and KV, in the order of `heaviest_steps`."""
+
+    chunk: int
+    decodes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,30 @@ def largest_steps(limits: WarmUpLimits) -> list[StepPlan]:
     return [_plan([chunk]), _plan(decodes), _plan(decodes[:1])]
 
 
+def heaviest_steps(
+    limits: WarmUpLimits, *, max_model_len: int, max_num_batched_tokens: int
+) -> list[StepPlan]:
+    """The steps that take the most memory beside KV: all tokens and all draws at once, and long decodes.
+
+    Their sequences share a few blocks: what is computed is of no use, but takes as much memory.
+
+    Args:
+        limits: `max_num_seqs` and the pool, which may be far too small for these steps.
+        max_model_len: tokens of the longest context.
+        max_num_batched_tokens: tokens of the largest step.
+    """
+    num_seqs = limits.max_num_seqs
+    num_long = max(1, -(-(max_num_batched_tokens - num_seqs) // max_model_len))
+    lengths = [1] * num_seqs
+    for idx in range(min(num_long, num_seqs)):
+        lengths[idx] = min(max_model_len, max_num_batched_tokens - sum(lengths) + 1)
+    context = min(max_model_len, max(limits.block_size, PROFILED_CONTEXT_TOKENS // num_seqs))
+    return [
+        _plan([_overlapping(idx, start=0, num_tokens=n, limits=limits) for idx, n in enumerate(lengths)]),
+        _plan([_overlapping(idx, start=context - 1, num_tokens=1, limits=limits) for idx in range(num_seqs)]),
+    ]
+
+
 def load_of(plan: StepPlan) -> StepLoad:
     """What a plan of `largest_steps` asks of the machine, for the cost model."""
     lens = [len(seq.token_ids) for seq in plan.sequences]
@@ -67,6 +100,17 @@ def load_of(plan: StepPlan) -> StepLoad:
 def touched_blocks(plan: StepPlan) -> list[int]:
     """Blocks that the plan's sequences write to."""
     return sorted({block for seq in plan.sequences for table in seq.block_tables for block in table})
+
+
+def _overlapping(idx: int, *, start: int, num_tokens: int, limits: WarmUpLimits) -> ScheduledSequence:
+    """A sequence over blocks that it uses several times, and others too."""
+    num_blocks = -(-(start + num_tokens) // limits.block_size)
+    tables = tuple(
+        [group * limits.num_tables + block % limits.num_tables for block in range(num_blocks)]
+        for group in range(limits.num_groups)
+    )
+    seq_id = SequenceId(FIRST_SEQ_ID - idx)
+    return ScheduledSequence(seq_id, [0] * num_tokens, start, tables, (SampleSpec(seq_id, 0),))
 
 
 def _sequence(

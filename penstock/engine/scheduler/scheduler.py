@@ -266,6 +266,11 @@ class Scheduler:
         return self._drafting.num_bytes if self._drafting else 0
 
     @property
+    def host_bytes_used(self) -> int:
+        """Bytes of the offload tier that hold blocks."""
+        return self._roster.transfers.host_bytes_used
+
+    @property
     def groups(self) -> list[SequenceGroup]:
         """All that hold or may hold blocks, for checkers; not to be changed."""
         return self._roster.groups

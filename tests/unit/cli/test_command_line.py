@@ -30,7 +30,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "code", "words"),
     [
         (("serve", "--quantization", "awq"), 2, '"awq" for --quantization'),
-        (("serve", "--gpu-memory-utilization=0.9"), 2, "gpu_memory_utilization is not supported"),
+        (("serve", "--gpu-memory-utilization=1.5"), 2, "--gpu-memory-utilization"),
+        (("serve", "--swap-space=4"), 2, "write --kv-offloading-size"),
         (("run", "a", "b", "--load-format", "gguf"), 2, "load_format is not supported"),
         (("chat", "--fully-sharded-loras"), 2, "fully_sharded_loras is not supported"),
         (("serve", "--nonsense"), 2, "--nonsense"),

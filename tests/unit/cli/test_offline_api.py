@@ -36,7 +36,13 @@ def llm() -> Iterator[LLM]:
     [
         ({"quantization": "awq"}, "quantization is 'awq', it must be one of none, int8, int4"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
-        ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization is not supported"),
+        (
+            {"gpu_memory_utilization": 0.9, "device": "cpu"},
+            "gpu_memory_utilization is 0.9, but the device is the CPU",
+        ),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization is 0, it must be above 0 and at most 1"),
+        ({"kv_offloading_size": 1, "enable_prefix_caching": False}, "kv_offloading_size needs enable_prefix"),
+        ({"kv_offloading_size": "4"}, "kv_offloading_size is '4', it must be a number or a whole number"),
         ({"trust_remote_code": True}, "trust_remote_code is not supported"),
         ({"nonsense": 1}, "nonsense is not an argument"),
         ({"block_size": 17}, "block_size is 17"),

@@ -214,6 +214,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         num_kv_blocks=99,
         kv_cache_memory_bytes=1234,
         kv_offloading_size=0.5,
+        gpu_memory_utilization=0.5,
         speculative_config={"method": "ngram"},
         enable_lora=True,
         lora_modules=("french=adapters/french",),

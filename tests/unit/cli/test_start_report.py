@@ -131,3 +131,23 @@ def test_the_bar_is_silent_without_a_terminal() -> None:
     with LoadingBar(Console(file=out), model="m") as bar:
         bar.update(5, 10)
     assert out.getvalue() == ""
+
+
+def test_the_memory_row_adds_up(info: EngineInfo) -> None:
+    gib = 1 << 30
+    sizes = {
+        "weights_bytes": 16 * gib,
+        "kv_bytes": 100 * gib,
+        "activation_bytes": 2 * gib,
+        "graph_bytes": gib,
+    }
+    fields = {**sizes, "device_bytes": 140 * gib, "kv_offload_bytes": 4 * gib}
+    settings = ServeSettings(gpu_memory_utilization=0.85)
+    choices = resolved_choices(settings, msgspec.structs.replace(info, **fields))
+    rows = {choice.name: choice for choice in choices}
+    assert rows["memory"].value == "119.0 GiB of 140.0 GiB"
+    assert rows["memory"].reason == (
+        "weights 16.0 GiB, KV 100.0 GiB, activations 2.0 GiB, graphs 1.0 GiB; beside it 4.0 GiB of host memory "
+        "for KV"
+    )
+    assert rows["KV budget"].reason == "0.85 of 140.0 GiB, less all else"

@@ -5,7 +5,12 @@ import pytest
 from penstock.core.errors import StartupError
 from penstock.engine.config import KvConfig, SchedulerConfig
 from penstock.engine.kv.cache_groups import make_cache_layout
-from penstock.engine.runner.kv_budget import resolve_num_blocks
+from penstock.engine.runner.kv_budget import (
+    DeviceBudget,
+    resolve_device_blocks,
+    resolve_num_blocks,
+    resolve_num_host_blocks,
+)
 
 KIB, GIB = 1 << 10, 1 << 30
 
@@ -68,3 +73,69 @@ def test_an_explicit_size_beyond_the_free_memory_is_refused():
         blocks(num_blocks=100, free=99 * KIB)
     with pytest.raises(StartupError, match="free"):
         blocks(kv_cache_memory_bytes=100 * KIB, free=99 * KIB)
+
+
+def device_blocks(*, bytes_per_block=KIB, utilization=0.5, **kv):
+    """A device of 100 KiB: 20 in use, the heaviest step takes 10, graphs 5."""
+    return resolve_device_blocks(
+        KvConfig(**kv),
+        scheduler=SchedulerConfig(max_num_seqs=4),
+        layout=make_cache_layout((None,)),
+        bytes_per_block=bytes_per_block,
+        budget=DeviceBudget(
+            total=100 * KIB, utilization=utilization, used=20 * KIB, activations=10 * KIB, graphs=5 * KIB
+        ),
+        max_model_len=64,
+    )
+
+
+def test_a_device_gives_all_that_its_share_leaves_but_the_scratch_block():
+    assert device_blocks() == 50 - 20 - 10 - 5 - 1
+    assert device_blocks(utilization=1.0) == 100 - 35 - 1
+
+
+def test_explicit_sizes_go_before_the_share_and_may_take_what_it_keeps_free():
+    assert device_blocks(num_blocks=60) == 60
+    assert device_blocks(kv_cache_memory_bytes=65 * KIB) == 65
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"utilization": 0.39}, ["gpu_memory_utilization=0.39", "20480 in use", "10240 for act", "needs 5"]),
+        ({"utilization": 0.1}, ["gpu_memory_utilization=0.1", "holds -1 KV blocks"]),
+        ({"num_blocks": 66}, ["num_blocks=66", "only 66560 bytes are free"]),
+    ],
+    ids=str,
+)
+def test_a_device_with_too_little_memory_is_refused_with_the_numbers(given, words):
+    with pytest.raises(StartupError) as refusal:
+        device_blocks(**given)
+    assert all(word in refusal.value.message for word in words), refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "words"),
+    [
+        (KIB, None, "at least 2048 for one block"),
+        (9 * KIB, 8 * KIB, "only 8192 bytes of host memory are free"),
+        (9 * KIB, -5, "only 0 bytes"),
+    ],
+)
+def test_an_offload_tier_that_does_not_fit_is_refused(size, free, words):
+    with pytest.raises(StartupError, match=words):
+        host_blocks(size, free)
+
+
+def host_blocks(size, free):
+    return resolve_num_host_blocks(
+        KvConfig(offloading_bytes=size),
+        layout=make_cache_layout((None, 32)),
+        bytes_per_block=KIB,
+        free_memory_bytes=free,
+    )
+
+
+def test_an_offload_tier_holds_whole_blocks():
+    assert host_blocks(0, None) == 0
+    assert host_blocks(5 * KIB + 7, 6 * KIB) == 5

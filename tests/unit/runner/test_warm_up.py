@@ -67,3 +67,45 @@ def test_sequences_of_one_step_share_no_block():
         blocks = [block for seq in plan.sequences for table in seq.block_tables for block in table]
         assert len(blocks) == len(set(blocks))
         assert max(blocks) < 20
+
+
+class CountedMemory:
+    """A device whose peak is what the model's passes are told to have taken."""
+
+    def __init__(self, model, *, bytes_per_token):
+        self._model, self._bytes_per_token = model, bytes_per_token
+        self._first = 0
+        self.allocated_bytes = 1000
+
+    def reset_peak(self):
+        self._first = len(self._model.batches)
+
+    @property
+    def peak_bytes(self):
+        tokens = [len(batch.token_ids) for batch in self._model.batches[self._first :]]
+        return self.allocated_bytes + self._bytes_per_token * max(tokens)
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "chunks"),
+    [(8, 40, 1000, [33]), (4, 40, 16, [16, 16, 7]), (2, 2, 50, [1]), (3, 100, 20, [20, 20, 20])],
+)
+def test_the_heaviest_steps_have_all_tokens_all_draws_and_long_contexts(
+    max_num_seqs, max_num_batched_tokens, max_model_len, chunks
+):
+    """On a pool that could never hold them, and leaving no sequence behind."""
+    runner, model = make_runner(num_blocks=4)
+    held = runner._sampler.num_bytes
+    peaks = runner.measure_peaks(
+        CountedMemory(model, bytes_per_token=10),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    first, second = (batch.groups[0] for batch in model.batches)
+    ones = [1] * (max_num_seqs - len(chunks))
+    assert list(first.query_lens_host) == [*chunks, *ones]
+    assert list(second.query_lens_host) == [1] * max_num_seqs
+    assert set(second.seq_lens_host) == {max_model_len}
+    assert peaks == (10 * sum([*chunks, *ones]), 10 * max_num_seqs)
+    assert runner._sampler.num_bytes == held
