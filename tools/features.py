@@ -93,6 +93,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("preemption", "preemption"),
     _engine("kv_offload", "KV offload to host memory"),
     _engine("fcfs", "scheduling policy fcfs"),
+    _engine("async_scheduling", "async_scheduling"),
     _engine("sliding_window", "sliding window"),
     _engine("eager_bfloat16", "kernels eager, bfloat16"),
     _engine("native_bfloat16", "kernels native, bfloat16"),

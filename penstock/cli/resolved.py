@@ -94,6 +94,11 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
         ),
         ("passes", info.execution.partition(":")[0], info.execution.partition(": ")[2] or "by the kernels"),
         ("quantization", info.quantization, _asked(settings.quantization, otherwise="the checkpoint's")),
+        (
+            "scheduling",
+            "one step ahead" if info.async_scheduling else "step by step",
+            _asked(settings.async_scheduling, otherwise=f"the default on {info.device.partition(':')[0]}"),
+        ),
         ("speculation", info.speculation, _asked(info.speculation, otherwise="nobody guesses ahead")),
         ("weights", readable_bytes(info.weights_bytes), f"loaded in {info.load_time_s:.2f} s"),
         (

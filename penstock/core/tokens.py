@@ -234,6 +234,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_time_s: float
     warmup_time_s: float
     speculation: str = "none"
+    async_scheduling: bool = False
+    """Each step is planned and launched before the outcome of the one before it is known."""
     """Who guesses tokens ahead, in words."""
 
 

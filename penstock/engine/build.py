@@ -528,6 +528,7 @@ def _info(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         load_time_s=load_time_s,
         warmup_time_s=warmup_time_s,
+        async_scheduling=bool(limits.async_scheduling),
         speculation="none" if config.speculative is None else str(config.speculative),
         enable_lora=config.lora.enable_lora,
         adapters=adapters,

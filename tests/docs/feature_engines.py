@@ -121,6 +121,11 @@ class FeatureEngine:
             open_local_model(source, config, events=self._totals)
         )
 
+    @property
+    def is_async(self) -> bool:
+        """True if steps are launched before the outcome of the last is known."""
+        return self._local.info.async_scheduling
+
     def close(self) -> None:
         self._thread.run(self._local.close())
         self._thread.close()
@@ -280,6 +285,7 @@ def _config(path: Path, features: frozenset[str], *, draft: Path) -> EngineConfi
             enable_prefix_caching=bool(features & {"prefix_caching", "kv_offload"}),
             enable_chunked_prefill="whole_prompts" not in features,
             policy="fcfs" if "fcfs" in features else "fair",
+            async_scheduling="async_scheduling" in features,
         ),
         kv=KvConfig(
             block_size=NATIVE_BLOCK_SIZE if is_native else BLOCK_SIZE,
