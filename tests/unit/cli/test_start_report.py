@@ -39,6 +39,7 @@ def info() -> EngineInfo:
         "num_parameters": 7_966_848,
         "cache_group_windows": (None, 512),
         "speculation": "none",
+        "async_scheduling": False,
         "enable_lora": False,
         "adapters": (),
     }
