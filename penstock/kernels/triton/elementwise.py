@@ -54,8 +54,10 @@ def tanh(x: tl.tensor) -> tl.tensor:
 def _gelu(x: tl.tensor, TANH: tl.constexpr) -> tl.tensor:
     """Of float32. Since 0.5 (1 + tanh(u)) is sigmoid(2 u), the tanh form needs no tanh."""
     if TANH:
-        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        share = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * share
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -285,8 +287,10 @@ def _activation_kernel(
 def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """SILU, GELU_ERF or GELU_TANH of float32."""
     if ACTIVATION == SILU:
-        return x * sigmoid(x)
-    return _gelu(x, TANH=ACTIVATION == GELU_TANH)
+        activated = x * sigmoid(x)
+    else:
+        activated = _gelu(x, ACTIVATION == GELU_TANH)
+    return activated
 
 
 def _launch_activation(gate: Tensor, up: Tensor | None, activation: tl.constexpr) -> Tensor:

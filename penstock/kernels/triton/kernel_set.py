@@ -12,9 +12,8 @@ from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, Mo
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.adapters import prepare_plain_adapter
-from penstock.kernels.reference.weights import prepare_plain, prepare_plain_rounded
 from penstock.kernels.rounded import RoundedWeight
-from penstock.kernels.triton import adapters, attention, blocks, elementwise, kv_write, moe, quantized
+from penstock.kernels.triton import adapters, attention, blocks, elementwise, kv_write, linear, moe, weights
 from penstock.kernels.triton.launch import INTERPRETED
 
 
@@ -22,7 +21,6 @@ class TritonKernels:
     """Triton and cuBLAS; every method is as the function of its name in `ops`."""
 
     name: Final = "triton"
-    copies_weights: Final = False
     has_own_threads: Final = False
 
     def __init__(self, options: KernelOptions = DEFAULT_OPTIONS) -> None:
@@ -32,6 +30,8 @@ class TritonKernels:
             options: whether results must not depend on the batch.
         """
         self._is_deterministic = options.is_deterministic
+        self._experts = moe.ExpertTables()
+        self._is_rounding = options.quantization.method != "none"
 
     @property
     def detail(self) -> str:
@@ -72,6 +72,11 @@ class TritonKernels:
         """As `ops.gelu`."""
         return elementwise.gelu(x, tanh=tanh)
 
+    @property
+    def copies_weights(self) -> bool:
+        """True where they are rounded at start; dense ones are used as they lie."""
+        return self._is_rounding
+
     def prepare_linear(
         self,
         weight: Tensor,
@@ -83,18 +88,19 @@ class TritonKernels:
     ) -> LinearWeight:
         """As `ops.prepare_linear`."""
         del parts, release
-        return prepare_plain(weight, bias, quantization=quantization, dtype=weight.dtype)
+        return weights.prepare(weight, bias, quantization=quantization)
 
     def prepare_rounded(
         self, weight: RoundedWeight, bias: Tensor | None, *, dtype: torch.dtype, parts: Sequence[int]
     ) -> LinearWeight:
         """As `ops.prepare_rounded`."""
-        del parts
-        return prepare_plain_rounded(weight, bias, dtype=dtype)
+        del parts, dtype
+        return weights.prepare_rounded(weight, bias)
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""
-        return quantized.linear(x, weight)
+        known = weights.triton_weight(weight)
+        return linear.linear(x, known, is_deterministic=self._is_deterministic)
 
     def prepare_adapter(
         self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
@@ -133,7 +139,8 @@ class TritonKernels:
 
     def moe(self, x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeShape) -> Tensor:
         """As `ops.moe`."""
-        return moe.moe(x, router, experts, shape)
+        tables = self._experts.of(experts)
+        return moe.moe(x, router, tables, shape, is_deterministic=self._is_deterministic)
 
     def rows_not_finite(self, x: Tensor) -> list[int]:
         """As `ops.rows_not_finite`; reads the answer back from the device."""
