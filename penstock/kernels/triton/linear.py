@@ -27,9 +27,9 @@ FIXED_ROWS: Final = 64
 instructions take, so that a decode wastes least."""
 ROW_PROGRAMS: Final = 4
 """Programs a multiprocessor that a single row is cut into, so that enough loads are under way."""
-MAX_ROW_OUTPUTS: Final = 128 if INTERPRETED.value else 8
+MAX_ROW_OUTPUTS: Final = 256 if INTERPRETED.value else 8
 """Outputs of one program for a single row; the interpreter, which pays for each program, takes more."""
-ROW_TILE: Final = 4096
+ROW_TILE: Final = 512 * MAX_ROW_OUTPUTS
 """Weights that such a program reads at once: 32 a thread."""
 FINISH_OUTPUTS: Final = 512
 """Outputs of one program that adds chunks."""
