@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from penstock.kernels.triton.launch import narrow
+from penstock.kernels.triton.launch import inlined, narrow
 
 FEATURES_PER_WARP = 256
 """Eight values a thread: one load of 16 bytes of bfloat16."""
@@ -30,14 +30,14 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-@triton.jit
+@inlined
 def sigmoid(x: tl.tensor) -> tl.tensor:
     """Of float32; by the exponential of a negative number, which cannot overflow."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-@triton.jit
+@inlined
 def tanh(x: tl.tensor) -> tl.tensor:
     """Of float32, good to a few roundings: a series near 0, where the quotient would lose digits."""
     small = tl.exp(-2.0 * tl.abs(x))
@@ -50,7 +50,7 @@ def tanh(x: tl.tensor) -> tl.tensor:
     return tl.where(tl.abs(x) < 0.25, near + near * square * series, far)
 
 
-@triton.jit
+@inlined
 def _gelu(x: tl.tensor, TANH: tl.constexpr) -> tl.tensor:
     """Of float32. Since 0.5 (1 + tanh(u)) is sigmoid(2 u), the tanh form needs no tanh."""
     if TANH:
@@ -283,7 +283,7 @@ def _activation_kernel(
     tl.store(out + row * width + cols, narrow(wide, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@inlined
 def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """SILU, GELU_ERF or GELU_TANH of float32."""
     if ACTIVATION == SILU:

@@ -31,7 +31,7 @@ from penstock.core.errors import UnsupportedModelError
 from penstock.kernels.ops import ExpertWeights, MoeShape
 from penstock.kernels.quantization import NO_QUANTIZATION
 from penstock.kernels.triton.elementwise import sigmoid
-from penstock.kernels.triton.launch import narrow
+from penstock.kernels.triton.launch import inlined, narrow
 from penstock.kernels.triton.linear import FIXED_ROWS, choose_step, multiply, round_rows
 from penstock.kernels.triton.products import finish, sum_chunk
 from penstock.kernels.triton.weights import TritonLinear, triton_weight
@@ -210,7 +210,7 @@ def _order_kernel(
     tl.store(order + filling, -1, mask=filling < end * ROWS)
 
 
-@triton.jit
+@inlined
 def _expert_sum(
     x_rows: tl.tensor,
     row_mask: tl.tensor,

@@ -13,7 +13,7 @@ Letters: M rows, N outputs, K inputs of a tile.
 import triton
 import triton.language as tl
 
-from penstock.kernels.triton.launch import dot, narrow
+from penstock.kernels.triton.launch import ROUNDER, dot, inlined, narrow
 from penstock.kernels.triton.weights import Format
 
 DENSE = tl.constexpr(int(Format.DENSE))
@@ -23,13 +23,13 @@ ROWS_IN_TURN = tl.constexpr(8)
 """Tiles above each other that are computed before the next column of tiles: their rows stay in the cache."""
 
 
-@triton.jit
+@inlined
 def _nibble(packed: tl.tensor) -> tl.tensor:
     """Float32 of four stored bits, less 8: put into the last bits of 2^23, which is then taken away."""
     return ((packed & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
 
 
-@triton.jit
+@inlined
 def _sum_wide(
     x_rows: tl.tensor,
     row_mask: tl.tensor,
@@ -57,7 +57,7 @@ def _sum_wide(
     return acc
 
 
-@triton.jit
+@inlined
 def _sum_integers(
     x_rows: tl.tensor,
     row_mask: tl.tensor,
@@ -82,7 +82,7 @@ def _sum_integers(
     return acc
 
 
-@triton.jit
+@inlined
 def _by_nibbles(x_tile: tl.tensor, packed: tl.tensor, acc: tl.tensor, IS_ROUNDED: tl.constexpr) -> tl.tensor:
     if IS_ROUNDED:
         integers = (packed & 15) - 8
@@ -92,7 +92,7 @@ def _by_nibbles(x_tile: tl.tensor, packed: tl.tensor, acc: tl.tensor, IS_ROUNDED
     return acc
 
 
-@triton.jit
+@inlined
 def _sum_int4(
     x_rows: tl.tensor,
     row_mask: tl.tensor,
@@ -132,7 +132,7 @@ def _sum_int4(
     return acc
 
 
-@triton.jit
+@inlined
 def sum_chunk(
     x_rows: tl.tensor,
     row_mask: tl.tensor,
@@ -187,7 +187,7 @@ def sum_chunk(
     return acc
 
 
-@triton.jit
+@inlined
 def finish(
     total: tl.tensor,
     x_scales: tl.tensor,
@@ -211,7 +211,7 @@ def finish(
     return total
 
 
-@triton.jit
+@inlined
 def _tile(
     num_rows: tl.tensor, num_cols: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -306,7 +306,7 @@ def finish_kernel(
     tl.store(out + rows * num_cols + cols, narrow(total, out.dtype.element_ty), mask=col_mask)
 
 
-@triton.jit
+@inlined
 def _row_wide(
     x: tl.tensor,
     w_cols: tl.tensor,
@@ -325,7 +325,7 @@ def _row_wide(
     return tl.sum(acc, axis=1)
 
 
-@triton.jit
+@inlined
 def _row_int4(
     x: tl.tensor,
     w_cols: tl.tensor,
@@ -422,8 +422,7 @@ def round_rows_kernel(
     # Smaller ones would have a factor beyond the largest float32; they round to 0.
     has_size = largest > 1e-36
     factor = tl.where(has_size, tl.div_rn(127.0, tl.where(has_size, largest, 1.0)), 0.0)
-    # 1.5 * 2^23 leaves no room for a fraction: the sum is rounded to the even neighbour.
-    rounded = (wide * factor + 12582912.0) - 12582912.0
+    rounded = (wide * factor + ROUNDER) - ROUNDER
     scale = tl.where(num_lost > 0, float("nan"), tl.div_rn(largest, 127.0))
     tl.store(out + row * width + cols, rounded.to(tl.int8), mask=cols < width)
     tl.store(scales + row, scale)
