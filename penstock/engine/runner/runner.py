@@ -32,8 +32,8 @@ from msgspec.structs import replace
 
 from penstock.core.errors import EngineDeadError
 from penstock.core.ids import SequenceId
+from penstock.engine.bisection import Culprit, isolate
 from penstock.engine.kv.cache_groups import CacheLayout
-from penstock.engine.runner.bisection import Culprit, isolate
 from penstock.engine.runner.copy_stream import CudaCopyStream
 from penstock.engine.runner.device_batch import LastDrawn, on_device
 from penstock.engine.runner.device_draws import DeviceDraws, QueuedPass, ReadPass, StartedDraws

@@ -15,18 +15,24 @@ text          [0 ......... num_read) [num_read ... start]  d1 d2 d3
 A guess is drawn by the sampler with the parameters and the random number that will verify it, so that draft
 and model agree wherever their distributions do.
 
+A sequence for which a pass or a draw raises gets no guess, now and later: its answer goes on without, and so
+does everybody else with theirs.
+
 **Source:** Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding", 2023.
 """
 
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, Protocol
 
 from msgspec.structs import replace
 
 from penstock.core.ids import SequenceId
-from penstock.engine.sampling.sampler import Sampler
+from penstock.engine.bisection import isolate
+from penstock.engine.sampling.sampler import Outcome, Sampler
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.plan import (
     UNKNOWN_DRAFT,
@@ -47,6 +53,8 @@ UNMARKED: Final = 0
 MARK_MASK: Final = (1 << 62) - 1
 BYTES_PER_TOKEN: Final = 8
 BYTES_PER_SEQUENCE: Final = 600
+
+log = logging.getLogger("penstock.engine.spec")
 
 
 class DraftPasses(Protocol):
@@ -84,6 +92,8 @@ class DraftText:
     """Where: the model's block ids at that time."""
     marks: list[int] = field(default_factory=list)
     """Mark of the text up to the end of each full block."""
+    has_failed: bool = False
+    """The draft cannot compute it: nothing more is guessed."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.outputs)
@@ -131,10 +141,26 @@ class _Guessing:
         (sample,) = self.entry.samples
         return SampleSpec(sample.seq_id, sample.output_idx + len(self.drafts))
 
+    def give_up(self) -> None:
+        """Its pass or its draw has raised: what was guessed stands, what the draft holds of it does not."""
+        self.is_whole = False
+        self.text.has_failed = True
+        self.text.num_read = 0
+
     def filled(self) -> ScheduledSequence:
         """The planned sequence with its guesses."""
         known = self.entry.token_ids[: len(self.entry.token_ids) - self.entry.num_drafts]
         return replace(self.entry, token_ids=[*known, *self.drafts], num_drafts=len(self.drafts))
+
+
+_Run = tuple[_Guessing, ScheduledSequence]
+"""A sequence, and the tokens of it that one pass computes."""
+
+
+def _give_up(each: _Guessing, error: Exception) -> None:
+    kind = type(error).__name__
+    log.warning("a sequence goes on without guesses, the draft model fails for it: %s", kind)
+    each.give_up()
 
 
 class DraftModel:
@@ -218,24 +244,20 @@ class DraftModel:
         """Read what is new and guess round by round; returns how many tokens were caught up."""
         runs, num_caught_up = self._runs_to_read(guessing)
         pending = [each for each in guessing if each.is_whole]
-        if not runs:
-            return num_caught_up
-        logits = self._passes.run([run for _, run in runs])
-        rows = [row for row, (each, _) in enumerate(runs) if each.is_whole]
-        if pending:
-            self._draw(pending, logits[rows] if len(rows) < len(runs) else logits)
+        self._run_and_draw(runs)
         while pending := [each for each in pending if self._goes_on(each)]:
-            self._draw(pending, self._passes.run([self._next_run(each) for each in pending]))
+            self._run_and_draw([(each, self._next_run(each)) for each in pending])
         for each in guessing:
             self._mark(each)
         return num_caught_up
 
-    def _runs_to_read(
-        self, guessing: Sequence[_Guessing]
-    ) -> tuple[list[tuple[_Guessing, ScheduledSequence]], int]:
+    def _runs_to_read(self, guessing: Sequence[_Guessing]) -> tuple[list[_Run], int]:
         num_left, num_caught_up = MAX_READ_PER_STEP, 0
         runs = []
         for each in guessing:
+            if each.text.has_failed:
+                each.is_whole = False
+                continue
             self._find_read(each)
             first, end = each.text.num_read, each.entry.start + 1
             last = min(end, first + max(num_left, USUAL_READ if end - first <= USUAL_READ else 0))
@@ -278,10 +300,34 @@ class DraftModel:
         each.text.num_read = start + 1
         return self._run(each, each.drafts[-1:], start=start)
 
-    def _draw(self, guessing: Sequence[_Guessing], logits: Floats) -> None:
-        """One more guess for each; who gets none is done."""
-        outcomes = self._sampler.sample(logits, specs=[each.spec() for each in guessing])
-        for each, outcome in zip(guessing, outcomes, strict=True):
+    def _run_and_draw(self, runs: Sequence[_Run]) -> None:
+        """One pass, and one more guess for each that is read whole; who makes either raise is left out."""
+        if not runs:
+            return
+        done = isolate(runs, attempt=self._run_part)
+        for culprit in done.culprits:
+            _give_up(culprit.member[0], culprit.error)
+        for part, logits in done.parts:
+            drawing = [(row, each) for row, (each, _) in enumerate(part) if each.is_whole]
+            if drawing:
+                self._draw(drawing, logits)
+
+    def _run_part(self, runs: Sequence[_Run]) -> tuple[Sequence[_Run], Floats]:
+        return runs, self._passes.run([run for _, run in runs])
+
+    def _draw(self, guessing: Sequence[tuple[int, _Guessing]], logits: Floats) -> None:
+        """One more guess for each, from its row; who gets none is done."""
+
+        def attempt(part: Sequence[tuple[int, _Guessing]]) -> Iterable[tuple[_Guessing, Outcome]]:
+            rows = [row for row, _ in part]
+            specs = [each.spec() for _, each in part]
+            drawn = self._sampler.sample(logits, specs=specs, rows=rows)
+            return zip((each for _, each in part), drawn, strict=True)
+
+        done = isolate(guessing, attempt=attempt)
+        for culprit in done.culprits:
+            _give_up(culprit.member[1], culprit.error)
+        for each, outcome in chain.from_iterable(done.parts):
             if isinstance(outcome, SampledToken):
                 each.drafts.append(outcome.token_id)
             else:

@@ -9,7 +9,7 @@ from fake_model import make_runner
 
 from penstock.core.errors import EngineDeadError
 from penstock.core.params import SamplingParams
-from penstock.engine.runner.bisection import isolate
+from penstock.engine.bisection import isolate
 from penstock.engine.scheduler.plan import BlockCopy, NewSequence, SampleSpec, ScheduledSequence, StepPlan
 
 pytestmark = pytest.mark.usefixtures("is_queued")

@@ -1,7 +1,7 @@
 """Trace an exception to the members of a batch that cause it.
 
 It knows nothing of models: `attempt` is any operation on a part of a batch that may be repeated. The runner
-calls it for the forward pass and for sampling.
+calls it for the forward pass and for sampling, the draft model for its own.
 """
 
 from collections.abc import Callable, Sequence
