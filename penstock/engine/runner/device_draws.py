@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.ids import SequenceId
-from penstock.engine.runner.bisection import Culprit, isolate
+from penstock.engine.bisection import Culprit, isolate
 from penstock.engine.runner.device_batch import LastDrawn
 from penstock.engine.sampling.fast import TOKEN, DeviceSampler, draws_of_table
 from penstock.engine.sampling.masks import MaskSource
