@@ -11,9 +11,11 @@ from penstock.bench.offline import OfflineSizes, medians, run_offline
 from penstock.cli.main import main
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
+from penstock.kernels.cpu.extension import usable_isas, why_missing
 from penstock.kernels.registry import select_kernels
 from penstock.models.embedded_model import embedded_path
 
+ISAS = [] if why_missing() else usable_isas()
 LIMITS = MachineLimits(
     read_gb_per_s=10.0, bf16_tflops=1.0, int8_tops=2.0, isa="avx2", method="torch", num_threads=1
 )
@@ -52,6 +54,27 @@ def test_every_operation_runs_on_every_home(name):
     found = [measure(home, case, seconds=0.0) for case in cases]
     assert len({each.case.operation for each in found}) == 5 * 3 + 4 + 2 * 2
     assert all(each.median_s >= each.least_s > 0 for each in found)
+
+
+@pytest.mark.skipif("amx_emulated" not in ISAS, reason="tiles are emulated with AVX-512")
+def test_kernels_accepts_the_emulated_tiles(tmp_path):
+    path = tmp_path / "kernels.json"
+    argv = [
+        "kernels",
+        "--shapes",
+        "tiny",
+        "--operations",
+        "norm,attention",
+        "--formats",
+        "int8",
+        "--rows",
+        "1",
+    ]
+    argv += ["--isa", "amx_emulated", "--seconds", "0.001", "--num-threads", "1", "--output", str(path)]
+    assert main(["bench", *argv]) == 0
+    record = json.loads(path.read_text())
+    assert record["limits"]["isa"] == "amx_emulated"
+    assert all(row["median_us"] > 0 for row in record["shapes"]["tiny"])
 
 
 @pytest.mark.parametrize(
