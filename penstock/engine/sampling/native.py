@@ -19,7 +19,7 @@ import numpy.typing as npt
 from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.sampling.fast import Draws, DrawStatus
 from penstock.engine.sampling.sequence_state import SequenceState
-from penstock.engine.sampling.uniform import uniforms
+from penstock.engine.sampling.uniform import stream_starts, uniforms_of
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.constraint import Mask
 
@@ -67,27 +67,34 @@ class NativeSampler:
         assert logits.flags.c_contiguous, logits.strides
         assert not rows or 0 <= min(rows) <= max(rows) < len(logits), (rows, logits.shape)
         vocab = logits.shape[1]
-        num_top = [-1 if (n := state.params.logprobs) is None else min(n, vocab) for state in states]
-        desk = self._desk_for(num_draws=len(states), num_top=max(num_top, default=0))
-        desk.take(rows, states=states, output_idxs=output_idxs, num_top=num_top)
-        edits = _Edits(states, output_idxs=output_idxs, masks=masks, vocab=vocab)
+        desk = self._desk_with(rows, states=states, vocab=vocab)
+        desk.number_draws(output_idxs)
+        edits = None
+        if masks is not None or desk.may_edit:
+            edits = _Edits(states, output_idxs=output_idxs, masks=masks, vocab=vocab)
         self._sampler.sample(
-            logits=logits.ctypes.data,
+            logits=logits.__array_interface__["data"][0],
             row_stride=vocab,
             vocab=vocab,
             num_rows=len(states),
-            edits=edits.of_rows,
+            edits=edits.of_rows if edits else [],
             max_top=desk.num_top,
             **desk.addresses,
         )
-        return desk.draws(num_top)
+        return desk.draws()
 
-    def _desk_for(self, *, num_draws: int, num_top: int) -> "_Desk":
+    def _desk_with(self, rows: Sequence[int], *, states: Sequence[SequenceState], vocab: int) -> "_Desk":
+        """A desk with these draws on it; they lie there already where they are those of the call before."""
         desk = self._desk
-        if num_draws > desk.num_draws or num_top > desk.num_top:
-            room = max(desk.num_draws, 2 ** (num_draws - 1).bit_length())
-            self._desk = _Desk(num_draws=room, num_top=max(desk.num_top, num_top))
-        return self._desk
+        if desk.draws_taken != (rows, states, vocab):
+            num_top = [-1 if (n := state.params.logprobs) is None else min(n, vocab) for state in states]
+            most_top = max(num_top, default=0)
+            if len(states) > desk.num_draws or most_top > desk.num_top:
+                room = max(desk.num_draws, 2 ** (len(states) - 1).bit_length())
+                desk = self._desk = _Desk(num_draws=room, num_top=max(desk.num_top, most_top))
+            desk.take(rows, states=states, num_top=num_top)
+            desk.draws_taken = (list(rows), list(states), vocab)
+        return desk
 
 
 class _Desk:
@@ -96,6 +103,13 @@ class _Desk:
     def __init__(self, *, num_draws: int, num_top: int) -> None:
         self.num_draws = num_draws
         self.num_top = max(0, num_top)
+        self.draws_taken: tuple[Sequence[int], Sequence[SequenceState], int] = ([], [], 0)
+        """Rows, states and vocabulary of the draws whose numbers are in the arrays."""
+        self.may_edit = False
+        """True if something may change a row of theirs before the choice."""
+        self._num_top_of: list[int] = []
+        self._starts: npt.NDArray[np.uint64] | None = None
+        """[draws]: of their streams of random numbers; None if all are greedy."""
         self._rows = np.zeros(num_draws, np.int64)
         self._numbers = np.zeros((5, num_draws))
         self._num_top = np.zeros(num_draws, np.int64)
@@ -117,36 +131,31 @@ class _Desk:
             "top_logprobs": self._top_logprobs.ctypes.data,
         }
 
-    def take(
-        self,
-        rows: Sequence[int],
-        *,
-        states: Sequence[SequenceState],
-        output_idxs: Sequence[int],
-        num_top: list[int],
-    ) -> None:
-        """Write the draws' numbers. Greedy draws read no uniform number."""
+    def take(self, rows: Sequence[int], *, states: Sequence[SequenceState], num_top: list[int]) -> None:
+        """Write what stays the same from one step to the next."""
         num = len(states)
         self._rows[:num] = rows
         self._num_top[:num] = num_top
-        if not num:
-            return
-        self._numbers[:4, :num] = np.array([state.draw_numbers for state in states]).T
-        if self._numbers[0, :num].any():
-            self._numbers[4, :num] = uniforms([state.seed for state in states], output_idxs=list(output_idxs))
+        self._num_top_of = num_top
+        self._numbers[:4, :num] = np.array([state.draw_numbers for state in states]).reshape(num, 4).T
+        is_random = bool(self._numbers[0, :num].any())
+        self._starts = stream_starts([state.seed for state in states]) if is_random else None
+        self.may_edit = any(state.alters_logits(output_idx=0) for state in states)
 
-    def draws(self, num_top: list[int]) -> Draws:
-        """What the extension wrote for the first `len(num_top)` draws."""
-        num = len(num_top)
+    def number_draws(self, output_idxs: Sequence[int]) -> None:
+        """Write the uniform numbers of these tokens of the answers; greedy draws read none."""
+        if self._starts is not None:
+            self._numbers[4, : len(output_idxs)] = uniforms_of(self._starts, output_idxs=output_idxs)
+
+    def draws(self) -> Draws:
+        """What the extension wrote."""
+        num = len(self._num_top_of)
         statuses = self._statuses[:num].tolist()
-        return Draws(
-            statuses=statuses,
-            token_ids=self._tokens[:num].tolist(),
-            logprobs=[
-                self._logprobs_of(draw, num_top=top) if top >= 0 and status == DrawStatus.DRAWN else None
-                for draw, (top, status) in enumerate(zip(num_top, statuses, strict=True))
-            ],
-        )
+        logprobs: list[TokenLogprobs | None] = [None] * num
+        for draw, (top, status) in enumerate(zip(self._num_top_of, statuses, strict=True)):
+            if top >= 0 and status == DrawStatus.DRAWN:
+                logprobs[draw] = self._logprobs_of(draw, num_top=top)
+        return Draws(statuses=statuses, token_ids=self._tokens[:num].tolist(), logprobs=logprobs)
 
     def _logprobs_of(self, draw: int, *, num_top: int) -> TokenLogprobs:
         sampled = TokenLogprob(int(self._tokens[draw]), float(self._logprobs[draw]), int(self._ranks[draw]))

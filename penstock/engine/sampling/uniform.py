@@ -4,6 +4,7 @@ There is no generator and no state, so a draw is the same in any batch, any orde
 after a restart. The sampler calls it.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -38,7 +39,16 @@ def uniforms(seeds: list[int], *, output_idxs: list[int]) -> npt.NDArray[np.floa
     Returns:
         [rows] float64.
     """
-    start = _mix(np.array([seed & MASK_64 for seed in seeds], dtype=np.uint64) + GOLDEN_GAMMA)
+    return uniforms_of(stream_starts(seeds), output_idxs=output_idxs)
+
+
+def stream_starts(seeds: list[int]) -> npt.NDArray[np.uint64]:
+    """[rows]: where each seed's stream of numbers starts, for `uniforms_of`."""
+    return _mix(np.array([seed & MASK_64 for seed in seeds], dtype=np.uint64) + GOLDEN_GAMMA)
+
+
+def uniforms_of(starts: npt.NDArray[np.uint64], *, output_idxs: Sequence[int]) -> npt.NDArray[np.float64]:
+    """As `uniforms`, for seeds whose streams' starts are known."""
     counter = np.array(output_idxs, dtype=np.uint64) + np.uint64(1)
-    bits = _mix(start + counter * GOLDEN_GAMMA)
+    bits = _mix(starts + counter * GOLDEN_GAMMA)
     return (bits >> np.uint64(64 - MANTISSA_BITS)).astype(np.float64) * 2.0**-MANTISSA_BITS
