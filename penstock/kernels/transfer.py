@@ -35,12 +35,13 @@ def upload(tensors: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     offsets = [0, *accumulate(sizes)]
     buffer = host_buffer(offsets[-1], device=device)
-    _fill(buffer, tensors, offsets)
+    fill(buffer, tensors, offsets)
     arrived = buffer.to(device, non_blocking=True) if device.type == "cuda" else buffer
     return views_like(arrived, tensors, offsets)
 
 
-def _fill(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> None:
+def fill(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> None:
+    """Write the bytes of each tensor into `buffer` at its offset, all on the host."""
     target = buffer.numpy()
     for tensor, start in zip(tensors, offsets, strict=False):
         flat = tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,314 @@
+"""Decode steps as recorded launches: one call replays a whole pass, whatever the number of its kernels.
+
+A recording holds addresses, grids and sizes, so it is made for a *rung*: a number of rows and a length up to
+which contexts may go. A step of decodes takes the smallest rung that holds it; rows that are missing are
+filled with one-token contexts on the scratch block. Its inputs lie in one buffer that belongs to the rung, so
+that they arrive in one transfer, and what the pass gives lies where the recording put it until the next step.
+
+```
+rows     1  2  4  8 16 24 32 .. 64  80 .. 256  288 ..  max_num_seqs
+length   1024  4096  16384  65536  ..  max_model_len       bounds the grid of attention over long contexts
+```
+
+A step runs launch by launch where its rung is not recorded, where it computes more than one token of a
+sequence, or where rows use an adapter. Recordings are made in warm-up for as long as `RECORD_AT_START_S`
+lasts, the shortest contexts first, and the others when the engine has nothing to do: a request waits for one
+of them at most.
+
+The runner calls it. `Recorder` is the seam to CUDA; `CudaRecorder` has not run on a device yet.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, product
+from typing import Final, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.engine.runner.device_batch import LastDrawn, tensors_of, with_tensors
+from penstock.engine.scheduler.plan import ScheduledSequence
+from penstock.kernels.batch import AttentionBatch, ForwardBatch
+from penstock.kernels.transfer import ALIGNMENT, fill, host_buffer, indices, not_finite, views_like
+from penstock.models.interface import CausalLM
+
+FIRST_LENGTH: Final = 1024
+LENGTH_FACTOR: Final = 4
+RECORD_AT_START_S: Final = 5.0
+"""Of the time until the engine is ready, for recordings."""
+PAD_LENGTH: Final = 1
+"""Context of a row that nobody owns."""
+
+
+class Rung(NamedTuple):
+    """What a recording is made for."""
+
+    length: int
+    """Tokens that a context may have at most, the step's own included."""
+    num_rows: int
+
+
+def row_ladder(max_num_seqs: int) -> tuple[int, ...]:
+    """Numbers of rows: close together where rows are many, since what is padded costs work."""
+    steps = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_num_seqs + 32, 32)]
+    return (*(rows for rows in steps if rows < max_num_seqs), max_num_seqs)
+
+
+def length_ladder(max_model_len: int) -> tuple[int, ...]:
+    """Context lengths, each `LENGTH_FACTOR` times the one before it."""
+    lengths, length = [], FIRST_LENGTH
+    while length < max_model_len:
+        lengths.append(length)
+        length *= LENGTH_FACTOR
+    return (*lengths, max_model_len)
+
+
+class Replayable(Protocol):
+    """A recording."""
+
+    def replay(self) -> None:
+        """Queue everything that was recorded."""
+        ...
+
+
+class Recorder(Protocol):
+    """Who makes recordings."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that recordings hold."""
+        ...
+
+    def record(self, run: Callable[[], None]) -> Replayable:
+        """Record what `run` launches; `run` may be called more than once for that."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs over one pool of memory; unverified on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self.num_bytes = 0
+
+    def record(self, run: Callable[[], None]) -> Replayable:
+        """As `Recorder.record`: once without recording, so that kernels are compiled and workspaces made."""
+        before = torch.cuda.memory_reserved(self._device)
+        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
+        aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(aside):
+            run()
+        torch.cuda.current_stream(self._device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        return graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassOutput:
+    """What a pass leaves; views that the next pass of the same rung writes over."""
+
+    hidden: Tensor
+    """[rows, hidden_size]"""
+    logits: Tensor
+    """[rows, scores] float32"""
+    bad_rows: Tensor
+    """[rows] bool"""
+
+    def first(self, num_rows: int) -> "PassOutput":
+        """Without the rows that nobody owns."""
+        return PassOutput(
+            hidden=self.hidden[:num_rows], logits=self.logits[:num_rows], bad_rows=self.bad_rows[:num_rows]
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Recording:
+    """One rung's inputs, launches and outputs."""
+
+    offsets: Sequence[int]
+    """Of the inputs in `buffer`, in the order of `tensors_of`."""
+    buffer: Tensor
+    batch: ForwardBatch
+    """Over views of `buffer`."""
+    launches: Replayable | None = None
+    output: PassOutput | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphLimits:
+    """The largest step, and what pads a smaller one."""
+
+    max_num_seqs: int
+    max_model_len: int
+    block_size: int
+    scratch_block: int
+
+
+@dataclass(slots=True, kw_only=True)
+class DecodeGraphs:
+    """The ladder of recordings of one model; see the module."""
+
+    model: CausalLM
+    limits: GraphLimits
+    device: torch.device
+    recorder: Recorder
+    _made: dict[Rung, _Recording] = field(default_factory=dict)
+    _missed: dict[Rung, int] = field(default_factory=dict)
+    """Steps that ran launch by launch for want of a rung."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the recordings' memory and of their inputs."""
+        return self.recorder.num_bytes + sum(each.buffer.nbytes for each in self._made.values())
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """Those that are recorded."""
+        return sorted(self._made)
+
+    def clear(self) -> None:
+        """Forget all recordings, because weights or KV have moved."""
+        self._made.clear()
+
+    def replay(
+        self, batch: ForwardBatch, *, sequences: Sequence[ScheduledSequence], last: LastDrawn
+    ) -> PassOutput | None:
+        """Queue a step of decodes by its recording.
+
+        Args:
+            batch: on the host.
+            sequences: what it was built from; some token may be `PENDING_TOKEN`.
+            last: where those tokens lie.
+
+        Returns:
+            Its outputs, or None if the step must run launch by launch.
+        """
+        rung = self._rung_of(batch)
+        if rung is None:
+            return None
+        made = self._made.get(rung)
+        if made is None or made.launches is None or made.output is None:
+            self._missed[rung] = self._missed.get(rung, 0) + 1
+            return None
+        self._send(made, padded(batch, rung=rung, limits=self.limits))
+        targets, origins = last.sources(sequences)
+        if targets and last.tokens is not None:
+            places = indices([*targets, *origins], device=self.device)
+            drawn = last.tokens.index_select(0, places[len(targets) :])
+            made.batch.token_ids.index_copy_(0, places[: len(targets)], drawn)
+        made.launches.replay()
+        return made.output.first(len(sequences))
+
+    def record_next(self, example: ForwardBatch) -> bool:
+        """Make the recording that was missed most often, else the next of the ladder; False if all are there.
+
+        Args:
+            example: any step on the host, for the slabs and the layers' groups.
+        """
+        lengths, rows = length_ladder(self.limits.max_model_len), row_ladder(self.limits.max_num_seqs)
+        missing = [Rung(*pair) for pair in product(lengths, rows) if Rung(*pair) not in self._made]
+        if not missing:
+            return False
+        self._record(max(missing, key=lambda rung: self._missed.get(rung, 0)), example)
+        return True
+
+    def record_at_start(self, example: ForwardBatch, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Record from the shortest contexts up until `RECORD_AT_START_S` is over."""
+        end_s = clock() + RECORD_AT_START_S
+        while clock() < end_s and self.record_next(example):
+            pass
+
+    def _rung_of(self, batch: ForwardBatch) -> Rung | None:
+        lens = batch.groups[0].query_lens_host
+        if batch.adapters or max(lens) > 1 or len(lens) > self.limits.max_num_seqs:
+            return None
+        longest = max(batch.groups[0].seq_lens_host)
+        length = next(each for each in length_ladder(self.limits.max_model_len) if each >= longest)
+        return Rung(length, next(n for n in row_ladder(self.limits.max_num_seqs) if n >= len(lens)))
+
+    def _record(self, rung: Rung, example: ForwardBatch) -> None:
+        host = padded(_first_rows(example), rung=rung, limits=self.limits)
+        tensors = tensors_of(host)
+        offsets = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
+        buffer = torch.zeros(offsets[-1], dtype=torch.uint8, device=self.device)
+        views = views_like(buffer, tensors, offsets)
+        made = _Recording(offsets=offsets, buffer=buffer, batch=with_tensors(host, views))
+        self._send(made, host)
+
+        def run() -> None:
+            # A batch of its own each time: what kernels work out for one must be part of the recording.
+            hidden = self.model.forward(with_tensors(made.batch, views))
+            logits = self.model.logits(hidden)
+            made.output = PassOutput(hidden=hidden, logits=logits, bad_rows=not_finite(hidden))
+
+        made.launches = self.recorder.record(run)
+        self._made[rung] = made
+
+    def _send(self, made: _Recording, batch: ForwardBatch) -> None:
+        staged = host_buffer(made.buffer.nbytes, device=self.device)
+        fill(staged, tensors_of(batch), made.offsets)
+        made.buffer.copy_(staged, non_blocking=True)
+
+
+def _first_rows(batch: ForwardBatch) -> ForwardBatch:
+    """The step without a row: the slabs and groups alone count."""
+    groups = tuple(
+        AttentionBatch(
+            query_start_loc=group.query_start_loc[:1],
+            seq_lens=group.seq_lens[:0],
+            block_tables=group.block_tables[:0],
+            slot_mapping=group.slot_mapping[:0],
+            query_lens_host=(),
+            seq_lens_host=(),
+        )
+        for group in batch.groups
+    )
+    return ForwardBatch(
+        token_ids=batch.token_ids[:0],
+        positions=batch.positions[:0],
+        groups=groups,
+        layer_groups=batch.layer_groups,
+        layer_slabs=batch.layer_slabs,
+    )
+
+
+def padded(batch: ForwardBatch, *, rung: Rung, limits: GraphLimits) -> ForwardBatch:
+    """A step of decodes on the host with the shapes of a rung.
+
+    Its lengths on the host are the rung's: what a launch needs to know must hold for every step of the rung.
+    """
+    missing = rung.num_rows - len(batch.token_ids)
+    groups = tuple(_padded_group(group, rung=rung, limits=limits) for group in batch.groups)
+    return ForwardBatch(
+        token_ids=_extended(batch.token_ids, missing, 0),
+        positions=_extended(batch.positions, missing, PAD_LENGTH - 1),
+        groups=groups,
+        layer_groups=batch.layer_groups,
+        layer_slabs=batch.layer_slabs,
+    )
+
+
+def _padded_group(group: AttentionBatch, *, rung: Rung, limits: GraphLimits) -> AttentionBatch:
+    num, known = len(group.seq_lens), group.block_tables.shape[1]
+    tables = torch.full(
+        (rung.num_rows, -(-rung.length // limits.block_size)), limits.scratch_block, dtype=torch.int32
+    )
+    tables[:num, :known] = group.block_tables
+    missing = rung.num_rows - num
+    return AttentionBatch(
+        query_start_loc=torch.arange(rung.num_rows + 1, dtype=torch.int32),
+        seq_lens=_extended(group.seq_lens, missing, PAD_LENGTH),
+        block_tables=tables,
+        slot_mapping=_extended(group.slot_mapping, missing, limits.scratch_block * limits.block_size),
+        query_lens_host=(1,) * rung.num_rows,
+        seq_lens_host=(rung.length,) * rung.num_rows,
+    )
+
+
+def _extended(values: Tensor, num: int, value: int) -> Tensor:
+    return torch.cat([values, values.new_full((num,), value)])
