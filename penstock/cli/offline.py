@@ -73,6 +73,7 @@ ARGUMENT_TYPES: Final[dict[str, tuple[type, ...]]] = {
     "dtype": (str,),
     "kernels": (str,),
     "device": (str,),
+    "enforce_eager": (bool,),
     "quantization": (str, NONE),
     "quantization_group_size": (int,),
     "quantization_activations": (str,),
@@ -118,6 +119,7 @@ ENGINE_ARGUMENTS: Final = (
     "dtype",
     "kernels",
     "device",
+    "enforce_eager",
     "quantization_group_size",
     "quantization_activations",
     "deterministic",
@@ -154,6 +156,7 @@ class LLM:
         dtype: `auto`, `float32` or `bfloat16`.
         kernels: `auto`, `native`, `eager` or `reference`.
         device: `auto` (CUDA where it can be used, else the CPU), `cpu` or `cuda`.
+        enforce_eager: on a CUDA device, run every step launch by launch: no recorded graphs.
         quantization: None, `none`, `int8` or `int4`: how weights of products are rounded at load.
         quantization_group_size: inputs that share a scale in int4: 32, 64 or 128.
         quantization_activations: `int8` rounds the inputs of quantized products too; `bf16` does not.
@@ -199,6 +202,7 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        enforce_eager: bool = False,
         quantization: Literal["none", "int8", "int4"] | None = None,
         quantization_group_size: int = 128,
         quantization_activations: Literal["int8", "bf16"] = "int8",

@@ -30,7 +30,6 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "tool_parser_plugin": "code from outside is never run; see the list of --tool-call-parser",
     "reasoning_config": "write --reasoning-parser tags with --reasoning-start-str and --reasoning-end-str",
     "trust_remote_code": "code from model folders is never run; see the list of known architectures",
-    "enforce_eager": "there are no recorded graphs to switch off; --kernels eager is the plain path",
     "task": "text, vectors and scores are served by the same server; see the guide on embeddings",
     "runner": "text, vectors and scores are served by the same server; see the guide on embeddings",
     "override_pooler_config": "write pooling_type in the request",

@@ -83,6 +83,9 @@ class ServeSettings:
         Literal["auto", "bfloat16", "int8"],
         setting("Type of the KV cache; auto is the model's, int8 halves it (native kernels)."),
     ] = "auto"
+    enforce_eager: Annotated[
+        bool, setting("On a CUDA device, run every step launch by launch: no recorded graphs.")
+    ] = False
     deterministic: Annotated[
         bool,
         setting("Make greedy answers independent of neighbours, chunks, prefix hits and threads."),
@@ -294,6 +297,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         dtype=settings.dtype,
         kernels=settings.kernels,
         device=settings.device,
+        enforce_eager=settings.enforce_eager,
         quantization=settings.quantization,
         quantization_group_size=settings.quantization_group_size,
         quantization_activations=settings.quantization_activations,

@@ -38,6 +38,7 @@ from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
 from penstock.engine.kv.host_tier import HostTier
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
+from penstock.engine.runner.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits
 from penstock.engine.runner.device_memory import DeviceMemory, memory_of
 from penstock.engine.runner.draft_passes import ModelPasses, draft_bytes_per_block, draft_layout
 from penstock.engine.runner.faults import FaultPoints
@@ -49,7 +50,7 @@ from penstock.engine.runner.kv_budget import (
     resolve_num_blocks,
     resolve_num_host_blocks,
 )
-from penstock.engine.runner.kv_pool import bytes_per_block
+from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
 from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.runner.overlapped_rank import OverlappedRank
@@ -65,7 +66,7 @@ from penstock.engine.spec.ngram import NgramProposer
 from penstock.engine.spec.vocabulary import check_same_tokens
 from penstock.kernels.adapters import AdapterWeights, LowRankPair
 from penstock.kernels.cpu.extension import default_num_threads
-from penstock.kernels.devices import choose_device
+from penstock.kernels.devices import DeviceChoice, choose_device
 from penstock.kernels.ops import kv_block, prepare_adapter
 from penstock.kernels.options import KernelOptions, KvCacheDtype
 from penstock.kernels.quantization import Activations, Method, Quantization
@@ -95,6 +96,7 @@ def build_core(
     torch.set_num_threads(num_threads)
     began_s = time.monotonic()
     chosen = choose_device(config.device, kernels=config.kernels)
+    _refuse_eager_without_device(config, chosen)
     compiler = GrammarCompiler(Path(config.model_path))
     warming = threading.Thread(target=compiler.warm_up, name="penstock-vocabulary", daemon=True)
     if config.warmup:
@@ -242,6 +244,7 @@ def _join(
         adapters=adapters,
         device_memory=memory_of(loaded.device),
         is_async=bool(limits.async_scheduling),
+        prepare=runner.record_next,
     )
 
 
@@ -268,7 +271,38 @@ def _make_runner(
         make_drafter=None
         if draft is None
         else partial(draft.drafter, num_blocks=num_blocks, block_size=config.kv.block_size),
+        make_graphs=_graphs_maker(config, loaded),
     )
+
+
+def _graphs_maker(config: EngineConfig, loaded: LoadedModel) -> Callable[[KvPool], DecodeGraphs] | None:
+    """Makes the recordings of decode steps, where there is a device to record and nobody forbids it."""
+    if loaded.device.type != "cuda" or config.enforce_eager:
+        return None
+
+    def make(pool: KvPool) -> DecodeGraphs:
+        return DecodeGraphs(
+            model=loaded.model,
+            limits=GraphLimits(
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_model_len=loaded.max_model_len,
+                block_size=pool.block_size,
+                scratch_block=pool.scratch_block,
+            ),
+            device=loaded.device,
+            recorder=CudaRecorder(loaded.device),
+        )
+
+    return make
+
+
+def _refuse_eager_without_device(config: EngineConfig, chosen: DeviceChoice) -> None:
+    if config.enforce_eager and chosen.device.type != "cuda":
+        raise StartupError(
+            "enforce_eager switches CUDA graphs off, but the model computes on the CPU "
+            f"({chosen.reason}): leave it out",
+            param="enforce_eager",
+        )
 
 
 def _ranks(runner: Runner, *, device: torch.device, is_async: bool) -> RankGroup:

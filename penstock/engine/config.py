@@ -174,6 +174,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`int8` rounds the inputs of quantized products too, with a scale a token; `bf16` does not."""
     device: str = "auto"
     """`auto` (CUDA where torch sees a device and Triton is installed, else the CPU), `cpu` or `cuda`."""
+    enforce_eager: bool = False
+    """Run every step launch by launch on a CUDA device, and record no graphs."""
     num_threads: int | None = None
     """Threads of the compute pool; None takes the CPUs this process may use, or
     what `OMP_NUM_THREADS` says."""

@@ -17,6 +17,7 @@ it known whose answer has ended.
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -86,6 +87,8 @@ class EngineCore:
     """None where adapters are not enabled."""
     device_memory: DeviceMemory | None = None
     """None where the host's memory is used."""
+    prepare: Callable[[], bool] = lambda: False
+    """Does a bit of what makes later steps faster, while there is no step; False if nothing is left of it."""
     is_async: bool = False
     """Leave a step under way from one call of `step` to the next."""
     under_way: deque[LaunchedStep] = field(default_factory=deque)

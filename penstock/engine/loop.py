@@ -69,7 +69,8 @@ class EngineLoop:
             EngineDeadError: the runner cannot go on; the process must be restarted.
         """
         while not self._stopped:
-            for message in self._channel.receive(block=not self._core.has_work and not self._is_loading):
+            is_idle = not self._core.has_work and not self._is_loading
+            for message in self._channel.receive(block=is_idle and not self._core.prepare()):
                 self._handle(message)
             for done in self._core.grammars.take_done():
                 self._channel.send(Grammar(done.outcome_word, done.compile_s))

@@ -102,7 +102,7 @@ class CudaRecorder:
             run()
         torch.cuda.current_stream(self._device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
         self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph

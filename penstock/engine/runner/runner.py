@@ -35,6 +35,7 @@ from penstock.core.ids import SequenceId
 from penstock.engine.bisection import Culprit, isolate
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.runner.copy_stream import CudaCopyStream
+from penstock.engine.runner.cuda_graphs import DecodeGraphs, PassOutput
 from penstock.engine.runner.device_batch import LastDrawn, on_device
 from penstock.engine.runner.device_draws import DeviceDraws, QueuedPass, ReadPass, StartedDraws
 from penstock.engine.runner.device_memory import DeviceMemory
@@ -146,6 +147,7 @@ class Runner:
         num_adapter_slots: int = 0,
         adapter_weights: Callable[[str], AdapterWeights] | None = None,
         make_drafter: Callable[[Sampler], RunnerProposer] | None = None,
+        make_graphs: Callable[[KvPool], DecodeGraphs] | None = None,
     ) -> None:
         """Reserve the KV memory.
 
@@ -159,6 +161,7 @@ class Runner:
             num_adapter_slots: different adapters in one step, 0 without adapters.
             adapter_weights: of a version that is bound to a slot.
             make_drafter: makes who guesses tokens here, given the sampler; None if nobody does.
+            make_graphs: makes the recordings of decode steps; None runs every step launch by launch.
         """
         self._model = loaded.model
         self._layout = layout
@@ -186,6 +189,7 @@ class Runner:
         self._last_on_device = LastDrawn()
         """Where it lies, where they are under way on a device."""
         self._queue = self._make_queue() if loaded.is_queued else None
+        self._graphs = None if make_graphs is None else make_graphs(self._pool)
 
     def _make_queue(self) -> DeviceDraws:
         return DeviceDraws(
@@ -205,6 +209,7 @@ class Runner:
         """Bytes kept beside KV and weights: activations, scratch block, tables, sampling states, sums."""
         own = self._pool.bytes_per_block + self._inputs.buffer_bytes + self._sampler.num_bytes
         own += self._pools.num_bytes + (self._queue.num_bytes if self._queue else 0)
+        own += self._graphs.num_bytes if self._graphs else 0
         drafter = self._drafter.buffer_bytes if self._drafter else 0
         return own + self._model_bytes() + drafter
 
@@ -319,6 +324,7 @@ class Runner:
         outcomes: list[Outcome] = list(handle.failures)
         for done, read in zip(handle.passes, self._queue.read(handle.started), strict=True):
             outcomes.extend(_outcomes_in_order(done, read))
+        handle.ended_s = time.perf_counter()
         self._sampler.commit(each for each in outcomes if isinstance(each, SampledToken))
         handle.outcomes = outcomes
         return outcomes
@@ -399,6 +405,9 @@ class Runner:
         for plan in largest_steps(limits):
             timed.append(TimedStep(load_of(plan), self._run_once(plan)))
             self._pool.zero_blocks(touched_blocks(plan))
+        if self._graphs:
+            with _inference():
+                self._graphs.record_at_start(self._inputs.build([self._canary()]))
         return timed
 
     def _run_once(self, plan: StepPlan) -> float:
@@ -465,6 +474,10 @@ class Runner:
         if self._faults:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
         batch = self._inputs.build(sequences, adapters=self._adapters)
+        if self._graphs:
+            output = self._graphs.replay(batch, sequences=sequences, last=self._last_on_device)
+            if output is not None:
+                return self._replayed(sequences, output)
         if self._queue:
             batch = on_device(batch, device=self._device, sequences=sequences, last=self._last_on_device)
         hidden = self._model.forward(batch)
@@ -485,6 +498,29 @@ class Runner:
             self._faults.after_logits(logits, owners)
         return self._look_at(sequences, hidden=hidden, ends=ends, logits=logits)
 
+    def _replayed(self, sequences: Sequence[ScheduledSequence], output: PassOutput) -> ForwardPass:
+        """The pass of a recorded step of decodes, whose head has scored every row."""
+        rows = [row for row, seq in enumerate(sequences) if seq.samples]
+        is_all = len(rows) == len(sequences)
+        logits = output.logits if is_all else output.logits[indices(rows, device=self._device)]
+        if self._faults:
+            self._faults.after_logits(logits, [sequences[row].seq_id for row in rows])
+        ends = list(range(1, len(sequences) + 1))
+        return self._look_at(
+            sequences, hidden=output.hidden, ends=ends, logits=logits, bad_rows=output.bad_rows
+        )
+
+    def record_next(self) -> bool:
+        """Record one more kind of decode step, while there is nothing else to do; False if none is left."""
+        if self._graphs is None:
+            return False
+        with _inference():
+            return self._graphs.record_next(self._inputs.build([self._canary()]))
+
+    def _canary(self) -> ScheduledSequence:
+        table = [self._pool.scratch_block]
+        return ScheduledSequence(CANARY, [0], 0, (table,) * len(self._layout.groups))
+
     def _look_at(
         self,
         sequences: Sequence[ScheduledSequence],
@@ -492,9 +528,11 @@ class Runner:
         hidden: torch.Tensor,
         ends: Sequence[int],
         logits: torch.Tensor,
+        bad_rows: torch.Tensor | None = None,
     ) -> ForwardPass:
         """Who is sound, and what was asked of the prompts; on a device only where the host needs it now."""
-        bad_rows = not_finite(hidden) if self._queue else None
+        if self._queue and bad_rows is None:
+            bad_rows = not_finite(hidden)
         if bad_rows is not None and not any(_needs_host(seq) for seq in sequences):
             return ForwardPass(
                 sequences=sequences, ends=ends, is_sound=None, bad_rows=bad_rows, logits=logits
@@ -540,9 +578,7 @@ class Runner:
             ) from culprits[0].error
 
     def _canary_lives(self) -> bool:
-        table = [self._pool.scratch_block]
-        canary = ScheduledSequence(CANARY, [0], 0, (table,) * len(self._layout.groups))
-        return not isolate([canary], attempt=self._forward).culprits
+        return not isolate([self._canary()], attempt=self._forward).culprits
 
     def _sample(
         self, done: ForwardPass, *, masks: MaskSource | None, void: Collection[SequenceId]

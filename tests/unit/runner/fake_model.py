@@ -41,7 +41,7 @@ class FakeModel:
         rows = []
         attention, slab = batch.attention(0)
         for i, num_tokens in enumerate(attention.query_lens_host):
-            length = attention.seq_lens_host[i]
+            length = int(attention.seq_lens[i])
             blocks = attention.block_tables[i].long()
             sums = slab.keys[blocks][:, :, 0, 0].reshape(-1)[:length].cumsum(0)
             rows.append(sums[length - num_tokens :])
@@ -81,13 +81,15 @@ class FakeLoaded:
         return 0
 
 
-def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=None):
+def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=None, make_graphs=None):
     model = FakeModel(layer_windows)
+    make = None if make_graphs is None else lambda pool: make_graphs(model, pool)
     runner = Runner(
         FakeLoaded(model),
         layout=make_cache_layout(layer_windows),
         num_blocks=num_blocks,
         block_size=block_size,
         faults=faults,
+        make_graphs=make,
     )
     return runner, model
