@@ -108,7 +108,7 @@ class TimesCalls(Protocol):
         batch: AttentionBatch | None,
         repeats: int,
     ) -> list[float]:
-        """Seconds of each but the first, `repeats` times."""
+        """For each repeat the mean seconds of all but the first."""
         ...
 
 
@@ -144,7 +144,7 @@ def measure(kernels: KernelSet, case: Case, *, seconds: float) -> Measured:
         began_s = time.perf_counter()
         once(repeats=1)
         round_s = time.perf_counter() - began_s
-        repeats = min(max(seconds / round_s, CALLS_MIN / (len(case.calls) - 1)), CALLS_MAX / len(case.calls))
+        repeats = min(max(seconds / round_s, CALLS_MIN), CALLS_MAX)
         times_s = once(repeats=math.ceil(repeats))
     else:
         times_s = _call_one_by_one(case, seconds=seconds)

@@ -99,7 +99,7 @@ class NativeKernels:
         batch: AttentionBatch | None,
         repeats: int,
     ) -> list[float]:
-        """Seconds of each of some calls, run as a model runs them: recorded, one behind the other.
+        """Seconds of some calls, run as a model runs them: recorded, one behind the other.
 
         Args:
             calls: two or more of one operation, alike but for the memory they read.
@@ -108,7 +108,7 @@ class NativeKernels:
             repeats: how often all of them run.
 
         Returns:
-            `repeats` times as many as there are calls, less the first call of each time.
+            For each repeat the mean of all calls but the first.
         """
         timed = TimedCalls(self._programs, rows=rows, batch=batch)
         with self.recording(timed):

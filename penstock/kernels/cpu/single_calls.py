@@ -148,7 +148,9 @@ class TimedCalls(SingleCall):
         """Nothing: they run when they are timed."""
 
     def seconds(self, num_calls: int, *, repeats: int) -> list[float]:
-        """Of each call but the first, which wakes the threads.
+        """Of a call, by `repeats`: the mean of all but the first, which wakes the threads.
+
+        Not of each call: where a thread must wait for its core, one call's time counts as its neighbour's.
 
         Args:
             num_calls: that were described, all alike.
@@ -162,7 +164,7 @@ class TimedCalls(SingleCall):
         for _ in range(repeats):
             spent = program.profile(self._rows, given, groups, 1, adapters)
             each = [sum(spent[i : i + num_operations]) for i in range(0, len(spent), num_operations)]
-            taken += each[1:]
+            taken.append(sum(each[1:]) / (num_calls - 1))
         return taken
 
 
