@@ -11,10 +11,9 @@ from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.quantization import Quantization
-from penstock.kernels.reference.adapters import prepare_plain_adapter
 from penstock.kernels.rounded import RoundedWeight
 from penstock.kernels.triton import adapters, attention, blocks, elementwise, kv_write, linear, moe, weights
-from penstock.kernels.triton.launch import INTERPRETED
+from penstock.kernels.triton.launch import INTERPRETED, compute_device
 
 
 class TritonKernels:
@@ -31,6 +30,7 @@ class TritonKernels:
         """
         self._is_deterministic = options.is_deterministic
         self._experts = moe.ExpertTables()
+        self._adapters = adapters.Adapters(compute_device())
         self._is_rounding = options.quantization.method != "none"
 
     @property
@@ -106,12 +106,11 @@ class TritonKernels:
         self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
     ) -> AdapterWeights:
         """As `ops.prepare_adapter`."""
-        del num_sites
-        return prepare_plain_adapter(pairs, dtype=dtype)
+        return self._adapters.prepare(pairs, num_sites=num_sites, dtype=dtype)
 
     def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
         """As `ops.lora`."""
-        return adapters.lora(x, y, site)
+        return adapters.lora(x, y, site, adapters=self._adapters)
 
     def embedding(self, token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
         """As `ops.embedding`."""

@@ -32,6 +32,13 @@ def num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def compute_device() -> torch.device:
+    """Where this process computes: its current CUDA device, or the CPU for the interpreter."""
+    if INTERPRETED.value or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
