@@ -42,14 +42,16 @@ Gate gate_named(const std::string& name) {
 std::shared_ptr<Matrix> pack_plain(Pool& pool, std::uintptr_t data, DType dtype, std::int64_t row_stride,
                                    std::int64_t col_stride, int out_features, int in_features,
                                    const std::string& format, int group_size) {
-    const Plain plain{reinterpret_cast<const void*>(data), dtype, row_stride, col_stride, out_features, in_features};
+    const Plain plain{
+        reinterpret_cast<const void*>(data), dtype, row_stride, col_stride, out_features, in_features};
     const WeightFormat parsed = format_named(format);
     nb::gil_scoped_release release;
     return pack(plain, parsed, group_size, pool);
 }
 
-std::shared_ptr<Matrix> pack_rounded(Pool& pool, std::uintptr_t values, std::uintptr_t scales, int out_features,
-                                     int in_features, const std::string& format, int group_size) {
+std::shared_ptr<Matrix> pack_rounded(Pool& pool, std::uintptr_t values, std::uintptr_t scales,
+                                     int out_features, int in_features, const std::string& format,
+                                     int group_size) {
     const Rounded rounded{reinterpret_cast<const std::int8_t*>(values), reinterpret_cast<const void*>(scales),
                           out_features, in_features};
     const WeightFormat parsed = format_named(format);
@@ -63,16 +65,19 @@ Projection projection(const std::shared_ptr<Matrix>& matrix, std::uintptr_t bias
 
 void linear(Program& program, const LinearInput& x, const std::vector<std::shared_ptr<Matrix>>& matrices,
             const std::vector<std::uintptr_t>& biases, const std::vector<Ref>& outs, bool add) {
-    if (matrices.size() != biases.size()) throw std::invalid_argument("one bias address (or 0) for each matrix");
+    if (matrices.size() != biases.size())
+        throw std::invalid_argument("one bias address (or 0) for each matrix");
     std::vector<Projection> projections;
-    for (std::size_t i = 0; i < matrices.size(); ++i) projections.push_back(projection(matrices[i], biases[i]));
+    for (std::size_t i = 0; i < matrices.size(); ++i)
+        projections.push_back(projection(matrices[i], biases[i]));
     add_linear(program, x, projections, outs, add);
 }
 
 void gated_linear(Program& program, const LinearInput& x, const std::shared_ptr<Matrix>& gate,
                   const std::shared_ptr<Matrix>& up, std::uintptr_t gate_bias, std::uintptr_t up_bias,
                   const std::string& activation, const Ref& out) {
-    add_gated_linear(program, x, projection(gate, gate_bias), projection(up, up_bias), gate_named(activation), out);
+    add_gated_linear(program, x, projection(gate, gate_bias), projection(up, up_bias), gate_named(activation),
+                     out);
 }
 
 }  // namespace
@@ -92,9 +97,10 @@ void bind_linear(nb::module_& m) {
           "out_features"_a, "in_features"_a, "format"_a, "group_size"_a);
     m.def("pack_rounded", &pack_rounded, "pool"_a, nb::kw_only(), "values"_a, "scales"_a, "out_features"_a,
           "in_features"_a, "format"_a, "group_size"_a);
-    m.def("add_linear", &linear, "program"_a, nb::kw_only(), "x"_a, "matrices"_a, "biases"_a, "outs"_a, "add"_a);
-    m.def("add_gated_linear", &gated_linear, "program"_a, nb::kw_only(), "x"_a, "gate"_a, "up"_a, "gate_bias"_a,
-          "up_bias"_a, "activation"_a, "out"_a);
+    m.def("add_linear", &linear, "program"_a, nb::kw_only(), "x"_a, "matrices"_a, "biases"_a, "outs"_a,
+          "add"_a);
+    m.def("add_gated_linear", &gated_linear, "program"_a, nb::kw_only(), "x"_a, "gate"_a, "up"_a,
+          "gate_bias"_a, "up_bias"_a, "activation"_a, "out"_a);
 }
 
 }  // namespace penstock

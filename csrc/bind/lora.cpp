@@ -17,7 +17,8 @@ namespace {
 using namespace nb::literals;
 
 void set_site(Adapter& adapter, int site, std::uintptr_t a, std::uintptr_t b, int rank, float scale) {
-    if (site < 0 || site >= static_cast<int>(adapter.sites.size())) throw std::invalid_argument("no such site");
+    if (site < 0 || site >= static_cast<int>(adapter.sites.size()))
+        throw std::invalid_argument("no such site");
     if (rank < 1) throw std::invalid_argument("rank must be at least 1");
     adapter.sites[static_cast<std::size_t>(site)] = {reinterpret_cast<const std::uint16_t*>(a),
                                                      reinterpret_cast<const std::uint16_t*>(b), rank, scale};

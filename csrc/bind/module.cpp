@@ -30,8 +30,9 @@ std::vector<std::string> op_names(const Program& program) {
     return names;
 }
 
-AttentionInputs attention_inputs(std::int64_t num_seqs, std::uintptr_t query_start_loc, std::uintptr_t seq_lens,
-                                 std::uintptr_t block_tables, std::int64_t max_num_blocks, std::uintptr_t slot_mapping) {
+AttentionInputs attention_inputs(std::int64_t num_seqs, std::uintptr_t query_start_loc,
+                                 std::uintptr_t seq_lens, std::uintptr_t block_tables,
+                                 std::int64_t max_num_blocks, std::uintptr_t slot_mapping) {
     return {num_seqs,
             reinterpret_cast<const std::int32_t*>(query_start_loc),
             reinterpret_cast<const std::int32_t*>(seq_lens),
@@ -48,7 +49,8 @@ using ExternalList = std::vector<std::tuple<std::uintptr_t, std::int64_t>>;  // 
 
 std::vector<Program::External> externals_of(const ExternalList& list) {
     std::vector<Program::External> externals;
-    for (const auto& [address, row_bytes] : list) externals.push_back({reinterpret_cast<std::byte*>(address), row_bytes});
+    for (const auto& [address, row_bytes] : list)
+        externals.push_back({reinterpret_cast<std::byte*>(address), row_bytes});
     return externals;
 }
 
@@ -56,7 +58,8 @@ using AdapterList = std::vector<std::tuple<std::int64_t, std::int64_t, std::shar
 
 std::vector<AdapterRows> adapter_rows_of(const AdapterList& list) {
     std::vector<AdapterRows> rows;
-    for (const auto& [first_row, num_rows, adapter] : list) rows.push_back({first_row, num_rows, adapter->sites.data()});
+    for (const auto& [first_row, num_rows, adapter] : list)
+        rows.push_back({first_row, num_rows, adapter->sites.data()});
     return rows;
 }
 
@@ -69,7 +72,8 @@ void run(Program& program, std::int64_t num_rows, const ExternalList& externals,
 }
 
 std::vector<double> profile(Program& program, std::int64_t num_rows, const ExternalList& externals,
-                            const std::vector<AttentionInputs>& groups, int rounds, const AdapterList& adapters) {
+                            const std::vector<AttentionInputs>& groups, int rounds,
+                            const AdapterList& adapters) {
     const auto pointers = externals_of(externals);
     const auto segments = adapter_rows_of(adapters);
     std::vector<double> seconds;
@@ -94,34 +98,48 @@ void bind_program(nb::module_& m) {
         .def_ro("cols", &Ref::cols)
         .def_ro("dtype", &Ref::dtype)
         .def_ro("col", &Ref::col)
-        .def("columns", [](const Ref& ref, int start, int cols) { return Ref{ref.buffer, ref.col + start, cols, ref.dtype}; },
-             "start"_a, "cols"_a);
+        .def(
+            "columns",
+            [](const Ref& ref, int start, int cols) {
+                return Ref{ref.buffer, ref.col + start, cols, ref.dtype};
+            },
+            "start"_a, "cols"_a);
     nb::class_<QuantizedRef>(m, "QuantizedRef")
         .def("__init__", [](QuantizedRef* self, Ref values, Ref scales, Ref sums) {
                  new (self) QuantizedRef{values, scales, sums};
              }, "values"_a, "scales"_a, "sums"_a);
     nb::class_<AttentionInputs>(m, "AttentionInputs")
-        .def("__init__", [](AttentionInputs* self, std::int64_t num_seqs, std::uintptr_t query_start_loc,
-                            std::uintptr_t seq_lens, std::uintptr_t block_tables, std::int64_t max_num_blocks,
-                            std::uintptr_t slot_mapping) {
-                 new (self) AttentionInputs(attention_inputs(num_seqs, query_start_loc, seq_lens, block_tables,
-                                                             max_num_blocks, slot_mapping));
-             }, "num_seqs"_a, "query_start_loc"_a, "seq_lens"_a, "block_tables"_a, "max_num_blocks"_a, "slot_mapping"_a);
+        .def(
+            "__init__",
+            [](AttentionInputs* self, std::int64_t num_seqs, std::uintptr_t query_start_loc,
+               std::uintptr_t seq_lens, std::uintptr_t block_tables, std::int64_t max_num_blocks,
+               std::uintptr_t slot_mapping) {
+                new (self) AttentionInputs(attention_inputs(num_seqs, query_start_loc, seq_lens, block_tables,
+                                                            max_num_blocks, slot_mapping));
+            },
+            "num_seqs"_a, "query_start_loc"_a, "seq_lens"_a, "block_tables"_a, "max_num_blocks"_a,
+            "slot_mapping"_a);
     nb::class_<LayerKv>(m, "LayerKv")
-        .def("__init__", [](LayerKv* self, std::uintptr_t keys, std::uintptr_t values, std::int64_t block_bytes, int group) {
-                 new (self) LayerKv(layer_kv(keys, values, block_bytes, group));
-             }, "keys"_a, "values"_a, "block_bytes"_a, "group"_a);
+        .def(
+            "__init__",
+            [](LayerKv* self, std::uintptr_t keys, std::uintptr_t values, std::int64_t block_bytes,
+               int group) { new (self) LayerKv(layer_kv(keys, values, block_bytes, group)); },
+            "keys"_a, "values"_a, "block_bytes"_a, "group"_a);
     nb::class_<Program>(m, "Program")
-        .def("__init__", [](Program* self, std::shared_ptr<Pool> pool, const std::string& isa, bool deterministic) {
-                 new (self) Program(std::move(pool), isa_named(isa), deterministic);
-             }, "pool"_a, "isa"_a, "deterministic"_a)
+        .def(
+            "__init__",
+            [](Program* self, std::shared_ptr<Pool> pool, const std::string& isa, bool deterministic) {
+                new (self) Program(std::move(pool), isa_named(isa), deterministic);
+            },
+            "pool"_a, "isa"_a, "deterministic"_a)
         .def("add_buffer", &Program::add_buffer, "dtype"_a, "cols"_a)
         .def("add_external", &Program::add_external, "dtype"_a, "cols"_a)
         .def("set_layers", &Program::set_layers, "layers"_a)
         .def("set_next", &Program::set_next, "next"_a)
         .def("set_reads_ahead", &Program::set_reads_ahead, "reads_ahead"_a)
         .def("run", &run, "num_rows"_a, "externals"_a, "groups"_a, "adapters"_a = AdapterList())
-        .def("profile", &profile, "num_rows"_a, "externals"_a, "groups"_a, "rounds"_a, "adapters"_a = AdapterList())
+        .def("profile", &profile, "num_rows"_a, "externals"_a, "groups"_a, "rounds"_a,
+             "adapters"_a = AdapterList())
         .def("shrink", &Program::shrink)
         .def_prop_ro("op_names", &op_names)
         .def_prop_ro("buffer_bytes", &Program::buffer_bytes);

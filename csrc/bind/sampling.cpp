@@ -49,7 +49,8 @@ void sample(TokenSampler& sampler, std::uintptr_t logits, std::int64_t row_strid
             std::int64_t num_rows, std::uintptr_t rows, std::uintptr_t temperatures, std::uintptr_t top_k,
             std::uintptr_t top_p, std::uintptr_t min_p, std::uintptr_t uniforms, const EditList& edits,
             std::uintptr_t num_top, std::int64_t max_top, std::uintptr_t tokens, std::uintptr_t statuses,
-            std::uintptr_t logprobs, std::uintptr_t ranks, std::uintptr_t top_ids, std::uintptr_t top_logprobs) {
+            std::uintptr_t logprobs, std::uintptr_t ranks, std::uintptr_t top_ids,
+            std::uintptr_t top_logprobs) {
     std::vector<const RowEdits*> edits_of(edits.empty() ? 0 : static_cast<std::size_t>(num_rows));
     for (const auto& [row, edit] : edits) edits_of.at(static_cast<std::size_t>(row)) = &edit;
     const SampleCall call{at<const float>(logits),
@@ -88,19 +89,22 @@ void are_finite(Pool& pool, const std::string& isa, std::uintptr_t data, DType d
 
 void bind_sampling(nb::module_& m) {
     nb::class_<RowEdits>(m, "RowEdits")
-        .def("__init__", &make_edits, nb::kw_only(), "mask"_a, "banned"_a, "num_banned"_a, "biased"_a, "biases"_a,
-             "num_biased"_a, "prompt"_a, "num_prompt"_a, "answer"_a, "counts"_a, "num_answer"_a, "repetition"_a,
-             "presence"_a, "frequency"_a);
+        .def("__init__", &make_edits, nb::kw_only(), "mask"_a, "banned"_a, "num_banned"_a, "biased"_a,
+             "biases"_a, "num_biased"_a, "prompt"_a, "num_prompt"_a, "answer"_a, "counts"_a, "num_answer"_a,
+             "repetition"_a, "presence"_a, "frequency"_a);
     nb::class_<TokenSampler>(m, "TokenSampler")
-        .def("__init__", [](TokenSampler* self, std::shared_ptr<Pool> pool, const std::string& isa) {
-                 new (self) TokenSampler(std::move(pool), isa_named(isa));
-             }, "pool"_a, "isa"_a)
+        .def(
+            "__init__",
+            [](TokenSampler* self, std::shared_ptr<Pool> pool, const std::string& isa) {
+                new (self) TokenSampler(std::move(pool), isa_named(isa));
+            },
+            "pool"_a, "isa"_a)
         .def("sample", &sample, nb::kw_only(), "logits"_a, "row_stride"_a, "vocab"_a, "num_rows"_a, "rows"_a,
-             "temperatures"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniforms"_a, "edits"_a, "num_top"_a, "max_top"_a,
-             "tokens"_a, "statuses"_a, "logprobs"_a, "ranks"_a, "top_ids"_a, "top_logprobs"_a)
+             "temperatures"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniforms"_a, "edits"_a, "num_top"_a,
+             "max_top"_a, "tokens"_a, "statuses"_a, "logprobs"_a, "ranks"_a, "top_ids"_a, "top_logprobs"_a)
         .def_prop_ro("num_bytes", &TokenSampler::num_bytes);
-    m.def("rows_are_finite", &are_finite, "pool"_a, nb::kw_only(), "isa"_a, "data"_a, "dtype"_a, "num_rows"_a, "cols"_a,
-          "row_bytes"_a, "out"_a);
+    m.def("rows_are_finite", &are_finite, "pool"_a, nb::kw_only(), "isa"_a, "data"_a, "dtype"_a, "num_rows"_a,
+          "cols"_a, "row_bytes"_a, "out"_a);
 }
 
 }  // namespace penstock

@@ -17,7 +17,9 @@ constexpr std::size_t page = 4096;
 constexpr std::size_t shared_size = std::size_t{64} << 20;  // only what its parts touch becomes memory
 constexpr std::size_t part_size_max = shared_size / 4;      // larger ones lose little by a mapping of their own
 
-std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::size_t round_up(std::size_t value, std::size_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 

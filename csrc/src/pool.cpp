@@ -15,9 +15,9 @@ namespace penstock {
 
 namespace {
 
-// About 15 us of polite spinning: longer than the usual imbalance of an operation. Whoever waits longer waits for a
-// thread that was preempted; asleep it leaves its core to that thread or to whatever preempted it. (Yielding in a loop
-// instead kept the core busy, and 64 streams over HTTP ran at half the speed.)
+// About 15 us of polite spinning: longer than the usual imbalance of an operation. Whoever waits longer waits
+// for a thread that was preempted; asleep it leaves its core to that thread or to whatever preempted it.
+// (Yielding in a loop instead kept the core busy, and 64 streams over HTTP ran at half the speed.)
 constexpr int spins_before_sleep = 1000;
 
 void pause() {
@@ -64,7 +64,8 @@ void Worker::barrier(const std::vector<Memory>* reads) {
     }
 }
 
-Pool::Pool(int threads, std::vector<int> cpus, int linger_us) : cpus_(std::move(cpus)), linger_us_(linger_us) {
+Pool::Pool(int threads, std::vector<int> cpus, int linger_us)
+    : cpus_(std::move(cpus)), linger_us_(linger_us) {
     for (int id = 0; id < threads; ++id) workers_.push_back(std::make_unique<Worker>(*this, id, threads));
     for (int id = 1; id < threads; ++id) threads_.emplace_back([this, id] { serve(id); });
 }

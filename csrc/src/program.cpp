@@ -15,12 +15,13 @@ constexpr std::int64_t bad_stride = 1024;
 // Buffers grow to a multiple of this many rows, so that slowly growing batches do not allocate each time.
 constexpr std::int64_t row_granularity = 16;
 
-// A waiting thread asks for at most so much of the next operation's weights: a quarter of a usual L2 cache. Between two
-// small operations it manages some 100 KiB.
+// A waiting thread asks for at most so much of the next operation's weights: a quarter of a usual L2 cache.
+// Between two small operations it manages some 100 KiB.
 constexpr std::size_t thread_read_bytes = std::size_t{256} << 10;
 // Between two programs it asks for at most so much, which must stay in the L3 cache until it is read.
 constexpr std::size_t first_read_bytes = std::size_t{16} << 20;
-// Steps of more rows leave the cores to whoever else wants them between programs (the API process), and wait for less.
+// Steps of more rows leave the cores to whoever else wants them between programs (the API process), and wait
+// for less.
 constexpr std::int64_t most_rows_for_first_reads = 8;
 
 // A thread finishes its piece before it begins the next job: less than a microsecond.
@@ -73,7 +74,8 @@ void Program::add(std::unique_ptr<Op> op) {
             bytes += memory.bytes;
         }
     }
-    const bool has_any = std::any_of(reads->begin(), reads->end(), [](const auto& of) { return !of.empty(); });
+    const bool has_any =
+        std::any_of(reads->begin(), reads->end(), [](const auto& of) { return !of.empty(); });
     for (auto after = reads_after_.rbegin(); has_any && after != reads_after_.rend() && !*after; ++after) {
         *after = reads.get();
     }

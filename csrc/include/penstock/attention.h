@@ -1,9 +1,10 @@
 // Rotation of positions, the paged KV cache's layout, and attention over it.
 //
-// Not here: which block belongs to whom (the engine), projections (linear). A block's bytes are arranged here alone; the
-// engine only zeroes and copies whole blocks.
+// Not here: which block belongs to whom (the engine), projections (linear). A block's bytes are arranged here
+// alone; the engine only zeroes and copies whole blocks.
 //
-// A block holds `block_size` tokens (a multiple of 16) of every KV head. The unit is a granule: 16 tokens of one head.
+// A block holds `block_size` tokens (a multiple of 16) of every KV head. The unit is a granule: 16 tokens of
+// one head.
 //
 // ```
 // block of keys     [head][block_size / 16] granules of keys       (of values: the same with granules of values)
@@ -14,9 +15,9 @@
 //       values      the same order in bytes, then [16 tokens] float32 scales
 // ```
 //
-// With the pairs innermost both products are "vector of pairs times a broadcast pair": no sum across a vector.
-// int8: one scale a token and head, scale = max|x| / 127, q = round(x / scale) to nearest even. A head of zeros has scale
-// 0; a head that is not finite has a scale that is not, so that its readers see NaN.
+// With the pairs innermost both products are "vector of pairs times a broadcast pair": no sum across a
+// vector. int8: one scale a token and head, scale = max|x| / 127, q = round(x / scale) to nearest even. A
+// head of zeros has scale 0; a head that is not finite has a scale that is not, so that its readers see NaN.
 #pragma once
 
 #include <cstddef>
@@ -48,12 +49,13 @@ struct KvShape {
     std::int64_t head_bytes() const;   // from one head of a block to the next
     std::int64_t block_bytes() const;  // of the keys, and again of the values
 
-    // Throws std::invalid_argument: block_size a multiple of 16, head_dim of 16 in 32..256, at least one head.
+    // Throws std::invalid_argument: block_size a multiple of 16, head_dim of 16 in 32..256, at least one
+    // head.
     void check() const;
 };
 
-// Where a thread's queries of one KV head meet their keys. Some tokens of one sequence, and of each the query heads that
-// read this KV head: row r of the tile is token r / heads, head r % heads.
+// Where a thread's queries of one KV head meet their keys. Some tokens of one sequence, and of each the query
+// heads that read this KV head: row r of the tile is token r / heads, head r % heads.
 struct AttentionTile {
     const std::byte* keys;  // block 0 of the layer, at this head
     const std::byte* values;
@@ -72,7 +74,8 @@ struct AttentionTile {
     std::byte* scratch;         // attend_scratch_bytes(head_dim), 64-byte aligned
 };
 
-// Softmax in parts. Over the keys of one part, with score = scale * log2(e) * q.k (soft-capped before log2(e)):
+// Softmax in parts. Over the keys of one part, with score = scale * log2(e) * q.k (soft-capped before
+// log2(e)):
 //
 //   max = max score      sum = sum of 2^(score - max)      out = sum of 2^(score - max) * value
 //
@@ -84,8 +87,9 @@ struct AttentionPart {
 };
 
 inline constexpr int max_tile_rows = 64;
-// Parts are cut at multiples of this position, whoever computes them: so a row's bits depend on its own tokens alone. A
-// part costs (2 + D) * 4 bytes a row where it must be kept, 2 % of the keys and values it stands for.
+// Parts are cut at multiples of this position, whoever computes them: so a row's bits depend on its own
+// tokens alone. A part costs (2 + D) * 4 bytes a row where it must be kept, 2 % of the keys and values it
+// stands for.
 inline constexpr int part_tokens = 256;
 
 std::size_t attend_scratch_bytes(int head_dim);
@@ -112,8 +116,8 @@ struct AttentionKernels {
 
 const AttentionKernels& attention_kernels(Isa isa);
 
-// Each appends one operation; the arguments are those of the functions of the same names in _native.pyi. They throw
-// std::invalid_argument for references that do not fit together.
+// Each appends one operation; the arguments are those of the functions of the same names in _native.pyi. They
+// throw std::invalid_argument for references that do not fit together.
 struct RopeAnglesArgs {
     Ref positions;
     const float* frequencies;

@@ -1,6 +1,7 @@
 // bf16 <-> float32, one value at a time. Vector forms are the kernels' own.
 //
-// bf16 is the upper half of a float32. Rounding is to nearest, ties to even; NaN stays NaN (quiet), infinities stay.
+// bf16 is the upper half of a float32. Rounding is to nearest, ties to even; NaN stays NaN (quiet),
+// infinities stay.
 #pragma once
 
 #include <bit>
@@ -10,7 +11,8 @@ namespace penstock {
 
 using Bf16 = std::uint16_t;
 
-// `always_inline`: also included by files compiled for one instruction set, whose copy must not become everybody's.
+// `always_inline`: also included by files compiled for one instruction set, whose copy must not become
+// everybody's.
 [[gnu::always_inline]] inline float to_float(Bf16 value) {
     return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
 }

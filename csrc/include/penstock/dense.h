@@ -1,7 +1,8 @@
 // Operations on rows that multiply no matrix: embedding, norms, quantization, activations, sums.
 //
-// Each thread takes whole rows (or, where values are independent, pieces of rows), widens them to float32 in its own
-// scratch, and works there: a row of a model fits into the L1 cache, so that a pass over it costs a cycle a vector.
+// Each thread takes whole rows (or, where values are independent, pieces of rows), widens them to float32 in
+// its own scratch, and works there: a row of a model fits into the L1 cache, so that a pass over it costs a
+// cycle a vector.
 //
 // ```
 // x (bf16 | f32) --load--> scratch f32 --add, norm, activation ...--> store --> bf16 | f32
@@ -26,7 +27,8 @@ enum class RowActivation : int { silu, gelu, gelu_tanh };
 // "silu", "gelu" or "gelu_tanh"; throws std::invalid_argument for others.
 RowActivation activation_named(std::string_view name);
 
-// What each instruction set brings. Scratch rows are float32, 64-byte aligned, and hold 0 from n to n rounded up to 64.
+// What each instruction set brings. Scratch rows are float32, 64-byte aligned, and hold 0 from n to n rounded
+// up to 64.
 struct DenseKernels {
     // Read n values; the rest of the last 64 becomes 0.
     void (*load_bf16)(const std::uint16_t* from, int n, float* row);
@@ -53,8 +55,8 @@ struct DenseKernels {
 
 const DenseKernels& dense_kernels(Isa isa);
 
-// Each appends one operation; the arguments are those of the functions of the same names in _native.pyi. They throw
-// std::invalid_argument for references that do not fit together.
+// Each appends one operation; the arguments are those of the functions of the same names in _native.pyi. They
+// throw std::invalid_argument for references that do not fit together.
 using RowsOut = std::variant<Ref, QuantizedRef>;
 
 struct EmbeddingArgs {

@@ -11,8 +11,9 @@ public:
     HugeBuffer() = default;
     // Throws std::bad_alloc where the kernel refuses. Pages are handed out at first touch.
     explicit HugeBuffer(std::size_t bytes);
-    // A part of a mapping that many such buffers share, so that small ones lie in huge pages too and none is rounded up
-    // to one. The mapping goes back when its last part does: for buffers that live equally long (a model's weights).
+    // A part of a mapping that many such buffers share, so that small ones lie in huge pages too and none is
+    // rounded up to one. The mapping goes back when its last part does: for buffers that live equally long (a
+    // model's weights).
     static HugeBuffer part(std::size_t bytes);
     ~HugeBuffer();
     HugeBuffer(HugeBuffer&& other) noexcept;

@@ -1,15 +1,16 @@
 // `x @ weight.T`: the one interface behind which every instruction set and weight format multiplies.
 //
-// A kernel computes one panel (32 output features) for some rows, sums in float32 (int32 within an int8 group), scales
-// applied, no bias and no activation: `linear_op` distributes panels and rows over the threads and finishes the results
-// (bias, gate, residual, store) while they lie in the cache.
+// A kernel computes one panel (32 output features) for some rows, sums in float32 (int32 within an int8
+// group), scales applied, no bias and no activation: `linear_op` distributes panels and rows over the threads
+// and finishes the results (bias, gate, residual, store) while they lie in the cache.
 //
 // ```
 //   x rows  [first_row, first_row + num_rows)  x  panel p of w   ->   out [num_rows][32] float32
 // ```
 //
-// **Law**: a row's result is the same bits whatever rows are computed with it, in whatever order and by how many threads:
-// each output is one fixed sequence of operations over K. (Between instruction sets results differ by roundings.)
+// **Law**: a row's result is the same bits whatever rows are computed with it, in whatever order and by how
+// many threads: each output is one fixed sequence of operations over K. (Between instruction sets results
+// differ by roundings.)
 #pragma once
 
 #include <cstdint>
@@ -51,7 +52,8 @@ struct Operand {
 };
 
 // num_rows >= 1; out is 64-byte aligned, [num_rows][32]. Features past out_features get 0.
-using Multiply = void (*)(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out);
+using Multiply = void (*)(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                          float* out);
 
 // The same for some of the inputs, a multiple of 64 of them: parts in their order, the first
 // at 0, the last to padded_inputs, give Multiply's bits. Between them `out` holds the kernel's own sums.
@@ -59,8 +61,8 @@ struct InputRange {
     int first;
     int end;
 };
-using MultiplyPart = void (*)(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                              const InputRange& inputs, float* out);
+using MultiplyPart = void (*)(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                              int panel, const InputRange& inputs, float* out);
 
 struct LinearKernels {
     Multiply bf16;              // bf16 rows, bf16 weights

@@ -1,7 +1,7 @@
 // Low-rank adapters: y += scale * B (A x), for each row with its own adapter.
 //
-// Rows that use the same adapter and lie next to each other are a segment; other rows are the base model's and are left
-// alone. Nothing is padded to the largest rank: each segment costs what its own adapter weighs.
+// Rows that use the same adapter and lie next to each other are a segment; other rows are the base model's
+// and are left alone. Nothing is padded to the largest rank: each segment costs what its own adapter weighs.
 //
 // ```
 // A   bf16 [rank][in]                   a row after the other: h[j] = dot(A[j], x)
@@ -42,8 +42,9 @@ struct LoraSite {
     Ref out;
 };
 
-// For every segment of the step: add its adapter's part to what stands in the outputs, products of the same x (bf16).
-// Does nothing in a step without segments. Throws std::invalid_argument for references that do not fit.
+// For every segment of the step: add its adapter's part to what stands in the outputs, products of the same x
+// (bf16). Does nothing in a step without segments. Throws std::invalid_argument for references that do not
+// fit.
 void add_lora(Program& program, const Ref& x, const std::vector<LoraSite>& sites);
 
 }  // namespace penstock

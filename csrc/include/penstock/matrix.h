@@ -1,7 +1,8 @@
 // Weights in the order in which the linear kernels read them.
 //
-// A matrix [out_features N, in_features K] is cut into panels of 32 output features; a panel is read from its first
-// byte to its last by one thread. Inside a panel the inputs follow each other in groups that fill one instruction:
+// A matrix [out_features N, in_features K] is cut into panels of 32 output features; a panel is read from its
+// first byte to its last by one thread. Inside a panel the inputs follow each other in groups that fill one
+// instruction:
 //
 // ```
 // bf16  [ceil(N/32)] [Kp/2] [32 features] [2 inputs]      128 bytes a pair of inputs
@@ -9,16 +10,16 @@
 // int4  [ceil(N/32)] [Kp/8] [32 features] [8 inputs]      byte j of a feature: low nibble input j, high nibble input j + 4
 // ```
 //
-// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero (int4: nibbles of 8).
-// 16 rows of 64 bytes at a stride of 128 are one operand tile of AMX; two such vectors a row are what AVX-512 multiplies
-// by a broadcast group of the input.
+// Kp is K rounded up to 64, the rest and the missing features of the last panel are zero (int4: nibbles of
+// 8). 16 rows of 64 bytes at a stride of 128 are one operand tile of AMX; two such vectors a row are what
+// AVX-512 multiplies by a broadcast group of the input.
 //
 // Quantization (both symmetric, round to nearest even):
 //   int8  one scale a feature: scale = max|w| / 127, q = round(w / scale) in [-127, 127] (all 0 where scale is 0)
 //   int4  one scale a feature and `group_size` inputs (32, 64 or 128), stored as float16; q in [-8, 7], stored as q + 8
 //
-// The scale of an int4 group is the best of five. All in float32, each operation rounded; m is the group's value of
-// greatest magnitude with its sign (the first of equals), the last group is filled up with zeros:
+// The scale of an int4 group is the best of five. All in float32, each operation rounded; m is the group's
+// value of greatest magnitude with its sign (the first of equals), the last group is filled up with zeros:
 //
 // ```
 // for d in -7, -7.5, -8, -8.5, -9:
@@ -28,7 +29,8 @@
 // the first s of the least e, and its q
 // ```
 //
-// Infinity and NaN are refused, for int4 also magnitudes above 458528 (65504 * 7), and more than 131072 inputs.
+// Infinity and NaN are refused, for int4 also magnitudes above 458528 (65504 * 7), and more than 131072
+// inputs.
 #pragma once
 
 #include <cstddef>
@@ -58,7 +60,9 @@ struct Matrix {
 
     int num_groups() const { return group_size ? (padded_inputs + group_size - 1) / group_size : 0; }
     std::size_t num_bytes() const { return values.size() + scales.size(); }
-    std::size_t panel_bytes() const { return num_panels ? values.size() / static_cast<std::size_t>(num_panels) : 0; }
+    std::size_t panel_bytes() const {
+        return num_panels ? values.size() / static_cast<std::size_t>(num_panels) : 0;
+    }
 };
 
 // The source of a pack: element (n, k) at data + n * row_stride + k * col_stride (strides in elements).

@@ -1,5 +1,5 @@
-// A mixture of experts: each token's best experts by the router's probability, their gated MLPs' results summed with
-// those weights.
+// A mixture of experts: each token's best experts by the router's probability, their gated MLPs' results
+// summed with those weights.
 //
 // ```
 // route    router logits, softmax over all experts, the top_k of each token (equal: lowest id)
@@ -10,9 +10,11 @@
 // sum      of each token's slots in the order of their ranks, weighted
 // ```
 //
-// **Law**: a token's result does not depend on the other tokens: its products do not (linear.h), its sum has one order.
+// **Law**: a token's result does not depend on the other tokens: its products do not (linear.h), its sum has
+// one order.
 //
-// Source: Jiang et al., Mixtral of Experts (2024), section 2.1; grouping by expert as in Gale et al., MegaBlocks (2022).
+// Source: Jiang et al., Mixtral of Experts (2024), section 2.1; grouping by expert as in Gale et al.,
+// MegaBlocks (2022).
 #pragma once
 
 #include <cstdint>

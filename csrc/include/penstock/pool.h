@@ -1,15 +1,17 @@
-// The one pool of threads that computes: the caller and `threads - 1` others, which do every operation of a step
-// together, with a barrier between operations.
+// The one pool of threads that computes: the caller and `threads - 1` others, which do every operation of a
+// step together, with a barrier between operations.
 //
 // ```
 // caller   run(job) ---- job(worker 0) --- barrier --- ... --- return
 // thread 1   asleep ---- job(worker 1) --- barrier --- ... --- lingers, then sleeps
 // ```
 //
-// Threads spin only while a job runs and for `linger_us` after it (a step is a few jobs in a row); else they sleep on
-// a futex. A thread that waits long inside a job (its neighbour was preempted) sleeps too and leaves its core.
+// Threads spin only while a job runs and for `linger_us` after it (a step is a few jobs in a row); else they
+// sleep on a futex. A thread that waits long inside a job (its neighbour was preempted) sleeps too and leaves
+// its core.
 //
-// Memory need not rest while threads wait: at a barrier and between jobs they ask for what is read next (`ReadAhead`).
+// Memory need not rest while threads wait: at a barrier and between jobs they ask for what is read next
+// (`ReadAhead`).
 #pragma once
 
 #include <algorithm>
@@ -34,8 +36,8 @@ struct Memory {
     std::size_t bytes;
 };
 
-// Walks through memory that will be read soon and asks for it, some lines at a time. Only prefetches: what it names need
-// not be there any more.
+// Walks through memory that will be read soon and asks for it, some lines at a time. Only prefetches: what it
+// names need not be there any more.
 class ReadAhead {
 public:
     // Start at the first of `reads`, which must outlive the walk; the same list again goes on where it stood.
@@ -72,7 +74,8 @@ public:
     // Ask for the next piece; false where none is left.
     bool ask() {
         const std::size_t i = next_.load(std::memory_order_relaxed);
-        if (i >= pieces_.size() || next_.fetch_add(1, std::memory_order_relaxed) != i) return i < pieces_.size();
+        if (i >= pieces_.size() || next_.fetch_add(1, std::memory_order_relaxed) != i)
+            return i < pieces_.size();
         const Memory& memory = pieces_[i];
         for (std::size_t at = 0; at < memory.bytes; at += cache_line) __builtin_prefetch(memory.data + at);
         return true;
@@ -93,15 +96,18 @@ public:
     const int id;     // 0 to count - 1; 0 is the caller
     const int count;  // threads in the job
 
-    // Wait for all threads of the job. Also makes the next `share` start at 0. `reads` (or null) is asked for meanwhile.
+    // Wait for all threads of the job. Also makes the next `share` start at 0. `reads` (or null) is asked for
+    // meanwhile.
     void barrier(const std::vector<Memory>* reads = nullptr);
 
-    // Call task(i) for i in [0, num_tasks), each once: the first by the thread of that number, the others by whichever
-    // thread is free, in rising order. At most one `share` between two barriers, and the same num_tasks in all threads.
+    // Call task(i) for i in [0, num_tasks), each once: the first by the thread of that number, the others by
+    // whichever thread is free, in rising order. At most one `share` between two barriers, and the same
+    // num_tasks in all threads.
     template <class Task>
     void share(std::int64_t num_tasks, Task&& task);
 
-    // This thread's memory, 64-byte aligned and as long as `Pool::reserve_scratch` made it. One use at a time.
+    // This thread's memory, 64-byte aligned and as long as `Pool::reserve_scratch` made it. One use at a
+    // time.
     std::byte* scratch() const { return scratch_.data(); }
 
 private:
@@ -127,12 +133,12 @@ public:
     // Run the job on all threads and wait. Not reentrant, one caller at a time; the job must not throw.
     void run(const std::function<void(Worker&)>& job);
 
-    // Every thread's scratch is at least so long from now on; where it grows its contents are lost. Not while a job runs,
-    // in which nothing may be allocated: there is nobody to tell that there is no memory.
+    // Every thread's scratch is at least so long from now on; where it grows its contents are lost. Not while
+    // a job runs, in which nothing may be allocated: there is nobody to tell that there is no memory.
     void reserve_scratch(std::size_t bytes);
 
-    // What threads ask for after the next job and those that follow, until they have been through or other reads are
-    // given; null for nothing. Not while a job runs.
+    // What threads ask for after the next job and those that follow, until they have been through or other
+    // reads are given; null for nothing. Not while a job runs.
     void read_between_jobs(std::shared_ptr<SharedReads> reads);
 
 private:

@@ -1,14 +1,15 @@
 // A recorded pass of a model: buffers, and operations in their order, run by all threads with one call.
 //
-// The CPU's counterpart of a CUDA graph. A buffer has a row for every token of the step; the number of rows is known
-// only when the program runs, everything else when it is made. External buffers (token ids, the result) are pointers
-// given at each run. No operation knows Python, torch or another operation.
+// The CPU's counterpart of a CUDA graph. A buffer has a row for every token of the step; the number of rows
+// is known only when the program runs, everything else when it is made. External buffers (token ids, the
+// result) are pointers given at each run. No operation knows Python, torch or another operation.
 //
 // ```
 // row r of a buffer: data + r * row_bytes     [ cols values | zeros up to row_bytes ]
 // ```
 //
-// The padding of an own buffer is zero always: kernels may read it (K rounded up), none may write anything else there.
+// The padding of an own buffer is zero always: kernels may read it (K rounded up), none may write anything
+// else there.
 #pragma once
 
 #include <cstddef>
@@ -98,7 +99,8 @@ struct Step {
 
     Rows at(const Ref& ref) const {
         const Rows& rows = buffers[static_cast<std::size_t>(ref.buffer)];
-        return {rows.data + ref.col * static_cast<std::int64_t>(item_bytes(ref.dtype)), rows.row_bytes, ref.cols, ref.dtype};
+        return {rows.data + ref.col * static_cast<std::int64_t>(item_bytes(ref.dtype)), rows.row_bytes,
+                ref.cols, ref.dtype};
     }
 };
 
@@ -110,7 +112,8 @@ public:
     virtual void run(const Step& step, Worker& worker) const = 0;
     // How much of its scratch a thread uses in such a step; asked for before every job.
     virtual std::size_t scratch_bytes(const Step&) const { return 0; }
-    // What task `task` of its `share` reads, where that is known and the rows are few; empty past the last task.
+    // What task `task` of its `share` reads, where that is known and the rows are few; empty past the last
+    // task.
     virtual std::vector<Memory> reads(int) const { return {}; }
 };
 
@@ -131,13 +134,15 @@ public:
     Ref add_buffer(DType dtype, int cols);
     // A buffer whose address (and distance of rows) each run brings, in the order of these calls.
     Ref add_external(DType dtype, int cols);
-    // Whether every row of the columns is followed by zeros up to a multiple of 64 values: what the linear kernels read.
+    // Whether every row of the columns is followed by zeros up to a multiple of 64 values: what the linear
+    // kernels read.
     bool is_padded(const Ref& ref) const;
     // Appends an operation; it must refer to buffers of this program only.
     void add(std::unique_ptr<Op> op);
 
-    // At least so many bytes at `Step::shared`, for whichever operation runs: all its threads see the same memory, and what
-    // it left there is lost to the next. 64-byte aligned; a page costs memory only once it is touched.
+    // At least so many bytes at `Step::shared`, for whichever operation runs: all its threads see the same
+    // memory, and what it left there is lost to the next. 64-byte aligned; a page costs memory only once it
+    // is touched.
     void reserve_shared(std::size_t bytes) { shared_bytes_ = bytes > shared_bytes_ ? bytes : shared_bytes_; }
 
     // Where the layers' keys and values are, by layer; stays until the next call.
@@ -149,18 +154,22 @@ public:
     };
 
     // Run all operations over `num_rows` rows.
-    void run(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
-             std::span<const AdapterRows> adapters = {});
+    void run(std::int64_t num_rows, std::span<const External> externals,
+             std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters = {});
 
-    // The program that runs after this one, complete: between the two, idle threads ask for what it reads first.
+    // The program that runs after this one, complete: between the two, idle threads ask for what it reads
+    // first.
     void set_next(const Program& next) { next_reads_ = next.first_reads(); }
 
-    // Whether threads that wait, in the program and after it, ask for what is read next. For measuring what that gives.
+    // Whether threads that wait, in the program and after it, ask for what is read next. For measuring what
+    // that gives.
     void set_reads_ahead(bool reads_ahead) { reads_ahead_ = reads_ahead; }
 
-    // The same, one operation at a time: nanoseconds of each in the order of `ops`, added to what stood there.
-    void profile(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
-                 std::vector<double>& seconds, std::span<const AdapterRows> adapters = {});
+    // The same, one operation at a time: nanoseconds of each in the order of `ops`, added to what stood
+    // there.
+    void profile(std::int64_t num_rows, std::span<const External> externals,
+                 std::span<const AttentionInputs> groups, std::vector<double>& seconds,
+                 std::span<const AdapterRows> adapters = {});
 
     std::vector<std::string_view> op_names() const;
     std::size_t buffer_bytes() const { return arena_.size(); }
@@ -175,8 +184,8 @@ private:
         bool is_external;
     };
     void reserve(std::int64_t num_rows);
-    Step bind(std::int64_t num_rows, std::span<const External> externals, std::span<const AttentionInputs> groups,
-              std::span<const AdapterRows> adapters);
+    Step bind(std::int64_t num_rows, std::span<const External> externals,
+              std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters);
 
     std::shared_ptr<SharedReads> first_reads() const;
     void run_op(std::size_t i, const Step& step, Worker& worker) const;

@@ -1,7 +1,7 @@
 // From rows of logits to tokens: the native form of penstock/engine/sampling, which stays its reference.
 //
-// A row is read once from memory (its maxima) and then from the core's cache: once more for the softmax's sums, and a
-// few times where a filter needs it. No row is ever sorted.
+// A row is read once from memory (its maxima) and then from the core's cache: once more for the softmax's
+// sums, and a few times where a filter needs it. No row is ever sorted.
 //
 // ```
 // logits [vocab] --edits--> scan: maxima of blocks of 64, NaN --> greedy: the first token with the highest logit
@@ -12,11 +12,12 @@
 //                                `--> collect: tokens above the k-th block maximum, of which the k first are sorted
 // ```
 //
-// The sums, their order and the order of the CDF are those of penstock/engine/sampling/{vocabulary,draw,nucleus}.py:
-// the same uniform number draws the same token, but where it lies within 1e-5 of the mass beside a border (float32's exp
-// and a few sums round differently).
+// The sums, their order and the order of the CDF are those of
+// penstock/engine/sampling/{vocabulary,draw,nucleus}.py: the same uniform number draws the same token, but
+// where it lies within 1e-5 of the mass beside a border (float32's exp and a few sums round differently).
 //
-// **Law**: a row's token depends on its own logits, parameters and uniform number; not on neighbours or threads.
+// **Law**: a row's token depends on its own logits, parameters and uniform number; not on neighbours or
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -96,7 +97,7 @@ private:
 };
 
 // out[r] = 1 if no value of row r is NaN or infinite, else 0. bf16 or float32 rows.
-void rows_are_finite(Pool& pool, Isa isa, const std::byte* data, bool is_bf16, std::int64_t num_rows, std::int64_t cols,
-                     std::int64_t row_bytes, std::uint8_t* out);
+void rows_are_finite(Pool& pool, Isa isa, const std::byte* data, bool is_bf16, std::int64_t num_rows,
+                     std::int64_t cols, std::int64_t row_bytes, std::uint8_t* out);
 
 }  // namespace penstock

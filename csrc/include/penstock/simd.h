@@ -1,8 +1,9 @@
-// Vectors of float32 as wide as the registers of the instruction set that the including file is compiled for: 16, 8 or
-// 4 lanes; and the few functions of them that the kernels need.
+// Vectors of float32 as wide as the registers of the instruction set that the including file is compiled for:
+// 16, 8 or 4 lanes; and the few functions of them that the kernels need.
 //
-// Plain GCC/Clang vectors: one source, lowered by the compiler; intrinsics only where it cannot know (bf16 rounding,
-// masked loads). Everything lies in an anonymous namespace: each file gets its own, in its own instruction set.
+// Plain GCC/Clang vectors: one source, lowered by the compiler; intrinsics only where it cannot know (bf16
+// rounding, masked loads). Everything lies in an anonymous namespace: each file gets its own, in its own
+// instruction set.
 //
 // | function         | error against exact                                     |
 // |------------------|---------------------------------------------------------|
@@ -106,7 +107,8 @@ PENSTOCK_INLINE U16 narrow(F32 v) {
     const U32 quiet = (bits >> 16) | 0x40;
     const U32 chosen = (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
 #if defined(__AVX2__)
-    const __m128i low = _mm256_castsi256_si128((__m256i)chosen), high = _mm256_extracti128_si256((__m256i)chosen, 1);
+    const __m128i low = _mm256_castsi256_si128((__m256i)chosen),
+                  high = _mm256_extracti128_si256((__m256i)chosen, 1);
     return (U16)_mm_packus_epi32(low, high);
 #else
     return __builtin_convertvector(chosen, U16);
@@ -183,7 +185,8 @@ PENSTOCK_INLINE F32 exp_of(F32 v) {
     return v < exp_lowest ? F32{} : bounded;
 }
 
-// e^v for v <= 0, with half the instructions: no upper bound, and 2^n, a normal number, is added to the exponent.
+// e^v for v <= 0, with half the instructions: no upper bound, and 2^n, a normal number, is added to the
+// exponent.
 PENSTOCK_INLINE F32 exp_of_nonpositive(F32 v) {
     const Exponential e = exponential_of(v < exp_lowest ? splat(exp_lowest) : v);
     const F32 y = (F32)((U32)e.factor + ((U32)e.shifted << 23));  // what the magic number adds is shifted out
@@ -207,9 +210,9 @@ PENSTOCK_INLINE F32 tanh_of(F32 v) {
     return a < 0.625f ? small : is_signed;
 }
 
-// The standard normal distribution's CDF, (1 + erf(v / sqrt 2)) / 2: for v < 0 half of erfc(|v| / sqrt 2), whose
-// relative error stays small far into the tail.
-// Source: Press et al., Numerical Recipes in C (1992), section 6.2, the Chebyshev fit of ln(erfc(a) / t) + a^2.
+// The standard normal distribution's CDF, (1 + erf(v / sqrt 2)) / 2: for v < 0 half of erfc(|v| / sqrt 2),
+// whose relative error stays small far into the tail. Source: Press et al., Numerical Recipes in C (1992),
+// section 6.2, the Chebyshev fit of ln(erfc(a) / t) + a^2.
 PENSTOCK_INLINE F32 normal_cdf_of(F32 v) {
     const F32 a = magnitude(v) * 0.707106781f;
     const F32 t = 1.0f / (1.0f + 0.5f * a);
@@ -227,8 +230,8 @@ PENSTOCK_INLINE F32 normal_cdf_of(F32 v) {
     return v < 0.0f ? tail : 1.0f - tail;
 }
 
-// silu: v sigmoid(v). gelu: v Phi(v). gelu_tanh: v sigmoid(2 sqrt(2 / pi) (v + 0.044715 v^3)), which is the tanh form
-// because (1 + tanh(u)) / 2 = sigmoid(2 u).
+// silu: v sigmoid(v). gelu: v Phi(v). gelu_tanh: v sigmoid(2 sqrt(2 / pi) (v + 0.044715 v^3)), which is the
+// tanh form because (1 + tanh(u)) / 2 = sigmoid(2 u).
 PENSTOCK_INLINE F32 silu_of(F32 v) { return v * sigmoid_of(v); }
 PENSTOCK_INLINE F32 gelu_of(F32 v) { return v * normal_cdf_of(v); }
 PENSTOCK_INLINE F32 gelu_tanh_of(F32 v) { return v * sigmoid_of(1.59576912f * (v + 0.044715f * v * v * v)); }

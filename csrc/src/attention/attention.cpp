@@ -42,18 +42,20 @@ void KvShape::check() const {
         throw std::invalid_argument("num_kv_heads must be 1 or more, not " + std::to_string(num_kv_heads));
     }
     if (head_dim < head_dim_min || head_dim > head_dim_max || head_dim % head_dim_step != 0) {
-        throw std::invalid_argument("head_dim must be a multiple of 16 from 32 to 256, not " + std::to_string(head_dim));
+        throw std::invalid_argument("head_dim must be a multiple of 16 from 32 to 256, not " +
+                                    std::to_string(head_dim));
     }
 }
 
-// The largest of: vectors (7 rows of scores and weights, sums of 16 lanes a row, one step's values), and tiles (tiles.inl:
-// 32 rows of scores and weights of a part, its keys and twice its values, 16 rows of out).
+// The largest of: vectors (7 rows of scores and weights, sums of 16 lanes a row, one step's values), and
+// tiles (tiles.inl: 32 rows of scores and weights of a part, its keys and twice its values, 16 rows of out).
 std::size_t attend_scratch_bytes(int head_dim) {
     const auto dims = static_cast<std::size_t>(head_dim);
     const std::size_t rows = 7 * 64 * (4 + 4), sums = max_tile_rows * 64;
     const std::size_t vectors = rows + sums + 64 + 4 * granule_tokens * dims * 2 + 64;
     const std::size_t tile_rows = 32 * ((part_tokens + 16) * 4 + (part_tokens + 32) * 2);
-    const std::size_t tiles = tile_rows + std::size_t{3} * part_tokens * ((dims + 31) / 32 * 32) * 2 + 16 * dims * 4;
+    const std::size_t tiles =
+        tile_rows + std::size_t{3} * part_tokens * ((dims + 31) / 32 * 32) * 2 + 16 * dims * 4;
     return std::max(vectors, tiles);
 }
 

@@ -5,11 +5,12 @@
 // task = one piece of one head of one tile
 // ```
 //
-// Mostly a task is a whole head's keys. Where few tasks stand against many keys (one long context), keys are cut into
-// pieces of whole parts (`part_tokens`); parts of cut sequences go to shared memory and are folded after a barrier. Parts
-// are always folded one by one, the first to the last, so that a cut changes no bit.
+// Mostly a task is a whole head's keys. Where few tasks stand against many keys (one long context), keys are
+// cut into pieces of whole parts (`part_tokens`); parts of cut sequences go to shared memory and are folded
+// after a barrier. Parts are always folded one by one, the first to the last, so that a cut changes no bit.
 //
-// Source: Dao et al., Flash-Decoding for long-context inference, 2023; Ye et al., FlashInfer, 2024, section 3.3.
+// Source: Dao et al., Flash-Decoding for long-context inference, 2023; Ye et al., FlashInfer, 2024, section
+// 3.3.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -54,8 +55,8 @@ struct TileScratch {
 };
 
 AttentionPart part_at(float* at, int num_rows, int head_dim) {
-    return {at + static_cast<std::int64_t>(num_rows) * head_dim, at + static_cast<std::int64_t>(num_rows) * (head_dim + 1),
-            at};
+    return {at + static_cast<std::int64_t>(num_rows) * head_dim,
+            at + static_cast<std::int64_t>(num_rows) * (head_dim + 1), at};
 }
 
 class Attention final : public Op {
@@ -103,7 +104,8 @@ private:
         TileScratch scratch;
     };
 
-    // A tile: tokens [token, token + num_tokens) of the sequence's rows, query heads [head, head + num_heads).
+    // A tile: tokens [token, token + num_tokens) of the sequence's rows, query heads [head, head +
+    // num_heads).
     struct Tile {
         int token;
         int num_tokens;
@@ -128,8 +130,9 @@ private:
 
     std::size_t tile_bytes() const {
         const std::size_t rows = max_tile_rows, dims = static_cast<std::size_t>(args_.shape.head_dim);
-        return align(rows * dims * static_cast<std::size_t>(kernels_.query_item_bytes)) + 2 * align(rows * 4) +
-               2 * align(static_cast<std::size_t>(part_floats()) * 4) + attend_scratch_bytes(args_.shape.head_dim);
+        return align(rows * dims * static_cast<std::size_t>(kernels_.query_item_bytes)) +
+               2 * align(rows * 4) + 2 * align(static_cast<std::size_t>(part_floats()) * 4) +
+               attend_scratch_bytes(args_.shape.head_dim);
     }
 
     TileScratch tile_scratch(std::byte* at) const {
@@ -186,7 +189,8 @@ private:
     // Decides the number of pieces; target: what a task should cost, 0 to cut nothing.
     void cut(SequencePlan& plan, std::int64_t target) const {
         const int end = plan.start + plan.num_rows;
-        plan.num_parts = plan.num_rows > 0 ? (end - 1) / part_tokens - first_seen(plan.start) / part_tokens + 1 : 0;
+        plan.num_parts =
+            plan.num_rows > 0 ? (end - 1) / part_tokens - first_seen(plan.start) / part_tokens + 1 : 0;
         plan.num_pieces = 1;
         if (target == 0 || plan.num_parts < 2) return;
         const std::int64_t wanted = (cost_of(plan) + target - 1) / target;
@@ -207,12 +211,14 @@ private:
     template <class Start>
     const SequencePlan& plan_of(const Run& run, std::int64_t index, Start start) const {
         const SequencePlan* end = run.plans + run.inputs.num_seqs;
-        const auto* after = std::upper_bound(run.plans, const_cast<SequencePlan*>(end), index,
-                                             [&](std::int64_t i, const SequencePlan& plan) { return i < plan.*start; });
+        const auto* after =
+            std::upper_bound(run.plans, const_cast<SequencePlan*>(end), index,
+                             [&](std::int64_t i, const SequencePlan& plan) { return i < plan.*start; });
         return *(after - 1);
     }
 
-    // Tile `index` of the sequence, in the order (tile, head); the last tokens, which see the most keys, first.
+    // Tile `index` of the sequence, in the order (tile, head); the last tokens, which see the most keys,
+    // first.
     Tile tile_of(const SequencePlan& plan, std::int64_t index) const {
         const int head_task = static_cast<int>(index % num_head_tasks());
         const int tile_idx = plan.num_tiles - 1 - static_cast<int>(index / num_head_tasks());
@@ -242,10 +248,12 @@ private:
             return;
         }
         float* parts = shared_parts(run, plan, index);
-        const int from = tile.num_parts * piece / plan.num_pieces, to = tile.num_parts * (piece + 1) / plan.num_pieces;
+        const int from = tile.num_parts * piece / plan.num_pieces,
+                  to = tile.num_parts * (piece + 1) / plan.num_pieces;
         work.fetch_end = std::min(tile.end, (tile.first_part + to) * part_tokens);
         for (int p = from; p < to; ++p) {
-            attend_part(tile, work, p, part_at(parts + p * part_floats(plan), tile.num_rows(), args_.shape.head_dim));
+            attend_part(tile, work, p,
+                        part_at(parts + p * part_floats(plan), tile.num_rows(), args_.shape.head_dim));
         }
     }
 
@@ -269,14 +277,16 @@ private:
         float* parts = shared_parts(run, plan, index);
         const AttentionPart total = part_at(parts, tile.num_rows(), args_.shape.head_dim);
         for (int p = 1; p < tile.num_parts; ++p) {
-            const AttentionPart part = part_at(parts + p * part_floats(plan), tile.num_rows(), args_.shape.head_dim);
+            const AttentionPart part =
+                part_at(parts + p * part_floats(plan), tile.num_rows(), args_.shape.head_dim);
             kernels_.fold(tile.num_rows(), args_.shape.head_dim, total, part);
         }
         store_rows(run, plan, tile, total);
     }
 
     float* shared_parts(const Run& run, const SequencePlan& plan, std::int64_t index) const {
-        return reinterpret_cast<float*>(run.step.shared) + plan.shared_at + index * plan.num_parts * part_floats(plan);
+        return reinterpret_cast<float*>(run.step.shared) + plan.shared_at +
+               index * plan.num_parts * part_floats(plan);
     }
 
     AttentionTile load_tile(const Run& run, const SequencePlan& plan, const Tile& tile) const {
@@ -308,7 +318,8 @@ private:
                 .scratch = scratch.attend};
     }
 
-    void store_rows(const Run& run, const SequencePlan& plan, const Tile& tile, const AttentionPart& total) const {
+    void store_rows(const Run& run, const SequencePlan& plan, const Tile& tile,
+                    const AttentionPart& total) const {
         const int head_dim = args_.shape.head_dim;
         const Rows out = run.step.at(args_.out);
         for (int r = 0; r < tile.num_rows(); ++r) {
@@ -339,7 +350,8 @@ void add_attention(Program& program, const AttentionArgs& args) {
     expect(args.num_heads >= 1 && args.num_heads % args.shape.num_kv_heads == 0,
            "num_heads must be a multiple of num_kv_heads, not " + std::to_string(args.num_heads));
     expect(args.query.dtype == DType::bf16 && args.out.dtype == DType::bf16, "query and out must be bf16");
-    expect(args.query.cols == cols && args.out.cols == cols, "query and out must have num_heads * head_dim columns");
+    expect(args.query.cols == cols && args.out.cols == cols,
+           "query and out must have num_heads * head_dim columns");
     expect(args.layer >= 0, "layer must be 0 or more");
     expect(args.scale > 0.0f, "scale must be above 0, not " + std::to_string(args.scale));
     expect(args.window >= 0, "window must be 0 (none) or more, not " + std::to_string(args.window));

@@ -1,8 +1,10 @@
-// Attention over one part of the keys, rotation and cache writes: the source that each instruction set compiles.
+// Attention over one part of the keys, rotation and cache writes: the source that each instruction set
+// compiles.
 //
 // Not here: which tile, which part, which thread (attention_op.cpp).
 //
-// A part is walked in steps of 64 keys (4 granules), and in a step the tile's rows in groups that fill the registers:
+// A part is walked in steps of 64 keys (4 granules), and in a step the tile's rows in groups that fill the
+// registers:
 //
 // ```
 // scores [rows][64]  = query pairs (broadcast) x keys [pairs][16 tokens][2]         sums over the dims in order
@@ -10,13 +12,14 @@
 // out [rows][D]     += weight pairs (broadcast) x values [8 pairs][D][2]            sums over the tokens in order
 // ```
 //
-// A row's numbers are one sequence of operations fixed by the positions of its keys: rows and keys that another row makes
-// the group visit get the weight 0 here, which adds 0 and multiplies by 1.
+// A row's numbers are one sequence of operations fixed by the positions of its keys: rows and keys that
+// another row makes the group visit get the weight 0 here, which adds 0 and multiplies by 1.
 //
-// AVX-512 multiplies bf16 pairs (the weights are rounded to bf16: relative 2^-9); the others widen to float32.
+// AVX-512 multiplies bf16 pairs (the weights are rounded to bf16: relative 2^-9); the others widen to
+// float32.
 //
-// Source: Dao et al., FlashAttention, 2022, algorithm 1; Milakov and Gimelshein, Online normalizer calculation for
-// softmax, 2018.
+// Source: Dao et al., FlashAttention, 2022, algorithm 1; Milakov and Gimelshein, Online normalizer
+// calculation for softmax, 2018.
 #include <limits>
 #include <utility>
 
@@ -45,8 +48,9 @@ static_assert(part_tokens % step_tokens == 0, "a step lies in one part");
 
 #if defined(__AVX512BF16__)
 
-// Rows times vectors of sums, the vectors of pairs and a weight fit into 32 registers; 12 sums hide a dot's latency. Six
-// rows are fastest a row, but seven or eight (one token's heads) are faster at once than in two groups.
+// Rows times vectors of sums, the vectors of pairs and a weight fit into 32 registers; 12 sums hide a dot's
+// latency. Six rows are fastest a row, but seven or eight (one token's heads) are faster at once than in two
+// groups.
 constexpr int max_rows = 8, best_rows = 6;
 constexpr int vectors_of(int rows) { return rows <= 6 ? 4 : 2; }
 
@@ -109,7 +113,8 @@ PENSTOCK_INLINE Pairs load_int8_pairs(const std::byte* from) {
 #else
     const I32 both = (I32)__builtin_convertvector(bytes, U32);
 #endif
-    return {__builtin_convertvector((both << 24) >> 24, F32), __builtin_convertvector((both << 16) >> 24, F32)};
+    return {__builtin_convertvector((both << 24) >> 24, F32),
+            __builtin_convertvector((both << 16) >> 24, F32)};
 }
 
 PENSTOCK_INLINE void store_weights(Weight* to, F32 v) { std::memcpy(to, &v, sizeof v); }
@@ -198,9 +203,10 @@ PENSTOCK_INLINE void repeat(F&& f) {
 struct StepView {
     const std::byte* keys[step_granules];
     const std::byte* values[step_granules];
-    // The granules at the same places of the next step: whoever reads a line here asks for the same line there. One at
-    // a time, because a core keeps few lines on their way at once, and a burst would wait for itself; with no count of
-    // its own, because that took a third of the time. Where there is nothing to ask for, the granule itself.
+    // The granules at the same places of the next step: whoever reads a line here asks for the same line
+    // there. One at a time, because a core keeps few lines on their way at once, and a burst would wait for
+    // itself; with no count of its own, because that took a third of the time. Where there is nothing to ask
+    // for, the granule itself.
     const std::byte* next_keys[step_granules];
     const std::byte* next_values[step_granules];
     int begin;  // position of granule 0's first token
@@ -222,8 +228,8 @@ struct GroupScratch {
 
 // Scores of R rows with the keys of G granules; each sums its dims in their order.
 template <class Kv, int R, int G>
-void multiply_keys(const std::byte* const* keys, const std::byte* const* next, const Weight* query, int num_pairs,
-                   float* scores) {
+void multiply_keys(const std::byte* const* keys, const std::byte* const* next, const Weight* query,
+                   int num_pairs, float* scores) {
     constexpr int num_vectors = G * granule_vectors;
     F32 sums[R][num_vectors]{};
     for (int p = 0; p < num_pairs; ++p) {
@@ -236,7 +242,8 @@ void multiply_keys(const std::byte* const* keys, const std::byte* const* next, c
         });
         repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
             const Weight w = query[r * num_pairs + p];
-            repeat<num_vectors>([&](auto v) PENSTOCK_INLINE_LAMBDA { sums[r][v] = dot(sums[r][v], x[v], w); });
+            repeat<num_vectors>([&](auto v)
+                                    PENSTOCK_INLINE_LAMBDA { sums[r][v] = dot(sums[r][v], x[v], w); });
         });
     }
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
@@ -298,8 +305,8 @@ PENSTOCK_INLINE F32 only_seen(F32 v, F32 otherwise, const AttentionTile& tile, i
     return at > tile.last[row] ? otherwise : v;
 }
 
-// A score is a factor times what lies in `scores` after this, and -inf there where the row does not see the key. Returns
-// the largest. IsPlain: all granules, all keys seen, no cap.
+// A score is a factor times what lies in `scores` after this, and -inf there where the row does not see the
+// key. Returns the largest. IsPlain: all granules, all keys seen, no cap.
 template <class Kv, bool IsPlain>
 PENSTOCK_INLINE float finish_scores(const AttentionTile& tile, const StepView& step, int row, float* scores) {
     const float inner = tile.scale / tile.softcap;
@@ -337,7 +344,8 @@ PENSTOCK_INLINE void store_row(const AttentionTile& tile, const StepView& step, 
 
 // The weights of R rows, and in `shrink` what their sums and outs so far are multiplied by.
 template <class Kv, int R, bool IsPlain>
-void weigh(const AttentionTile& tile, const StepView& step, int row, float* max, GroupScratch& scratch, float* shrink) {
+void weigh(const AttentionTile& tile, const StepView& step, int row, float* max, GroupScratch& scratch,
+           float* shrink) {
     static_assert(R <= lanes);
     const float factor = (tile.softcap > 0.0f ? tile.softcap : tile.scale) * log2_e;
     alignas(64) float base[lanes];
@@ -353,7 +361,8 @@ void weigh(const AttentionTile& tile, const StepView& step, int row, float* max,
     store_first(max + row, now, R);
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
         F32 sum = load(scratch.sums[row + r]) * shrink[r];
-        store_row<Kv, IsPlain>(tile, step, row + r, scratch.scores[r], factor, base[r], scratch.weights[r], sum);
+        store_row<Kv, IsPlain>(tile, step, row + r, scratch.scores[r], factor, base[r], scratch.weights[r],
+                               sum);
         store(scratch.sums[row + r], sum);
     });
 }
@@ -362,8 +371,8 @@ void weigh(const AttentionTile& tile, const StepView& step, int row, float* max,
 
 // C vectors of out, of R rows, from `column` on; each sums its tokens in their order.
 template <class Kv, int R, int C>
-void multiply_values(const StepView& step, const Weight* weights, const float* shrink, int head_dim, int column,
-                     float* out) {
+void multiply_values(const StepView& step, const Weight* weights, const float* shrink, int head_dim,
+                     int column, float* out) {
     F32 sums[R][C];
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
         repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA {
@@ -390,7 +399,8 @@ void multiply_values(const StepView& step, const Weight* weights, const float* s
         }
     }
     repeat<R>([&](auto r) PENSTOCK_INLINE_LAMBDA {
-        repeat<C>([&](auto c) PENSTOCK_INLINE_LAMBDA { store(out + r * head_dim + column + c * lanes, sums[r][c]); });
+        repeat<C>([&](auto c)
+                      PENSTOCK_INLINE_LAMBDA { store(out + r * head_dim + column + c * lanes, sums[r][c]); });
     });
 }
 
@@ -429,11 +439,13 @@ bool is_finite(const std::byte* granule, int head_dim) {
     return true;
 }
 
-// Whether 0 times an unseen value might be NaN: only granules that some row of [row, row + num) does not see whole count.
+// Whether 0 times an unseen value might be NaN: only granules that some row of [row, row + num) does not see
+// whole count.
 bool needs_cleaning(const AttentionTile& tile, const StepView& step, int row, int num) {
     for (int g = step.from; g < step.to; ++g) {
         const int begin = step.begin + g * granule_tokens;
-        const bool is_whole = tile.first[row + num - 1] <= begin && tile.last[row] >= begin + granule_tokens - 1;
+        const bool is_whole =
+            tile.first[row + num - 1] <= begin && tile.last[row] >= begin + granule_tokens - 1;
         if (!is_whole && !is_finite(step.values[g], tile.head_dim)) return true;
     }
     return false;
@@ -510,7 +522,8 @@ StepView view_step(const AttentionTile& tile, int begin, int end, int seen_from,
     StepView step{};
     step.begin = begin;
     step.from = at_least(begin, seen_from) / granule_tokens - begin / granule_tokens;
-    step.to = (at_most(at_most(begin + step_tokens, end), seen_to) - begin + granule_tokens - 1) / granule_tokens;
+    step.to =
+        (at_most(at_most(begin + step_tokens, end), seen_to) - begin + granule_tokens - 1) / granule_tokens;
     for (int g = step.from; g < step.to; ++g) {
         const int granule = begin / granule_tokens + g;
         const std::int64_t offset = tile.block_table[granule / tile.granules_per_block] * tile.block_stride +
@@ -534,7 +547,8 @@ void aim(StepView& step, const StepView* next) {
 
 // All groups of rows over one step; a group reads only the granules that one of its rows sees.
 template <class Kv>
-void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part, GroupScratch& scratch) {
+void attend_step(const AttentionTile& tile, const StepView& step, const AttentionPart& part,
+                 GroupScratch& scratch) {
     const int num_groups = num_groups_of(tile.num_rows);
     for (int i = 0; i < num_groups; ++i) {
         const int row = tile.num_rows * i / num_groups, end = tile.num_rows * (i + 1) / num_groups;
@@ -596,7 +610,8 @@ void pack_query(const std::uint16_t* from, int head_dim, std::byte* to) {
 // ---- rotation and writes
 
 // (a, b) -> (a cos - b sin, b cos + a sin), a = dim i, b = dim i + half.
-void rotate(const std::uint16_t* from, const float* angles, int num_heads, int head_dim, int half, std::uint16_t* to) {
+void rotate(const std::uint16_t* from, const float* angles, int num_heads, int head_dim, int half,
+            std::uint16_t* to) {
     const int whole = half / lanes * lanes;
     for (int h = 0; h < num_heads; ++h, from += head_dim, to += head_dim) {
         for (int i = 0; i < whole; i += lanes) {

@@ -1,7 +1,7 @@
 // Angles, rotation and cache writes as operations. See attention.h.
 //
-// The angle is a float32 product, as in training; its cosine and sine are computed in double, so that they are exact to
-// a rounding.
+// The angle is a float32 product, as in training; its cosine and sine are computed in double, so that they
+// are exact to a rounding.
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -41,7 +41,8 @@ public:
             for (int i = 0; i < args_.num_frequencies; ++i) {
                 const double angle = position * args_.frequencies[i];
                 to[i] = static_cast<float>(std::cos(angle) * static_cast<double>(args_.factor));
-                to[args_.num_frequencies + i] = static_cast<float>(std::sin(angle) * static_cast<double>(args_.factor));
+                to[args_.num_frequencies + i] =
+                    static_cast<float>(std::sin(angle) * static_cast<double>(args_.factor));
             }
         });
     }
@@ -58,8 +59,8 @@ public:
     void run(const Step& step, Worker& worker) const override {
         const Rows x = step.at(args_.x), angles = step.at(args_.angles), out = step.at(args_.out);
         for_each_row(step, worker, [&](std::int64_t row) {
-            kernels_.rotate(x.row<std::uint16_t>(row), angles.row<float>(row), x.cols / args_.head_dim, args_.head_dim,
-                            angles.cols / 2, out.row<std::uint16_t>(row));
+            kernels_.rotate(x.row<std::uint16_t>(row), angles.row<float>(row), x.cols / args_.head_dim,
+                            args_.head_dim, angles.cols / 2, out.row<std::uint16_t>(row));
         });
     }
 
@@ -76,7 +77,8 @@ public:
           write_key_(kernels.write_key[static_cast<int>(args.shape.format)]),
           write_value_(kernels.write_value[static_cast<int>(args.shape.format)]) {}
 
-    void write(const LayerKv& layer, std::int64_t slot, const std::uint16_t* keys, const std::uint16_t* values) const {
+    void write(const LayerKv& layer, std::int64_t slot, const std::uint16_t* keys,
+               const std::uint16_t* values) const {
         const std::int64_t block = slot / shape_.block_size;
         const int offset = static_cast<int>(slot % shape_.block_size), token = offset % granule_tokens;
         std::int64_t at = block * layer.block_bytes + offset / granule_tokens * shape_.granule_bytes();
@@ -122,18 +124,21 @@ public:
                    values = step.at(args_.values);
         const LayerKv& layer = step.layers[static_cast<std::size_t>(args_.layer)];
         const std::int64_t* slots = step.groups[static_cast<std::size_t>(layer.group)].slot_mapping;
-        const int head_dim = args_.shape.head_dim, num_kv_heads = args_.shape.num_kv_heads, half = angles_.cols / 2;
+        const int head_dim = args_.shape.head_dim, num_kv_heads = args_.shape.num_kv_heads,
+                  half = angles_.cols / 2;
         auto* rotated = reinterpret_cast<std::uint16_t*>(worker.scratch());
         for_each_row(step, worker, [&](std::int64_t row) {
             auto* q = query.row<std::uint16_t>(row);
             kernels_.rotate(q, angles.row<float>(row), query_.cols / head_dim, head_dim, half, q);
-            kernels_.rotate(keys.row<std::uint16_t>(row), angles.row<float>(row), num_kv_heads, head_dim, half, rotated);
+            kernels_.rotate(keys.row<std::uint16_t>(row), angles.row<float>(row), num_kv_heads, head_dim,
+                            half, rotated);
             writer_.write(layer, slots[row], rotated, values.row<std::uint16_t>(row));
         });
     }
 
     std::size_t scratch_bytes(const Step&) const override {
-        return static_cast<std::size_t>(args_.shape.num_kv_heads * args_.shape.head_dim) * sizeof(std::uint16_t);
+        return static_cast<std::size_t>(args_.shape.num_kv_heads * args_.shape.head_dim) *
+               sizeof(std::uint16_t);
     }
 
 private:
@@ -154,8 +159,8 @@ void check_angles(const Ref& angles, int head_dim) {
 void check_heads(const Ref& x, int head_dim, const char* what) {
     expect(x.dtype == DType::bf16, "queries, keys and values must be bf16");
     if (head_dim < 1 || x.cols % head_dim != 0) {
-        throw std::invalid_argument(std::string(what) + " must be whole heads of " + std::to_string(head_dim) +
-                                    " columns, not " + std::to_string(x.cols));
+        throw std::invalid_argument(std::string(what) + " must be whole heads of " +
+                                    std::to_string(head_dim) + " columns, not " + std::to_string(x.cols));
     }
 }
 
@@ -164,7 +169,8 @@ void check_write(const WriteKvArgs& args) {
     check_heads(args.keys, args.shape.head_dim, "keys");
     check_heads(args.values, args.shape.head_dim, "values");
     const int cols = args.shape.num_kv_heads * args.shape.head_dim;
-    expect(args.keys.cols == cols && args.values.cols == cols, "keys and values must have num_kv_heads * head_dim columns");
+    expect(args.keys.cols == cols && args.values.cols == cols,
+           "keys and values must have num_kv_heads * head_dim columns");
     expect(args.layer >= 0, "layer must be 0 or more");
 }
 
@@ -181,7 +187,8 @@ void add_rope_angles(Program& program, const RopeAnglesArgs& args) {
 void add_rope(Program& program, const RopeArgs& args) {
     check_heads(args.x, args.head_dim, "x");
     check_angles(args.angles, args.head_dim);
-    expect(args.out.dtype == DType::bf16 && args.out.cols == args.x.cols, "out must be bf16 with x's columns");
+    expect(args.out.dtype == DType::bf16 && args.out.cols == args.x.cols,
+           "out must be bf16 with x's columns");
     program.add(std::make_unique<Rotate>(args, attention_kernels(program.isa())));
 }
 

@@ -38,7 +38,9 @@ struct RowScratch {
     alignas(64) std::uint16_t weights[group_rows][weight_stride];
 };
 
-constexpr int padded_dims(int head_dim) { return (head_dim + dims_of_step - 1) / dims_of_step * dims_of_step; }
+constexpr int padded_dims(int head_dim) {
+    return (head_dim + dims_of_step - 1) / dims_of_step * dims_of_step;
+}
 
 // A thread's memory for a part: rows, then values, keys, values for one row, its out.
 struct TileMemory {
@@ -89,10 +91,13 @@ template <int row_tiles>
         a0 += tile_row_bytes_max, a1 += tile_row_bytes_max, b0 += b_step, b1 += b_step;
     }
     tile::store<0>(p.c[0][0], p.c_stride), tile::store<1>(p.c[0][1], p.c_stride);
-    if constexpr (row_tiles == 2) tile::store<2>(p.c[1][0], p.c_stride), tile::store<3>(p.c[1][1], p.c_stride);
+    if constexpr (row_tiles == 2)
+        tile::store<2>(p.c[1][0], p.c_stride), tile::store<3>(p.c[1][1], p.c_stride);
 }
 
-void multiply(const Product& p, int row_tiles) { row_tiles == 2 ? multiply_tiles<2>(p) : multiply_tiles<1>(p); }
+void multiply(const Product& p, int row_tiles) {
+    row_tiles == 2 ? multiply_tiles<2>(p) : multiply_tiles<1>(p);
+}
 
 // What a call reads: granules [from, to) of the part, as the tiles want them.
 struct PartView {
@@ -176,7 +181,8 @@ PartView view_part(const AttentionTile& tile, int begin, int end, const TileMemo
         part.key_scales[g] = tile.keys + offset;
         part.value_scales[g] = tile.values + offset;
         // The keys come from memory while the values are copied.
-        for (int line = 0; line < tile.granule_bytes; line += 64) __builtin_prefetch(tile.keys + offset + line, 0, 2);
+        for (int line = 0; line < tile.granule_bytes; line += 64)
+            __builtin_prefetch(tile.keys + offset + line, 0, 2);
         copy_granule<Kv>(tile.values + offset, dims, values_of(part, dims, g));
         if (position < first || position + granule_tokens - 1 > last) {
             clear_unseen(values_of(part, dims, g), dims, position, first, last);
@@ -193,7 +199,8 @@ PartView view_part(const AttentionTile& tile, int begin, int end, const TileMemo
 
 // ---- scores and weights
 
-void score_group(const AttentionTile& tile, const PartView& part, const RowGroup& group, RowScratch& scratch) {
+void score_group(const AttentionTile& tile, const PartView& part, const RowGroup& group,
+                 RowScratch& scratch) {
     const std::int64_t stride = tile.head_dim * std::int64_t{sizeof(float)};  // of a packed query
     for (int g = group.from; g < group.to; g += 2) {
         const int other = g + 1 < group.to ? g + 1 : g;
@@ -273,12 +280,14 @@ void weigh_row(const AttentionTile& tile, const PartView& part, const RowGroup& 
 // ---- values
 
 // `out`: where the tiles' rows go, [16][D] each.
-void multiply_values(const AttentionTile& tile, const RowGroup& group, const std::byte* values, const RowScratch& scratch,
-                     float* const (&out)[2]) {
+void multiply_values(const AttentionTile& tile, const RowGroup& group, const std::byte* values,
+                     const RowScratch& scratch, float* const (&out)[2]) {
     const int dims = tile.head_dim, first_step = group.from / 2, end_step = (group.to + 1) / 2;
     const std::int64_t pair_bytes = std::int64_t{dims} * 4, step_bytes = pair_bytes * tile_rows_max;
-    const auto* weights = reinterpret_cast<const std::byte*>(scratch.weights[0] + first_step * tokens_of_step);
-    const auto* high = reinterpret_cast<const std::byte*>(scratch.weights[tile_rows_max] + first_step * tokens_of_step);
+    const auto* weights =
+        reinterpret_cast<const std::byte*>(scratch.weights[0] + first_step * tokens_of_step);
+    const auto* high =
+        reinterpret_cast<const std::byte*>(scratch.weights[tile_rows_max] + first_step * tokens_of_step);
     for (int d = 0; d < dims; d += 32) {
         const int at = at_most(d, dims - 32);  // the last pair of 16 dims begins earlier where they are an odd number
         const std::byte* b = values + first_step * step_bytes + at * 4;
@@ -300,7 +309,8 @@ bool has_unseen_nan(const AttentionTile& tile, const PartView& part, const RowGr
     const int last_row = group.row[group.tiles - 1] + group.num - 1;
     for (int g = group.from; g < group.to; ++g) {
         const int position = part.begin + g * granule_tokens;
-        const bool is_whole = sees_whole(tile, group.row[0], position) && sees_whole(tile, last_row, position);
+        const bool is_whole =
+            sees_whole(tile, group.row[0], position) && sees_whole(tile, last_row, position);
         if (!is_whole && !is_finite(values_of(part, tile.head_dim, g), tile.head_dim)) return true;
     }
     return false;
@@ -315,16 +325,19 @@ void multiply_values_by_row(const AttentionTile& tile, const PartView& part, con
     for (int t = 0; t < group.tiles; ++t) {
         for (int i = 0; i < group.num; ++i) {
             const int row = group.row[t] + i;
-            std::memcpy(memory.cleaned, memory.values, static_cast<std::size_t>(part_granules * granule_bytes));
+            std::memcpy(memory.cleaned, memory.values,
+                        static_cast<std::size_t>(part_granules * granule_bytes));
             for (int g = group.from; g < group.to; ++g) {
-                clear_unseen(memory.cleaned + g * granule_bytes, dims, part.begin + g * granule_tokens, tile.first[row],
-                             tile.last[row]);
+                clear_unseen(memory.cleaned + g * granule_bytes, dims, part.begin + g * granule_tokens,
+                             tile.first[row], tile.last[row]);
             }
             const RowGroup one{1, {group.row[t], group.row[t]}, group.num, group.from, group.to};
             RowScratch& scratch = memory.rows;
-            if (t == 1 && i == 0) std::memcpy(scratch.weights[0], scratch.weights[tile_rows_max], sizeof scratch.weights / 2);
+            if (t == 1 && i == 0)
+                std::memcpy(scratch.weights[0], scratch.weights[tile_rows_max], sizeof scratch.weights / 2);
             multiply_values(tile, one, memory.cleaned, scratch, {memory.out, memory.out});
-            std::memcpy(to.out + row * dims, memory.out + i * dims, static_cast<std::size_t>(dims) * sizeof(float));
+            std::memcpy(to.out + row * dims, memory.out + i * dims,
+                        static_cast<std::size_t>(dims) * sizeof(float));
         }
     }
 }
@@ -338,7 +351,8 @@ RowGroup group_at(const AttentionTile& tile, const PartView& part, int row) {
     group.num = at_most(tile.num_rows, tile_rows_max);
     group.tiles = left > tile_rows_max ? 2 : 1;
     group.row[0] = group.tiles == 2 ? row : at_least(0, at_most(row, tile.num_rows - tile_rows_max));
-    group.row[1] = group.tiles == 2 ? at_most(row + tile_rows_max, tile.num_rows - tile_rows_max) : group.row[0];
+    group.row[1] =
+        group.tiles == 2 ? at_most(row + tile_rows_max, tile.num_rows - tile_rows_max) : group.row[0];
     const int first = tile.first[group.row[0]] - part.begin;
     const int last = tile.last[group.row[group.tiles - 1] + group.num - 1] - part.begin;
     group.from = at_least(part.from, first > 0 ? first / granule_tokens : 0);
@@ -347,14 +361,15 @@ RowGroup group_at(const AttentionTile& tile, const PartView& part, int row) {
 }
 
 template <class Kv>
-void attend_rows(const AttentionTile& tile, const PartView& part, const RowGroup& group, const TileMemory& memory,
-                 const AttentionPart& to) {
+void attend_rows(const AttentionTile& tile, const PartView& part, const RowGroup& group,
+                 const TileMemory& memory, const AttentionPart& to) {
     RowScratch& scratch = memory.rows;
     score_group(tile, part, group, scratch);
     for (int t = 0; t < group.tiles; ++t) {
         for (int i = 0; i < group.num; ++i) {
             const int local = t * tile_rows_max + i;
-            weigh_row<Kv>(tile, part, group, group.row[t] + i, scratch.scores[local], scratch.weights[local], to);
+            weigh_row<Kv>(tile, part, group, group.row[t] + i, scratch.scores[local], scratch.weights[local],
+                          to);
         }
     }
     if (!Kv::is_scaled && has_unseen_nan(tile, part, group)) {

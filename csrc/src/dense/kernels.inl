@@ -1,7 +1,7 @@
 // The row kernels of dense.h, once for every instruction set: the file that includes this one decides which.
 //
-// Rows are float32 scratch, 64-byte aligned, zero from n to n rounded up to 64; so the loops have no tails, but for
-// the first and the last, which touch memory that is not ours.
+// Rows are float32 scratch, 64-byte aligned, zero from n to n rounded up to 64; so the loops have no tails,
+// but for the first and the last, which touch memory that is not ours.
 #include <cmath>
 
 #include "kernels.h"
@@ -113,8 +113,8 @@ PENSTOCK_INLINE void store_i8(std::int8_t* to, I32 v) {
     std::memcpy(to, &bytes, sizeof bytes);
 }
 
-// q = round(row / scale) in [-127, 127]. A row with NaN or infinity gets such a scale and values of 0: what is
-// computed from it is NaN. Rows below 1e-36 are zero (their reciprocal would overflow).
+// q = round(row / scale) in [-127, 127]. A row with NaN or infinity gets such a scale and values of 0: what
+// is computed from it is NaN. Rows below 1e-36 are zero (their reciprocal would overflow).
 float quantize(const float* row, int n, std::int8_t* values, std::int32_t* sums) {
     constexpr float least = 1e-36f, most = 3.0e38f;
     const float largest = largest_magnitude(row, n);
@@ -144,7 +144,8 @@ void activate(float* row, int n, RowActivation activation) {
     switch (activation) {
         case RowActivation::silu: return change_row(row, padded(n), [](F32 v, int) { return silu_of(v); });
         case RowActivation::gelu: return change_row(row, padded(n), [](F32 v, int) { return gelu_of(v); });
-        case RowActivation::gelu_tanh: return change_row(row, padded(n), [](F32 v, int) { return gelu_tanh_of(v); });
+        case RowActivation::gelu_tanh:
+            return change_row(row, padded(n), [](F32 v, int) { return gelu_tanh_of(v); });
     }
 }
 

@@ -12,8 +12,8 @@ namespace {
 
 // A task is about this many values: 1 to 2 us of work, against some 50 ns to be handed out.
 constexpr int values_per_task = 8192;
-// Rows of independent values are cut into pieces of this many, so that one long row keeps all threads busy and the
-// scratch stays in the L1 cache.
+// Rows of independent values are cut into pieces of this many, so that one long row keeps all threads busy
+// and the scratch stays in the L1 cache.
 constexpr int piece_values = 2048;
 
 void require(bool is_true, const char* message) {
@@ -31,12 +31,17 @@ struct Piece {
     int n;
 };
 
-// An operation whose pieces are independent: `body(step, piece, scratch)` with scratch for `scratch_rows` pieces.
+// An operation whose pieces are independent: `body(step, piece, scratch)` with scratch for `scratch_rows`
+// pieces.
 template <class Body>
 class PieceOp final : public Op {
 public:
     PieceOp(std::string_view name, int cols, int piece, int scratch_rows, Body body)
-        : name_(name), cols_(cols), piece_(std::min(piece, cols)), scratch_rows_(scratch_rows), body_(std::move(body)) {}
+        : name_(name),
+          cols_(cols),
+          piece_(std::min(piece, cols)),
+          scratch_rows_(scratch_rows),
+          body_(std::move(body)) {}
 
     std::string_view name() const override { return name_; }
 
@@ -74,22 +79,26 @@ void add_piece_op(Program& program, std::string_view name, int cols, int piece, 
 }
 
 void load(const DenseKernels& kernels, const Rows& rows, const Piece& piece, float* to) {
-    if (rows.dtype == DType::bf16) return kernels.load_bf16(rows.row<std::uint16_t>(piece.row) + piece.col, piece.n, to);
+    if (rows.dtype == DType::bf16)
+        return kernels.load_bf16(rows.row<std::uint16_t>(piece.row) + piece.col, piece.n, to);
     kernels.load_f32(rows.row<float>(piece.row) + piece.col, piece.n, to);
 }
 
 void add(const DenseKernels& kernels, const Rows& rows, const Piece& piece, float* to) {
-    if (rows.dtype == DType::bf16) return kernels.add_bf16(rows.row<std::uint16_t>(piece.row) + piece.col, piece.n, to);
+    if (rows.dtype == DType::bf16)
+        return kernels.add_bf16(rows.row<std::uint16_t>(piece.row) + piece.col, piece.n, to);
     kernels.add_f32(rows.row<float>(piece.row) + piece.col, piece.n, to);
 }
 
 void store(const DenseKernels& kernels, const float* from, const Rows& rows, const Piece& piece) {
-    if (rows.dtype == DType::bf16) return kernels.store_bf16(from, piece.n, rows.row<std::uint16_t>(piece.row) + piece.col);
+    if (rows.dtype == DType::bf16)
+        return kernels.store_bf16(from, piece.n, rows.row<std::uint16_t>(piece.row) + piece.col);
     kernels.store_f32(from, piece.n, rows.row<float>(piece.row) + piece.col);
 }
 
 // Write a finished row to where it goes, quantized if that is int8.
-void emit(const DenseKernels& kernels, const Step& step, const float* from, const RowsOut& out, const Piece& piece) {
+void emit(const DenseKernels& kernels, const Step& step, const float* from, const RowsOut& out,
+          const Piece& piece) {
     if (const auto* plain = std::get_if<Ref>(&out)) return store(kernels, from, step.at(*plain), piece);
     const auto& quantized = std::get<QuantizedRef>(out);
     auto* values = step.at(quantized.values).row<std::int8_t>(piece.row);
@@ -98,8 +107,10 @@ void emit(const DenseKernels& kernels, const Step& step, const float* from, cons
 }
 
 void require_quantized(const QuantizedRef& out, int cols) {
-    require(out.values.dtype == DType::i8 && out.values.cols == cols, "quantized values must be i8, as wide as the rows");
-    require(out.scales.dtype == DType::f32 && out.scales.cols == 1, "quantized scales must be f32, one a row");
+    require(out.values.dtype == DType::i8 && out.values.cols == cols,
+            "quantized values must be i8, as wide as the rows");
+    require(out.scales.dtype == DType::f32 && out.scales.cols == 1,
+            "quantized scales must be f32, one a row");
     require(out.sums.dtype == DType::i32 && out.sums.cols == padded_cols(cols) / sum_group,
             "quantized sums must be i32, two for every 64 values");
 }
@@ -127,7 +138,8 @@ void require_norm(const NormArgs& args) {
 }
 
 // x + residual in scratch, as it was stored where it is stored: what is normed is what later layers read.
-void load_sum(const DenseKernels& kernels, const Step& step, const NormArgs& args, const Piece& piece, float* row) {
+void load_sum(const DenseKernels& kernels, const Step& step, const NormArgs& args, const Piece& piece,
+              float* row) {
     load(kernels, step.at(args.x), piece, row);
     if (args.residual) add(kernels, step.at(*args.residual), piece, row);
     if (!args.sum) return;

@@ -7,12 +7,13 @@
 
 namespace penstock {
 
-void multiply_bf16_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_bf16_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                       float* out) {
     multiply_bf16_range(x, first_row, num_rows, w, panel, {0, w.padded_inputs}, out);
 }
 
-void multiply_bf16_part_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                              const InputRange& inputs, float* out) {
+void multiply_bf16_part_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                            int panel, const InputRange& inputs, float* out) {
     multiply_bf16_range(x, first_row, num_rows, w, panel, inputs, out);
 }
 

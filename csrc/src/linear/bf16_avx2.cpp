@@ -3,7 +3,8 @@
 
 namespace penstock {
 
-void multiply_bf16_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_bf16_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                        float* out) {
     multiply_widened(x, first_row, num_rows, w, panel, out);
 }
 

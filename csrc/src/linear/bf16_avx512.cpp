@@ -8,9 +8,9 @@
 // more              for each chunk of the panel (16 KiB, stays in L1): for each 12 rows: sums from `out`, and back
 // ```
 //
-// Sums travel through `out` exactly, so a row's bits do not depend on the form. Weights come from memory once and in
-// order; they are asked for one chunk ahead, evenly through the arithmetic: left alone the hardware's prefetcher starts
-// over at each page, and reading and multiplying take turns.
+// Sums travel through `out` exactly, so a row's bits do not depend on the form. Weights come from memory once
+// and in order; they are asked for one chunk ahead, evenly through the arithmetic: left alone the hardware's
+// prefetcher starts over at each page, and reading and multiplying take turns.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -9,8 +9,8 @@
 //                6 rows: their values widened to [6][128], and 6 rows x 2 vectors of sums kept in registers
 // ```
 //
-// Sums between chunks lie in `out`, exactly, so a row's bits do not depend on the form. The next chunk is asked for while
-// the first rows of this one are multiplied.
+// Sums between chunks lie in `out`, exactly, so a row's bits do not depend on the form. The next chunk is
+// asked for while the first rows of this one are multiplied.
 #include <algorithm>
 #include <cstring>
 
@@ -80,7 +80,8 @@ PENSTOCK_INLINE void widen_weights(const std::byte* weights, int num_pairs, floa
     }
 }
 
-// A row's pairs to values; reads and writes whole vectors (rows are padded to 64 values, chunks are multiples of that).
+// A row's pairs to values; reads and writes whole vectors (rows are padded to 64 values, chunks are multiples
+// of that).
 PENSTOCK_INLINE void widen_row(const std::byte* row, int num_inputs, float* out) {
     for (int k = 0; k < num_inputs; k += lanes) {
         U16 values;
@@ -91,7 +92,8 @@ PENSTOCK_INLINE void widen_row(const std::byte* row, int num_inputs, float* out)
 
 // Features [first, first + 2 vectors) of `rows` rows.
 template <int rows, bool asks>
-PENSTOCK_INLINE void multiply_columns(const Tile& tile, const float* x, const float* weights, int num_pairs, int first) {
+PENSTOCK_INLINE void multiply_columns(const Tile& tile, const float* x, const float* weights, int num_pairs,
+                                      int first) {
     F32 sums[rows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -123,7 +125,8 @@ PENSTOCK_INLINE void multiply_columns(const Tile& tile, const float* x, const fl
 template <int rows>
 void multiply_tile(const Tile& tile, const float* weights, int num_pairs) {
     alignas(64) float x[rows * chunk_inputs];
-    for (int r = 0; r < rows; ++r) widen_row(tile.x + r * tile.row_bytes, 2 * num_pairs, x + r * chunk_inputs);
+    for (int r = 0; r < rows; ++r)
+        widen_row(tile.x + r * tile.row_bytes, 2 * num_pairs, x + r * chunk_inputs);
     for (int f = 0; f < panel_features; f += 2 * lanes) {
         if (tile.next) {
             multiply_columns<rows, true>(tile, x, weights, num_pairs, f);
@@ -163,14 +166,16 @@ PENSTOCK_INLINE void multiply_directly(const Tile& tile, const std::byte* weight
     }
 }
 
-void multiply_widened(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_widened(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                      float* out) {
     const std::byte* weights = w.values.data() + w.panel_bytes() * static_cast<std::size_t>(panel);
     const std::byte* rows = x.row<std::byte>(first_row);
     const int num_pairs = w.padded_inputs / 2;
     if (num_rows <= direct_rows_max) {
         for_row_tiles<direct_rows_max>(num_rows, [&]<int height>(int) {
             for (int f = 0; f < panel_features; f += 4 * lanes) {
-                multiply_directly<height>({rows, x.row_bytes, nullptr, out + f, true}, weights + f * 4, num_pairs);
+                multiply_directly<height>({rows, x.row_bytes, nullptr, out + f, true}, weights + f * 4,
+                                          num_pairs);
             }
         });
         return;
@@ -182,8 +187,9 @@ void multiply_widened(const Operand& x, std::int64_t first_row, int num_rows, co
         widen_weights(chunk, count, widened);
         for_row_tiles<tile_rows_max>(num_rows, [&]<int height>(int row) {
             const std::byte* next = row == 0 ? chunk + chunk_inputs / 2 * pair_bytes : nullptr;
-            multiply_tile<height>({rows + row * x.row_bytes + pair * 4, x.row_bytes, next, out + row * panel_features,
-                                   pair == 0}, widened, count);
+            multiply_tile<height>({rows + row * x.row_bytes + pair * 4, x.row_bytes, next,
+                                   out + row * panel_features, pair == 0},
+                                  widened, count);
         });
     }
 }

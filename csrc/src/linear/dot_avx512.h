@@ -1,7 +1,8 @@
 // The AVX-512 dot instructions, for files compiled with them.
 //
-// Spelled out: GCC 12 turns the intrinsics, in a loop over many sums, into a copy of every sum before and after
-// each instruction (the loop takes 1.7 times as long); with the operands tied here it keeps them in place.
+// Spelled out: GCC 12 turns the intrinsics, in a loop over many sums, into a copy of every sum before and
+// after each instruction (the loop takes 1.7 times as long); with the operands tied here it keeps them in
+// place.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +13,8 @@ namespace penstock {
 namespace {
 
 // sums + four products of unsigned and signed bytes, in each 32 bits.
-[[gnu::always_inline, maybe_unused]] inline __m512i dot(__m512i sums, __m512i unsigned_bytes, __m512i signed_bytes) {
+[[gnu::always_inline, maybe_unused]] inline __m512i dot(__m512i sums, __m512i unsigned_bytes,
+                                                        __m512i signed_bytes) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
     return sums;
 }

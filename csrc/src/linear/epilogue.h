@@ -13,7 +13,8 @@ struct Sums {
     const float* bias;
 };
 
-// Where they go: rows [first_row, first_row + num_rows), columns [first_col, first_col + num_cols), num_cols <= 32.
+// Where they go: rows [first_row, first_row + num_rows), columns [first_col, first_col + num_cols), num_cols
+// <= 32.
 struct Destination {
     Rows out;  // bf16 or f32
     std::int64_t first_row;

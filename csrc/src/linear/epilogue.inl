@@ -13,8 +13,8 @@ PENSTOCK_INLINE F32 sum_at(const Sums& sums, int row, int v) {
     return sums.bias ? value + load(sums.bias + v * lanes) : value;
 }
 
-// Calls result(row, v, at) for each vector of the destination, `at` being what stands there now when `reads`, and
-// stores what it returns.
+// Calls result(row, v, at) for each vector of the destination, `at` being what stands there now when `reads`,
+// and stores what it returns.
 template <class T, bool reads, class Result>
 PENSTOCK_INLINE void for_each(const Destination& to, const Result& result) {
     for (int row = 0; row < to.num_rows; ++row) {
@@ -24,7 +24,8 @@ PENSTOCK_INLINE void for_each(const Destination& to, const Result& result) {
             if (here >= lanes) {
                 store(out + v * lanes, result(row, v, reads ? load(out + v * lanes) : F32{}));
             } else if (here > 0) {
-                store_first(out + v * lanes, result(row, v, reads ? load_first(out + v * lanes, here) : F32{}), here);
+                store_first(out + v * lanes,
+                            result(row, v, reads ? load_first(out + v * lanes, here) : F32{}), here);
             }
         }
     }
@@ -49,7 +50,8 @@ void add_sums(const Sums& sums, const Destination& to) {
 
 void gate_sums(Gate kind, const Sums& gate, const Sums& up, const Destination& to) {
     const auto with = [&](auto activation) {
-        for_each<false>(to, [&](int row, int v, F32) { return activation(sum_at(gate, row, v)) * sum_at(up, row, v); });
+        for_each<false>(
+            to, [&](int row, int v, F32) { return activation(sum_at(gate, row, v)) * sum_at(up, row, v); });
     };
     switch (kind) {
         case Gate::silu: return with([](F32 v) { return silu_of(v); });

@@ -5,7 +5,8 @@
 
 namespace penstock {
 
-void multiply_int4_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int4_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                                int panel, float* out) {
     if (num_rows < int4_tile_rows) return multiply_int4_avx512(x, first_row, num_rows, w, panel, out);
     multiply_int4(x, first_row, num_rows, w, panel, out);
 }

@@ -1,9 +1,9 @@
 // int8 rows x int4 weights with AVX2. The formula is int4_scalar.cpp's.
 //
-// The stored nibbles, q + 8, are the unsigned side of `vpmaddubsw`, which adds pairs of products in 16 bits. A
-// pair is at most 2 * 15 * 127 = 3,810, so that the eight pairs which 32 inputs give a lane still fit (30,480);
-// then `vpmaddwd` by ones takes them to 32 bits. A tile is 3 rows x 16 features or fewer rows x 32; with a fourth
-// row GCC keeps sums on the stack.
+// The stored nibbles, q + 8, are the unsigned side of `vpmaddubsw`, which adds pairs of products in 16 bits.
+// A pair is at most 2 * 15 * 127 = 3,810, so that the eight pairs which 32 inputs give a lane still fit
+// (30,480); then `vpmaddwd` by ones takes them to 32 bits. A tile is 3 rows x 16 features or fewer rows x 32;
+// with a fourth row GCC keeps sums on the stack.
 #include <immintrin.h>
 
 #include "int4_panel.h"
@@ -31,8 +31,8 @@ constexpr int step_bytes = panel_features * 4;  // eight inputs of the panel
 
 // Eight inputs of each row x 8 features for each vector.
 template <int rows, int vectors>
-[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::uint8_t* w,
-                                                 __m256i (&pairs)[rows][vectors]) {
+[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k,
+                                                 const std::uint8_t* w, __m256i (&pairs)[rows][vectors]) {
     const __m256i mask = _mm256_set1_epi8(15);
     __m256i low[vectors], high[vectors];
 #pragma GCC unroll 4
@@ -55,8 +55,8 @@ template <int rows, int vectors>
 
 // sums += the products of 32 inputs.
 template <int rows, int vectors>
-[[gnu::always_inline]] inline void multiply_32(const std::int8_t* const (&x)[rows], int k, const std::uint8_t* w,
-                                               __m256i (&sums)[rows][vectors]) {
+[[gnu::always_inline]] inline void multiply_32(const std::int8_t* const (&x)[rows], int k,
+                                               const std::uint8_t* w, __m256i (&sums)[rows][vectors]) {
     __m256i pairs[rows][vectors] = {};
 // Not unrolled: GCC would gather the products of all four steps before it adds them, and spill.
 #pragma GCC unroll 1
@@ -77,7 +77,8 @@ template <int rows, int vectors>
 
 // `vectors` times 8 features from `first` on.
 template <int rows, int vectors>
-void multiply_features(const Operand& x, std::int64_t first_row, const Int4Panel& panel, int first, float* out) {
+void multiply_features(const Operand& x, std::int64_t first_row, const Int4Panel& panel, int first,
+                       float* out) {
     const std::int8_t* x_rows[rows];
     __m256 totals[rows][vectors] = {};
 #pragma GCC unroll 4

@@ -7,8 +7,8 @@
 // byte j of a feature   & 15 -> inputs 0..3      >> 4 & 15 -> inputs 4..7
 // ```
 //
-// A tile is up to 6 rows x 32 features: 12 registers of integers for the group, 12 of floats for the whole row.
-// Eight inputs cost six instructions of unpacking, for 4 products a row.
+// A tile is up to 6 rows x 32 features: 12 registers of integers for the group, 12 of floats for the whole
+// row. Eight inputs cost six instructions of unpacking, for 4 products a row.
 #include "dot_avx512.h"
 
 #include "int4_panel.h"
@@ -42,8 +42,8 @@ struct Nibbles {
 
 // Eight inputs of each row x 32 features.
 template <int rows>
-[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::uint8_t* w,
-                                                 __m512i (&sums)[rows][2]) {
+[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k,
+                                                 const std::uint8_t* w, __m512i (&sums)[rows][2]) {
     const Nibbles w0 = load_nibbles(w), w1 = load_nibbles(w + 64);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -56,7 +56,8 @@ template <int rows>
 }
 
 template <int rows>
-void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead, float* out) {
+void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead,
+                   float* out) {
     const std::int8_t* x_rows[rows];
     const std::int32_t* x_sums[rows];
     __m512 totals[rows][2];
@@ -72,7 +73,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
         const int end = panel.group_end(k);
         __m512i sums[rows][2];
 #pragma GCC unroll 12
-        for (int r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = _mm512_set1_epi32(int4_offset(x_sums[r], k, end));
+        for (int r = 0; r < rows; ++r)
+            sums[r][0] = sums[r][1] = _mm512_set1_epi32(int4_offset(x_sums[r], k, end));
         for (; k < end; k += 8, w += panel_features * 4) {
             ahead.ask();
             multiply_step<rows>(x_rows, k, w, sums);
@@ -94,7 +96,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
     }
 }
 
-// 32 inputs of one row: a pair of sums for the low and one for the high nibbles, so that fewer instructions wait.
+// 32 inputs of one row: a pair of sums for the low and one for the high nibbles, so that fewer instructions
+// wait.
 [[gnu::always_inline]] inline void multiply_32(const std::int8_t* x, const std::uint8_t* w, Ahead& ahead,
                                                __m512i (&sums)[2][2]) {
     for (int i = 0; i < 4; ++i, x += 8, w += panel_features * 4) {
@@ -109,7 +112,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
 }
 
 template <>
-void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead, float* out) {
+void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead,
+                      float* out) {
     const auto* x_row = x.row<std::int8_t>(first_row);
     const std::int32_t* x_sums = x.group_sums(first_row);
     __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -126,7 +130,8 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Int4Panel&
         }
     }
     const __m512 x_scale = _mm512_set1_ps(x.scale(first_row));
-    for (int half = 0; half < 2; ++half) _mm512_store_ps(out + half * 16, _mm512_mul_ps(totals[half], x_scale));
+    for (int half = 0; half < 2; ++half)
+        _mm512_store_ps(out + half * 16, _mm512_mul_ps(totals[half], x_scale));
 }
 
 }  // namespace
@@ -136,7 +141,8 @@ void multiply_int4_avx512(const Operand& x, std::int64_t first_row, int num_rows
     const Int4Panel bound = int4_panel(w, panel);
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         const Ahead ahead(bound.values, w.panel_bytes(), tile);
-        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead,
+                            out + tile.first_row * panel_features);
     });
 }
 

@@ -1,9 +1,10 @@
-// A group of float32 weights to int4: matrix.h states the rule, this is it, in vectors of the including file's
-// instruction set. Every one gives the same bits: sums are by halves at every width, and no product is fused with
-// a sum.
+// A group of float32 weights to int4: matrix.h states the rule, this is it, in vectors of the including
+// file's instruction set. Every one gives the same bits: sums are by halves at every width, and no product is
+// fused with a sum.
 //
 // Searching pays: on trained weights the mean squared error is 0.72 (groups of 32) and 0.69 (128) of that by
-// scale = max|w| / 7. Four times as many candidates take another 3 % off, least squares less than the five do.
+// scale = max|w| / 7. Four times as many candidates take another 3 % off, least squares less than the five
+// do.
 #include <utility>
 
 #include "int4_quantize.h"
@@ -137,7 +138,8 @@ Float16 quantize_group(const float* values, std::uint32_t* words) {
     return candidates.halves[best];
 }
 
-[[maybe_unused]] constexpr Int4Quantize quantize_groups{quantize_group<32>, quantize_group<64>, quantize_group<128>};
+[[maybe_unused]] constexpr Int4Quantize quantize_groups{quantize_group<32>, quantize_group<64>,
+                                                        quantize_group<128>};
 
 }  // namespace
 }  // namespace penstock

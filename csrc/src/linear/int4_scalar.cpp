@@ -30,7 +30,8 @@ void multiply_row(const std::int8_t* x, const std::int32_t* x_sums, float x_scal
         std::int32_t sums[panel_features];
         std::fill_n(sums, panel_features, int4_offset(x_sums, k, end));
         for (; k < end; k += 8, w += panel_features * 4) multiply_step(x + k, w, sums);
-        for (int f = 0; f < panel_features; ++f) totals[f] += static_cast<float>(sums[f]) * from_float16(scales[f]);
+        for (int f = 0; f < panel_features; ++f)
+            totals[f] += static_cast<float>(sums[f]) * from_float16(scales[f]);
     }
     for (int f = 0; f < panel_features; ++f) out[f] = totals[f] * x_scale;
 }

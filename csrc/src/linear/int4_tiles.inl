@@ -10,7 +10,8 @@ namespace {
 // the tiles about 100 for 1 to 16 rows.
 constexpr int int4_tile_rows = 4;
 
-void multiply_int4(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int4(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                   float* out) {
     multiply_int4_panel<NibblesToInt8>(x, first_row, num_rows, int4_panel(w, panel), out);
     for (int r = 0; r < num_rows; ++r, out += panel_features) {
         const __m512 x_scale = _mm512_set1_ps(x.scale(first_row + r));

@@ -6,8 +6,8 @@
 
 namespace penstock {
 
-void multiply_int4_weight_only_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                                     float* out) {
+void multiply_int4_weight_only_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows,
+                                            const Matrix& w, int panel, float* out) {
     multiply_int4_panel<NibblesToBf16>(x, first_row, num_rows, int4_panel(w, panel), out);
 }
 

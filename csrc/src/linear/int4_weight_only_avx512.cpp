@@ -4,15 +4,16 @@
 // out[f] = sum_g (sum_{k in g} x[k] * q[f][k]) * scale[g][f]              q in [-8, 7] is exact in bf16
 // ```
 //
-// `vpermw` looks 32 words up by the low five bits of each index. The table has 16 entries, twice, so that a fifth
-// bit does not matter, and an index word may carry anything above:
+// `vpermw` looks 32 words up by the low five bits of each index. The table has 16 entries, twice, so that a
+// fifth bit does not matter, and an index word may carry anything above:
 //
 // ```
 // bytes b0 b1 b2 b3 of a lane   words (b0, b1)        -> inputs 0, 1        words >> 4 -> inputs 4, 5
 //                               words (b2, b3)        -> inputs 2, 3        words >> 4 -> inputs 6, 7
 // ```
 //
-// Eight instructions for 128 weights, shared by up to 6 rows (12 registers for the group, 12 for the whole row).
+// Eight instructions for 128 weights, shared by up to 6 rows (12 registers for the group, 12 for the whole
+// row).
 #include "dot_avx512.h"
 #include "int4_panel.h"
 #include "kernels.h"
@@ -39,8 +40,10 @@ struct Pairs {
 [[gnu::always_inline]] inline Pairs load_pairs(const std::uint8_t* w) {
     const __m512i bytes = _mm512_load_si512(w), table = _mm512_load_si512(bf16_of_nibble);
     // Byte 0 (2) to byte 0, byte 1 (3) to byte 2 of each lane; -1 gives a zero byte.
-    const __m512i first = _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0xff0dff0c, 0xff09ff08, 0xff05ff04, 0xff01ff00));
-    const __m512i second = _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0xff0fff0e, 0xff0bff0a, 0xff07ff06, 0xff03ff02));
+    const __m512i first =
+        _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0xff0dff0c, 0xff09ff08, 0xff05ff04, 0xff01ff00));
+    const __m512i second =
+        _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0xff0fff0e, 0xff0bff0a, 0xff07ff06, 0xff03ff02));
     return {{_mm512_permutexvar_epi16(first, table), _mm512_permutexvar_epi16(second, table),
              _mm512_permutexvar_epi16(_mm512_srli_epi16(first, 4), table),
              _mm512_permutexvar_epi16(_mm512_srli_epi16(second, 4), table)}};
@@ -53,8 +56,8 @@ struct Pairs {
 }
 
 template <int rows>
-[[gnu::always_inline]] inline void multiply_step(const std::uint16_t* const (&x)[rows], int k, const std::uint8_t* w,
-                                                 __m512 (&sums)[rows][2]) {
+[[gnu::always_inline]] inline void multiply_step(const std::uint16_t* const (&x)[rows], int k,
+                                                 const std::uint8_t* w, __m512 (&sums)[rows][2]) {
     const Pairs w0 = load_pairs(w), w1 = load_pairs(w + 64);
 #pragma GCC unroll 4
     for (int pair = 0; pair < 4; ++pair) {
@@ -72,7 +75,8 @@ template <int rows>
 }
 
 template <int rows>
-void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead, float* out) {
+void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& panel, Ahead ahead,
+                   float* out) {
     const std::uint16_t* x_rows[rows];
     __m512 totals[rows][2];
 #pragma GCC unroll 12
@@ -91,23 +95,26 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Int4Panel& pa
         for (int half = 0; half < 2; ++half) {
             const __m512 scale = load_scales(scales + half * 16);
 #pragma GCC unroll 12
-            for (int r = 0; r < rows; ++r) totals[r][half] = _mm512_fmadd_ps(sums[r][half], scale, totals[r][half]);
+            for (int r = 0; r < rows; ++r)
+                totals[r][half] = _mm512_fmadd_ps(sums[r][half], scale, totals[r][half]);
         }
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-        for (int half = 0; half < 2; ++half) _mm512_store_ps(out + r * panel_features + half * 16, totals[r][half]);
+        for (int half = 0; half < 2; ++half)
+            _mm512_store_ps(out + r * panel_features + half * 16, totals[r][half]);
     }
 }
 
 }  // namespace
 
-void multiply_int4_weight_only_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                                      float* out) {
+void multiply_int4_weight_only_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                                      int panel, float* out) {
     const Int4Panel bound = int4_panel(w, panel);
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         const Ahead ahead(bound.values, w.panel_bytes(), tile);
-        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead,
+                            out + tile.first_row * panel_features);
     });
 }
 

@@ -4,13 +4,14 @@
 
 namespace penstock {
 
-void multiply_int8_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel, float* out) {
+void multiply_int8_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
+                       float* out) {
     if (num_rows < int8_tile_rows) return multiply_int8_avx512(x, first_row, num_rows, w, panel, out);
     multiply_int8_range(x, first_row, num_rows, w, panel, {0, w.padded_inputs}, out);
 }
 
-void multiply_int8_part_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                              const InputRange& inputs, float* out) {
+void multiply_int8_part_amx(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                            int panel, const InputRange& inputs, float* out) {
     multiply_int8_range(x, first_row, num_rows, w, panel, inputs, out);
 }
 

@@ -1,14 +1,15 @@
 // int8 rows x int8 weights with AVX2. Same bits as int8_scalar.cpp.
 //
-// `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in 16 bits. With the sign moved to the input,
+// `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in 16 bits. With the sign moved to the
+// input,
 //
 // ```
 // x w = sign(x, w) |w|         two products of 127 * 127 are 32,258: a pair never saturates
 // ```
 //
-// and `vpmaddwd` by ones adds the pairs up in 32 bits: four instructions for 32 products. A tile is 4 rows x 16
-// features or fewer rows x 32: eight sums, the rows' inputs, and a vector of weights with its magnitude fill the
-// 16 registers.
+// and `vpmaddwd` by ones adds the pairs up in 32 bits: four instructions for 32 products. A tile is 4 rows x
+// 16 features or fewer rows x 32: eight sums, the rows' inputs, and a vector of weights with its magnitude
+// fill the 16 registers.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -35,8 +36,8 @@ struct Panel {
 
 // Four inputs of each row x 8 features for each vector.
 template <int rows, int vectors>
-[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::int8_t* w,
-                                                 __m256i (&sums)[rows][vectors]) {
+[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k,
+                                                 const std::int8_t* w, __m256i (&sums)[rows][vectors]) {
     __m256i fours[rows];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) fours[r] = four_inputs(x[r] + k);
@@ -91,7 +92,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
 void multiply_int8_avx2(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
                         float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
-                      reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
+                      reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features,
+                      w.padded_inputs};
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         multiply_tile<rows>(x, first_row + tile.first_row, bound, out + tile.first_row * panel_features);
     });

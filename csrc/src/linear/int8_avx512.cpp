@@ -1,7 +1,7 @@
 // int8 rows x int8 weights with AVX-512 VNNI. Same bits as int8_scalar.cpp.
 //
-// `vpdpbusd` adds to each of 16 int32 sums four products of an unsigned and a signed byte. The weights become the
-// unsigned side, w + 128 (a flipped sign bit), because the row's sum, which takes the 128 back, is known:
+// `vpdpbusd` adds to each of 16 int32 sums four products of an unsigned and a signed byte. The weights become
+// the unsigned side, w + 128 (a flipped sign bit), because the row's sum, which takes the 128 back, is known:
 //
 // ```
 // sum_k x[k] w[f][k] = sum_k x[k] (w[f][k] + 128) - 128 sum_k x[k]
@@ -49,8 +49,8 @@ std::int32_t sum_of(const std::int32_t* group_sums, int groups) {
 
 // Four inputs of each row x 32 features.
 template <int rows>
-[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k, const std::int8_t* w,
-                                                 __m512i (&sums)[rows][2]) {
+[[gnu::always_inline]] inline void multiply_step(const std::int8_t* const (&x)[rows], int k,
+                                                 const std::int8_t* w, __m512i (&sums)[rows][2]) {
     const __m512i w0 = load_unsigned(w), w1 = load_unsigned(w + 64);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -78,7 +78,8 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         for (int half = 0; half < 2; ++half) {
-            store(sums[r][half], panel.scales + half * 16, x.scale(first_row + r), out + r * panel_features + half * 16);
+            store(sums[r][half], panel.scales + half * 16, x.scale(first_row + r),
+                  out + r * panel_features + half * 16);
         }
     }
 }
@@ -110,10 +111,12 @@ void multiply_tile<1>(const Operand& x, std::int64_t first_row, const Panel& pan
 void multiply_int8_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
                           float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
-                      reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
+                      reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features,
+                      w.padded_inputs};
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         const Ahead ahead(bound.values, w.panel_bytes(), tile);
-        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead,
+                            out + tile.first_row * panel_features);
     });
 }
 

@@ -38,9 +38,10 @@ void multiply_int8_range(const Operand& x, std::int64_t first_row, int num_rows,
                          const InputRange& inputs, float* out) {
     const StoredPanel values{w.values.data() + w.panel_bytes() * static_cast<std::size_t>(panel)};
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
-    multiply_panel<Int8Dot>(x, first_row, num_rows, values,
-                            {inputs.first / step_bytes, inputs.end / step_bytes, w.padded_inputs / step_bytes}, out,
-                            ScaleSums{x, first_row, scales, out});
+    multiply_panel<Int8Dot>(
+        x, first_row, num_rows, values,
+        {inputs.first / step_bytes, inputs.end / step_bytes, w.padded_inputs / step_bytes}, out,
+        ScaleSums{x, first_row, scales, out});
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 
 namespace penstock {
 
-void multiply_int8_weight_only_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                                     float* out) {
+void multiply_int8_weight_only_amx_emulated(const Operand& x, std::int64_t first_row, int num_rows,
+                                            const Matrix& w, int panel, float* out) {
     multiply_int8_weight_only(x, first_row, num_rows, w, panel, out);
 }
 

@@ -4,10 +4,10 @@
 // out[f] = (sum_k x[k] * q[f][k]) * scale[f]              q in [-127, 127] is exact in bf16
 // ```
 //
-// A 32-bit lane holds four inputs of a feature, b0 to b3. Each is isolated with its sign and converted to float32,
-// whose lower half is then zero: float(b0) >> 16 | float(b1) is the pair of bf16 that the dot takes. 15
-// instructions a vector of weights, shared by up to 12 rows (24 registers of sums). Sums run over K in one order
-// at every height.
+// A 32-bit lane holds four inputs of a feature, b0 to b3. Each is isolated with its sign and converted to
+// float32, whose lower half is then zero: float(b0) >> 16 | float(b1) is the pair of bf16 that the dot takes.
+// 15 instructions a vector of weights, shared by up to 12 rows (24 registers of sums). Sums run over K in one
+// order at every height.
 #include "dot_avx512.h"
 #include "kernels.h"
 #include "row_tiles.h"
@@ -47,8 +47,8 @@ template <int place>
 }
 
 template <int rows>
-[[gnu::always_inline]] inline void multiply_pair(const std::uint16_t* const (&x)[rows], int k, __m512i w0, __m512i w1,
-                                                 __m512 (&sums)[rows][2]) {
+[[gnu::always_inline]] inline void multiply_pair(const std::uint16_t* const (&x)[rows], int k, __m512i w0,
+                                                 __m512i w1, __m512 (&sums)[rows][2]) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         const __m512i two = two_inputs(x[r] + k);
@@ -84,13 +84,15 @@ void multiply_tile(const Operand& x, std::int64_t first_row, const Panel& panel,
 
 }  // namespace
 
-void multiply_int8_weight_only_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                                      float* out) {
+void multiply_int8_weight_only_avx512(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                                      int panel, float* out) {
     const Panel bound{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(),
-                      reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features, w.padded_inputs};
+                      reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features,
+                      w.padded_inputs};
     for_row_tiles<most_rows>(num_rows, [&]<int rows>(const RowTile& tile) {
         const Ahead ahead(bound.values, w.panel_bytes(), tile);
-        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead, out + tile.first_row * panel_features);
+        multiply_tile<rows>(x, first_row + tile.first_row, bound, ahead,
+                            out + tile.first_row * panel_features);
     });
 }
 

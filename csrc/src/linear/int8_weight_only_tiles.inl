@@ -64,21 +64,23 @@ struct WidenedPanel {
     }
 };
 
-void multiply_int8_weight_only(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                               float* out) {
+void multiply_int8_weight_only(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                               int panel, float* out) {
     Scratch scratch;
-    const WidenedPanel widened{reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(), scratch};
+    const WidenedPanel widened{
+        reinterpret_cast<const std::int8_t*>(w.values.data()) + panel * w.panel_bytes(), scratch};
     const float* scales = reinterpret_cast<const float*>(w.scales.data()) + panel * panel_features;
     const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(top_byte));
     const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(scales + 16), _mm512_set1_ps(top_byte));
     const int num_steps = w.padded_inputs * 2 / step_bytes;
-    multiply_panel<Bf16Dot>(x, first_row, num_rows, widened, {0, num_steps, num_steps}, out,
-                            [low, high, out](int first, int end) {
-                                for (float* sums = out + first * panel_features; first < end; ++first, sums += panel_features) {
-                                    _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), low));
-                                    _mm512_store_ps(sums + 16, _mm512_mul_ps(_mm512_load_ps(sums + 16), high));
-                                }
-                            });
+    multiply_panel<Bf16Dot>(
+        x, first_row, num_rows, widened, {0, num_steps, num_steps}, out,
+        [low, high, out](int first, int end) {
+            for (float* sums = out + first * panel_features; first < end; ++first, sums += panel_features) {
+                _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), low));
+                _mm512_store_ps(sums + 16, _mm512_mul_ps(_mm512_load_ps(sums + 16), high));
+            }
+        });
 }
 
 }  // namespace

@@ -1,15 +1,15 @@
 // The multiplication kernels by name, one file each: multiply_<format>_<isa> is in <format>_<isa>.cpp.
 //
-// A declaration is weak: where its file is not part of the build (another architecture) it is null, and the table takes
-// the next lower instruction set's.
+// A declaration is weak: where its file is not part of the build (another architecture) it is null, and the
+// table takes the next lower instruction set's.
 #pragma once
 
 #include "penstock/linear.h"
 
 namespace penstock {
 
-using MultiplyFunction = void(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                              float* out);
+using MultiplyFunction = void(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                              int panel, float* out);
 
 #define PENSTOCK_KERNELS(format)                                      \
     [[gnu::weak]] MultiplyFunction multiply_##format##_scalar;        \
@@ -18,8 +18,8 @@ using MultiplyFunction = void(const Operand& x, std::int64_t first_row, int num_
     [[gnu::weak]] MultiplyFunction multiply_##format##_amx_emulated;  \
     [[gnu::weak]] MultiplyFunction multiply_##format##_amx;
 
-using MultiplyPartFunction = void(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w, int panel,
-                                  const InputRange& inputs, float* out);
+using MultiplyPartFunction = void(const Operand& x, std::int64_t first_row, int num_rows, const Matrix& w,
+                                  int panel, const InputRange& inputs, float* out);
 [[gnu::weak]] MultiplyPartFunction multiply_bf16_part_amx;
 [[gnu::weak]] MultiplyPartFunction multiply_bf16_part_amx_emulated;
 [[gnu::weak]] MultiplyPartFunction multiply_int8_part_amx;

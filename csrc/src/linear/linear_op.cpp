@@ -1,4 +1,5 @@
-// The driver of the linear operations: cuts the work into tasks, calls the multiply kernel and finishes its results.
+// The driver of the linear operations: cuts the work into tasks, calls the multiply kernel and finishes its
+// results.
 //
 // ```
 // few rows    the weights are read once, in memory order; a task is a run of panels, the runs get shorter towards the end
@@ -30,9 +31,10 @@ struct alignas(64) Tile {
     float values[tile_rows * panel_features];
 };
 
-// The parts of K of long rows: 512 KiB of operand and at most 1 MiB of sums fit beside a stream of weights into the 2 MiB of
-// L2 that every core with tiles has. Of the machine's bandwidth each step of a part then takes 2 bytes a cycle for the
-// weights and as many for the operand (which is read once for each group of panels), where blocks of rows took up to 10.
+// The parts of K of long rows: 512 KiB of operand and at most 1 MiB of sums fit beside a stream of weights
+// into the 2 MiB of L2 that every core with tiles has. Of the machine's bandwidth each step of a part then
+// takes 2 bytes a cycle for the weights and as many for the operand (which is read once for each group of
+// panels), where blocks of rows took up to 10.
 constexpr int part_rows = 512, part_row_bytes = 1024, most_group_panels = 16;
 constexpr int blocks_for_parts = 3;  // and of at most half of part_rows: else parts would read the weights as often
 constexpr int groups_per_thread = 2;
@@ -47,7 +49,8 @@ struct PanelRef {
 constexpr int tasks_per_thread = 4;
 
 void add_panel(const Matrix& matrix, int panel, std::vector<Memory>& reads) {
-    const auto i = static_cast<std::size_t>(panel), scales = matrix.scales.size() / static_cast<std::size_t>(matrix.num_panels);
+    const auto i = static_cast<std::size_t>(panel),
+               scales = matrix.scales.size() / static_cast<std::size_t>(matrix.num_panels);
     if (scales > 0) reads.push_back({matrix.scales.data() + i * scales, scales});
     reads.push_back({matrix.values.data() + i * matrix.panel_bytes(), matrix.panel_bytes()});
 }
@@ -65,10 +68,12 @@ std::int64_t l2_bytes() {
     return std::int64_t{1} << 20;  // what current cores have at least
 }
 
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
-// Blocks of equal size whose operand fills at most three quarters of the L2 cache (the panels pass through the rest), and
-// enough of them that every thread has tasks.
+// Blocks of equal size whose operand fills at most three quarters of the L2 cache (the panels pass through
+// the rest), and enough of them that every thread has tasks.
 RowBlocks row_blocks(std::int64_t num_rows, std::int64_t row_bytes, std::int64_t num_panels, int rows_at_once,
                      int threads) {
     const std::int64_t steps = std::max<std::int64_t>(1, l2_bytes() * 3 / 4 / (row_bytes * rows_at_once));
@@ -80,7 +85,8 @@ RowBlocks row_blocks(std::int64_t num_rows, std::int64_t row_bytes, std::int64_t
     return {static_cast<int>(size), (num_rows + size - 1) / size};
 }
 
-// The runs of panels of a single row block: starts of the tasks, and the end. Each run is a share of what is left.
+// The runs of panels of a single row block: starts of the tasks, and the end. Each run is a share of what is
+// left.
 std::vector<int> panel_runs(int num_panels, int threads) {
     std::vector<int> starts{0};
     while (starts.back() < num_panels) {
@@ -102,10 +108,15 @@ struct BoundProjection {
     std::shared_ptr<const Matrix> matrix;
     std::shared_ptr<const std::vector<float>> bias;
 
-    explicit BoundProjection(const Projection& from) : matrix(from.matrix), bias(copy_of(from.bias, *from.matrix)) {}
+    explicit BoundProjection(const Projection& from)
+        : matrix(from.matrix), bias(copy_of(from.bias, *from.matrix)) {}
 
-    const float* panel_bias(int panel) const { return bias ? bias->data() + panel * panel_features : nullptr; }
-    int cols(int panel) const { return std::min(panel_features, matrix->out_features - panel * panel_features); }
+    const float* panel_bias(int panel) const {
+        return bias ? bias->data() + panel * panel_features : nullptr;
+    }
+    int cols(int panel) const {
+        return std::min(panel_features, matrix->out_features - panel * panel_features);
+    }
 };
 
 const EpilogueKernels& epilogue_of(Isa isa) {
@@ -139,11 +150,13 @@ MultiplyPart multiply_part_of(const Program& program, const LinearInput& x, cons
 int input_cols(const Program& program, const LinearInput& x) {
     if (const auto* quantized = std::get_if<QuantizedRef>(&x)) {
         const Ref& values = quantized->values;
-        require(values.dtype == DType::i8 && quantized->scales.dtype == DType::f32 && quantized->sums.dtype == DType::i32,
+        require(values.dtype == DType::i8 && quantized->scales.dtype == DType::f32 &&
+                    quantized->sums.dtype == DType::i32,
                 "quantized rows are i8 values, f32 scales and i32 sums");
         require(quantized->sums.cols >= round_up(values.cols, input_alignment) / sum_group,
                 "quantized rows need a sum for every 32 values, padding included");
-        require(program.is_padded(values), "int8 rows whose length is no multiple of 64 need a padded buffer");
+        require(program.is_padded(values),
+                "int8 rows whose length is no multiple of 64 need a padded buffer");
         return values.cols;
     }
     const Ref& rows = std::get<Ref>(x);
@@ -156,12 +169,14 @@ void check(const Program& program, const LinearInput& x, const Matrix& matrix, c
     const int cols = input_cols(program, x);
     require(cols == matrix.in_features, "rows have " + std::to_string(cols) + " values, the matrix takes " +
                                             std::to_string(matrix.in_features));
-    require(out.cols == matrix.out_features, "the output has " + std::to_string(out.cols) + " columns, the matrix gives " +
+    require(out.cols == matrix.out_features, "the output has " + std::to_string(out.cols) +
+                                                 " columns, the matrix gives " +
                                                  std::to_string(matrix.out_features));
     require(out.dtype == DType::bf16 || out.dtype == DType::f32, "the output is bf16 or f32");
     require(std::holds_alternative<Ref>(x) || matrix.format != WeightFormat::bf16,
             "bf16 matrices take bf16 rows, not quantized ones");
-    require(multiply_of(program, x, matrix) != nullptr, "there is no kernel for these rows and this weight format");
+    require(multiply_of(program, x, matrix) != nullptr,
+            "there is no kernel for these rows and this weight format");
 }
 
 Operand operand_of(const Step& step, const LinearInput& x) {
@@ -212,7 +227,8 @@ public:
         std::vector<Memory> reads;
         const auto i = static_cast<std::size_t>(task);
         if (i + 1 >= runs_.size()) return reads;
-        for (int at = runs_[i]; at < runs_[i + 1]; ++at) add_reads(panels_[static_cast<std::size_t>(at)], reads);
+        for (int at = runs_[i]; at < runs_[i + 1]; ++at)
+            add_reads(panels_[static_cast<std::size_t>(at)], reads);
         return reads;
     }
 
@@ -226,7 +242,8 @@ protected:
 
     // Whether the panels' kernels can do a part of K; then `multiply_part` and `finish` are there.
     virtual bool has_parts() const { return false; }
-    virtual void multiply_part(const Operand&, const PanelRef&, std::int64_t, int, const InputRange&, float*) const {}
+    virtual void multiply_part(const Operand&, const PanelRef&, std::int64_t, int, const InputRange&,
+                               float*) const {}
     virtual void finish(const Step&, const PanelRef&, std::int64_t, int, const float*) const {}
 
     void add_panels(int projection, int num_panels) {
@@ -283,7 +300,8 @@ private:
         const auto for_tiles = [&](auto&& function) {
             for (int at = group.first; at < group.end; ++at) {
                 for (int row = 0; row < group.num_rows; row += tile_rows) {
-                    function(panels_[static_cast<std::size_t>(at)], group.first_row + row, std::min(tile_rows, group.num_rows - row),
+                    function(panels_[static_cast<std::size_t>(at)], group.first_row + row,
+                             std::min(tile_rows, group.num_rows - row),
                              sums + (std::int64_t{at - group.first} * group.num_rows + row) * panel_features);
                 }
             }
@@ -294,13 +312,16 @@ private:
                 multiply_part(x, at, row, num_rows, part, tile);
             });
         }
-        for_tiles([&](const PanelRef& at, std::int64_t row, int num_rows, float* tile) { finish(step, at, row, num_rows, tile); });
+        for_tiles([&](const PanelRef& at, std::int64_t row, int num_rows, float* tile) {
+            finish(step, at, row, num_rows, tile);
+        });
     }
 
     int bytes_of_input() const { return std::holds_alternative<QuantizedRef>(x_) ? 1 : 2; }
     int padded_inputs() const {
         const auto* quantized = std::get_if<QuantizedRef>(&x_);
-        return static_cast<int>(round_up(quantized ? quantized->values.cols : std::get<Ref>(x_).cols, input_alignment));
+        return static_cast<int>(
+            round_up(quantized ? quantized->values.cols : std::get<Ref>(x_).cols, input_alignment));
     }
 
     const int rows_at_once_;
@@ -343,16 +364,18 @@ protected:
                 const float* sums) const override {
         const auto i = static_cast<std::size_t>(at.projection);
         const BoundProjection& projection = projections_[i];
-        finish_({sums, projection.panel_bias(at.panel)},
-                {step.at(outs_[i]), first_row, num_rows, at.panel * panel_features, projection.cols(at.panel)});
+        finish_(
+            {sums, projection.panel_bias(at.panel)},
+            {step.at(outs_[i]), first_row, num_rows, at.panel * panel_features, projection.cols(at.panel)});
     }
 
     bool has_parts() const override {
-        return std::all_of(multiply_part_.begin(), multiply_part_.end(), [](MultiplyPart part) { return part != nullptr; });
+        return std::all_of(multiply_part_.begin(), multiply_part_.end(),
+                           [](MultiplyPart part) { return part != nullptr; });
     }
 
-    void multiply_part(const Operand& x, const PanelRef& at, std::int64_t first_row, int num_rows, const InputRange& inputs,
-                       float* sums) const override {
+    void multiply_part(const Operand& x, const PanelRef& at, std::int64_t first_row, int num_rows,
+                       const InputRange& inputs, float* sums) const override {
         const auto i = static_cast<std::size_t>(at.projection);
         multiply_part_[i](x, first_row, num_rows, *projections_[i].matrix, at.panel, inputs, sums);
     }
@@ -367,8 +390,8 @@ private:
 
 class GatedLinearOp final : public PanelOp {
 public:
-    GatedLinearOp(const Program& program, const LinearInput& x, const Projection& gate, const Projection& up, Gate kind,
-                  const Ref& out)
+    GatedLinearOp(const Program& program, const LinearInput& x, const Projection& gate, const Projection& up,
+                  Gate kind, const Ref& out)
         : PanelOp(program, x),
           gate_(gate),
           up_(up),
@@ -387,7 +410,8 @@ protected:
         Tile gate, up;
         multiply_gate_(x, first_row, num_rows, *gate_.matrix, at.panel, gate.values);
         multiply_up_(x, first_row, num_rows, *up_.matrix, at.panel, up.values);
-        epilogue_.gate(kind_, {gate.values, gate_.panel_bias(at.panel)}, {up.values, up_.panel_bias(at.panel)},
+        epilogue_.gate(kind_, {gate.values, gate_.panel_bias(at.panel)},
+                       {up.values, up_.panel_bias(at.panel)},
                        {step.at(out_), first_row, num_rows, at.panel * panel_features, gate_.cols(at.panel)});
     }
 
@@ -407,13 +431,14 @@ private:
 
 void add_linear(Program& program, const LinearInput& x, const std::vector<Projection>& projections,
                 const std::vector<Ref>& outs, bool add) {
-    require(!projections.empty() && projections.size() == outs.size(), "one output for each of one or more matrices");
+    require(!projections.empty() && projections.size() == outs.size(),
+            "one output for each of one or more matrices");
     for (std::size_t i = 0; i < outs.size(); ++i) check(program, x, *projections[i].matrix, outs[i]);
     program.add(std::make_unique<LinearOp>(program, x, projections, outs, add));
 }
 
-void add_gated_linear(Program& program, const LinearInput& x, const Projection& gate, const Projection& up, Gate kind,
-                      const Ref& out) {
+void add_gated_linear(Program& program, const LinearInput& x, const Projection& gate, const Projection& up,
+                      Gate kind, const Ref& out) {
     check(program, x, *gate.matrix, out);
     check(program, x, *up.matrix, out);
     program.add(std::make_unique<GatedLinearOp>(program, x, gate, up, kind, out));

@@ -22,10 +22,10 @@ Multiply first_of(std::initializer_list<Multiply> fastest_first) {
 #define PENSTOCK_AVX512(format) multiply_##format##_avx512, PENSTOCK_AVX2(format)
 #define PENSTOCK_AMX_EMULATED(format) multiply_##format##_amx_emulated, PENSTOCK_AVX512(format)
 #define PENSTOCK_AMX(format) multiply_##format##_amx, PENSTOCK_AVX512(format)
-#define PENSTOCK_TABLE(isa, rows)                                                                             \
-    LinearKernels {                                                                                           \
-        first_of({isa(bf16)}), first_of({isa(int8)}), first_of({isa(int4)}), first_of({isa(int8_weight_only)}), \
-            first_of({isa(int4_weight_only)}), rows                                                           \
+#define PENSTOCK_TABLE(isa, rows)                                                      \
+    LinearKernels {                                                                    \
+        first_of({isa(bf16)}), first_of({isa(int8)}), first_of({isa(int4)}),           \
+            first_of({isa(int8_weight_only)}), first_of({isa(int4_weight_only)}), rows \
     }
 
 LinearKernels with_parts(LinearKernels kernels, MultiplyPart bf16, MultiplyPart int8) {

@@ -37,7 +37,8 @@ std::size_t scale_bytes(const Matrix& matrix) {
     switch (matrix.format) {
         case WeightFormat::bf16: return 0;
         case WeightFormat::int8: return features * sizeof(float);
-        case WeightFormat::int4: return features * static_cast<std::size_t>(matrix.num_groups()) * sizeof(std::uint16_t);
+        case WeightFormat::int4:
+            return features * static_cast<std::size_t>(matrix.num_groups()) * sizeof(std::uint16_t);
     }
     return 0;
 }
@@ -51,7 +52,8 @@ std::shared_ptr<Matrix> allocate(int out_features, int in_features, WeightFormat
     matrix->num_panels = (out_features + panel_features - 1) / panel_features;
     matrix->group_size = group_size;
     const auto features = static_cast<std::size_t>(matrix->num_panels) * panel_features;
-    matrix->values = HugeBuffer::part(value_bytes(format, features * static_cast<std::size_t>(matrix->padded_inputs)));
+    matrix->values =
+        HugeBuffer::part(value_bytes(format, features * static_cast<std::size_t>(matrix->padded_inputs)));
     matrix->scales = HugeBuffer::part(scale_bytes(*matrix));
     return matrix;
 }
@@ -73,7 +75,8 @@ std::shared_ptr<Matrix> pack(const Plain& plain, WeightFormat format, int group_
 }
 
 std::shared_ptr<Matrix> pack(const Rounded& rounded, WeightFormat format, int group_size, Pool& pool) {
-    if (format == WeightFormat::bf16) throw std::invalid_argument("rounded values are packed as int8 or int4");
+    if (format == WeightFormat::bf16)
+        throw std::invalid_argument("rounded values are packed as int8 or int4");
     check(rounded.out_features, rounded.in_features, format, group_size);
     if (rounded.in_features > most_rounded_inputs) {
         throw std::invalid_argument("rounded weights have at most " + std::to_string(most_rounded_inputs) +

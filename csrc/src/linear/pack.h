@@ -1,7 +1,8 @@
-// Packing and unpacking by format (matrix.h draws the layouts). Called by pack.cpp only, with a checked `Plain`.
+// Packing and unpacking by format (matrix.h draws the layouts). Called by pack.cpp only, with a checked
+// `Plain`.
 //
-// `pack_*` fills a matrix whose buffers are allocated and zero, with all threads of the pool; `unpack_*` writes float32
-// [out_features, in_features].
+// `pack_*` fills a matrix whose buffers are allocated and zero, with all threads of the pool; `unpack_*`
+// writes float32 [out_features, in_features].
 #pragma once
 
 #include "penstock/bf16.h"

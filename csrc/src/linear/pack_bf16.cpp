@@ -1,7 +1,7 @@
 // bf16 panels: [32-feature panel][pair of inputs][32 features][2 inputs]. See matrix.h.
 //
-// A transposition of 4-byte pairs, done in squares of 32 features x 32 pairs (a row of a square is two cache lines of
-// the source, the square's destination is contiguous).
+// A transposition of 4-byte pairs, done in squares of 32 features x 32 pairs (a row of a square is two cache
+// lines of the source, the square's destination is contiguous).
 #include <algorithm>
 
 #include "pack.h"
@@ -32,11 +32,13 @@ void pack_any(const Plain& plain, int first, int features, int first_pair, int c
 // The same for whole pairs of contiguous bf16 rows, the usual case: 4-byte moves.
 void pack_rows(const Plain& plain, int first, int features, int first_pair, int count, Bf16* out) {
     const Bf16* source = static_cast<const Bf16*>(plain.data) + first * plain.row_stride + first_pair * 2;
-    auto* square = reinterpret_cast<std::byte*>(out + static_cast<std::int64_t>(first_pair) * panel_features * 2);
+    auto* square =
+        reinterpret_cast<std::byte*>(out + static_cast<std::int64_t>(first_pair) * panel_features * 2);
     for (int f = 0; f < features; ++f) {
         const auto* row = reinterpret_cast<const std::byte*>(source + f * plain.row_stride);
         std::byte* column = square + f * 4;
-        for (int pair = 0; pair < count; ++pair) std::copy_n(row + pair * 4, 4, column + pair * panel_features * 4);
+        for (int pair = 0; pair < count; ++pair)
+            std::copy_n(row + pair * 4, 4, column + pair * panel_features * 4);
     }
 }
 

@@ -1,8 +1,8 @@
-// int4 panels: [32-feature panel][eight inputs][32 features][8 inputs in 4 bytes], float16 scales of groups. See
-// matrix.h.
+// int4 panels: [32-feature panel][eight inputs][32 features][8 inputs in 4 bytes], float16 scales of groups.
+// See matrix.h.
 //
-// A panel's groups are read, checked and quantized one by one (int4_quantize.inl, by the fastest instruction set
-// that the CPU has: all give the same bits) and laid into the panel, 4 bytes each 128.
+// A panel's groups are read, checked and quantized one by one (int4_quantize.inl, by the fastest instruction
+// set that the CPU has: all give the same bits) and laid into the panel, 4 bytes each 128.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -54,7 +54,8 @@ bool pack_panel(const Plain& plain, int panel, QuantizeGroup* quantize, Matrix& 
         const int inputs = std::min(size, matrix.padded_inputs - k);
         for (int f = 0; f < features; ++f) {
             read_row(plain, first + f, k, std::clamp(plain.in_features - k, 0, size), size, group);
-            if (largest_magnitude_bits(group, size) > std::bit_cast<std::int32_t>(largest_weight)) return false;
+            if (largest_magnitude_bits(group, size) > std::bit_cast<std::int32_t>(largest_weight))
+                return false;
             scales[g * panel_features + f] = quantize(group, words);
             store_words(words, inputs / 8, out + static_cast<std::int64_t>(k) * (panel_features / 2) + f * 4);
         }
@@ -78,7 +79,9 @@ void pack_int4(const Plain& plain, Matrix& matrix, Pool& pool) {
         });
     };
     pool.run(job);
-    if (!fits) throw std::invalid_argument("a weight to be quantized to int4 is NaN or greater than 458528 in magnitude");
+    if (!fits)
+        throw std::invalid_argument(
+            "a weight to be quantized to int4 is NaN or greater than 458528 in magnitude");
 }
 
 void unpack_int4(const Matrix& matrix, float* out) {
@@ -92,7 +95,8 @@ void unpack_int4(const Matrix& matrix, float* out) {
             const int byte = feature[k / 8 * panel_features * 4 + k % 4];
             const int value = (k % 8 < 4 ? byte & 15 : byte >> 4) - 8;
             const std::int64_t group = panel * matrix.num_groups() + k / matrix.group_size;
-            out[n * matrix.in_features + k] = static_cast<float>(value) * from_float16(scales[group * panel_features + f]);
+            out[n * matrix.in_features + k] =
+                static_cast<float>(value) * from_float16(scales[group * panel_features + f]);
         }
     }
 }

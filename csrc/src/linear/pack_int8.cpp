@@ -1,13 +1,13 @@
-// int8 panels: [32-feature panel][four inputs][32 features][4 inputs], signed, one float32 scale a feature. See
-// matrix.h.
+// int8 panels: [32-feature panel][four inputs][32 features][4 inputs], signed, one float32 scale a feature.
+// See matrix.h.
 //
 // ```
 // scale = max|w| / 127        q = nearest_even(w / scale)        w ~ q * scale        (float32 arithmetic)
 // ```
 //
-// A panel is read twice: for its greatest magnitudes, then (from the cache) to be divided, rounded and transposed
-// in squares of 32 features x 64 inputs. Plain loops that the compiler turns into vectors. No row is copied as
-// float32.
+// A panel is read twice: for its greatest magnitudes, then (from the cache) to be divided, rounded and
+// transposed in squares of 32 features x 64 inputs. Plain loops that the compiler turns into vectors. No row
+// is copied as float32.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -43,7 +43,8 @@ void pack_chunk(const float* row, float scale, std::int8_t* column) {
         const float rounded = nearest_even(row[i] / divisor);
         values[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(rounded));
     }
-    for (int i = 0; i < chunk_inputs / 4; ++i) std::copy_n(values + i * 4, 4, column + i * panel_features * 4);
+    for (int i = 0; i < chunk_inputs / 4; ++i)
+        std::copy_n(values + i * 4, 4, column + i * panel_features * 4);
 }
 
 // False where a value is not finite.
@@ -76,7 +77,8 @@ void pack_int8(const Plain& plain, Matrix& matrix, Pool& pool) {
     std::atomic<bool> is_finite{true};
     const std::function<void(Worker&)> job = [&](Worker& worker) {
         worker.share(matrix.num_panels, [&](std::int64_t panel) {
-            if (!pack_panel(plain, static_cast<int>(panel), matrix)) is_finite.store(false, std::memory_order_relaxed);
+            if (!pack_panel(plain, static_cast<int>(panel), matrix))
+                is_finite.store(false, std::memory_order_relaxed);
         });
     };
     pool.run(job);
@@ -90,7 +92,8 @@ void unpack_int8(const Matrix& matrix, float* out) {
     for (std::int64_t n = 0; n < matrix.out_features; ++n) {
         const std::int8_t* feature = values + n / panel_features * panel_size + n % panel_features * 4;
         for (std::int64_t k = 0; k < matrix.in_features; ++k) {
-            out[n * matrix.in_features + k] = static_cast<float>(feature[k / 4 * panel_features * 4 + k % 4]) * scales[n];
+            out[n * matrix.in_features + k] =
+                static_cast<float>(feature[k / 4 * panel_features * 4 + k % 4]) * scales[n];
         }
     }
 }

@@ -1,7 +1,8 @@
-// Panels from values that somebody else has rounded (`Rounded` in matrix.h): only the order changes, no number does.
+// Panels from values that somebody else has rounded (`Rounded` in matrix.h): only the order changes, no
+// number does.
 //
-// A panel is filled feature by feature; what lies beyond the last feature or input is zero, as pack_int8.cpp and
-// pack_int4.cpp leave it.
+// A panel is filled feature by feature; what lies beyond the last feature or input is zero, as pack_int8.cpp
+// and pack_int4.cpp leave it.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -37,7 +38,8 @@ bool pack_int8_panel(const Rounded& rounded, int panel, Matrix& matrix) {
     return std::all_of(from, from + features, [](float scale) { return std::isfinite(scale); });
 }
 
-// Inputs [k, k + 8) of a row as the nibbles of 4 bytes; inputs behind the last are 0. False where a value is no int4.
+// Inputs [k, k + 8) of a row as the nibbles of 4 bytes; inputs behind the last are 0. False where a value is
+// no int4.
 bool store_nibbles(const std::int8_t* row, int k, int in_features, std::uint8_t* out) {
     bool fits = true;
     for (int j = 0; j < int4_run / 2; ++j) {
@@ -84,7 +86,9 @@ void for_panels(const Matrix& matrix, Pool& pool, const PackPanel& pack_panel) {
         });
     };
     pool.run(job);
-    if (!fits) throw std::invalid_argument("a rounded weight has a value out of range, or a scale that is not finite");
+    if (!fits)
+        throw std::invalid_argument(
+            "a rounded weight has a value out of range, or a scale that is not finite");
 }
 
 }  // namespace

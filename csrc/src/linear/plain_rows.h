@@ -12,8 +12,8 @@
 namespace penstock {
 
 // Values [first, first + count) of row n as float32, then zeros up to `size`.
-[[gnu::always_inline]] inline void read_row(const Plain& plain, std::int64_t n, std::int64_t first, int count, int size,
-                                            float* out) {
+[[gnu::always_inline]] inline void read_row(const Plain& plain, std::int64_t n, std::int64_t first, int count,
+                                            int size, float* out) {
     if (plain.dtype == DType::bf16 && plain.col_stride == 1) {
         const Bf16* row = static_cast<const Bf16*>(plain.data) + n * plain.row_stride + first;
         for (int i = 0; i < count; ++i) out[i] = to_float(row[i]);
@@ -34,7 +34,8 @@ namespace penstock {
     return largest;
 }
 
-// Round to the nearest integer, ties to even, for |value| < 2^22: 1.5 * 2^23 pushes the fraction out of the float.
+// Round to the nearest integer, ties to even, for |value| < 2^22: 1.5 * 2^23 pushes the fraction out of the
+// float.
 [[gnu::always_inline]] inline float nearest_even(float value) {
     constexpr float magic = 12582912.0f;
     return (value + magic) - magic;

@@ -1,5 +1,5 @@
-// Cuts rows into tiles whose height the compiler knows, and says what each asks memory for. Included by files of
-// every instruction set, hence anonymous.
+// Cuts rows into tiles whose height the compiler knows, and says what each asks memory for. Included by files
+// of every instruction set, hence anonymous.
 #pragma once
 
 #include <cstddef>
@@ -41,16 +41,17 @@ template <int most, class Function>
 
 // Lines of weights to ask for, two for each 128 bytes that are multiplied.
 //
-// A single tile asks for what it needs itself, a page ahead (4 KiB and 8 KiB measure alike). Of several, only the
-// first would have to wait for memory; so each asks for its share of the next panel, which the same thread takes
-// next:
+// A single tile asks for what it needs itself, a page ahead (4 KiB and 8 KiB measure alike). Of several, only
+// the first would have to wait for memory; so each asks for its share of the next panel, which the same
+// thread takes next:
 //
 // ```
 // next panel   | tile 0: from here .. and here .. | tile 1: from here .. and here .. | ...
 // ```
 class Ahead {
 public:
-    Ahead(const void* panel, std::size_t panel_bytes, const RowTile& tile) : line_(static_cast<const char*>(panel)) {
+    Ahead(const void* panel, std::size_t panel_bytes, const RowTile& tile)
+        : line_(static_cast<const char*>(panel)) {
         if (tile.count == 1) {
             line_ += page;
             return;

@@ -61,7 +61,8 @@ struct GroupBlock {
 // The sums of one group: `bytes` of 16 rows at `a`, times the 16 features at `w`. `set`: which of the two
 // sets of tiles.
 template <class Dot, int set>
-PENSTOCK_TILE void multiply_group(const std::byte* a, std::int64_t row_bytes, const std::byte* w, int bytes, TileSums& sums) {
+PENSTOCK_TILE void multiply_group(const std::byte* a, std::int64_t row_bytes, const std::byte* w, int bytes,
+                                  TileSums& sums) {
     tile::zero<set>();
     for (int at = 0; at < bytes; at += step_bytes) {
         tile::load<4 + set>(a + at, row_bytes);
@@ -73,7 +74,8 @@ PENSTOCK_TILE void multiply_group(const std::byte* a, std::int64_t row_bytes, co
 
 template <class Dot>
 PENSTOCK_TILE void add_group(const TileSums& sums, const Float16* scales, __m512 (&totals)[tile_rows_max]) {
-    const __m512 scale = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+    const __m512 scale =
+        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
 #pragma GCC unroll 16
     for (int r = 0; r < tile_rows_max; ++r) {
         totals[r] = _mm512_fmadd_ps(Dot::floats(sums.values + r * 16), scale, totals[r]);
@@ -97,7 +99,8 @@ template <class Dot>
     int left = block.num_bytes;
     for (; left >= 2 * block.group_bytes; left -= 2 * block.group_bytes) {
         multiply_group<Dot, 0>(a, block.row_bytes, w, block.group_bytes, sums[0]);
-        multiply_group<Dot, 1>(a + block.group_bytes, block.row_bytes, w + panel_group, block.group_bytes, sums[1]);
+        multiply_group<Dot, 1>(a + block.group_bytes, block.row_bytes, w + panel_group, block.group_bytes,
+                               sums[1]);
         add_group<Dot>(sums[0], scales, totals);
         add_group<Dot>(sums[1], scales + panel_features, totals);
         a += 2 * block.group_bytes, w += 2 * panel_group, scales += 2 * panel_features;
@@ -151,11 +154,12 @@ struct NibblesToBf16 {
     }
     // Two of each feature's four bytes, each to a 16-bit lane.
     static __m512i pair(__m512i nibbles, int first) {
-        const __m512i places = _mm512_set_epi32(0x800d800c, 0x80098008, 0x80058004, 0x80018000, 0x800d800c, 0x80098008,
-                                                0x80058004, 0x80018000, 0x800d800c, 0x80098008, 0x80058004, 0x80018000,
-                                                0x800d800c, 0x80098008, 0x80058004, 0x80018000);
+        const __m512i places = _mm512_set_epi32(
+            0x800d800c, 0x80098008, 0x80058004, 0x80018000, 0x800d800c, 0x80098008, 0x80058004, 0x80018000,
+            0x800d800c, 0x80098008, 0x80058004, 0x80018000, 0x800d800c, 0x80098008, 0x80058004, 0x80018000);
         const __m512i offset = _mm512_set1_epi16(static_cast<short>(first));
-        return _mm512_permutexvar_epi16(_mm512_shuffle_epi8(nibbles, _mm512_add_epi16(places, offset)), table());
+        return _mm512_permutexvar_epi16(_mm512_shuffle_epi8(nibbles, _mm512_add_epi16(places, offset)),
+                                        table());
     }
     static void unpack(const std::uint8_t* from, std::byte* to) {
         for (int half = 0; half < 2; ++half, to += 64) {
@@ -181,22 +185,30 @@ void multiply_group_block(const GroupBlock& block, int num_rows, float* out, One
 
 // out [num_rows][32] = x rows times the panel, scaled by the groups' scales.
 template <class Unpack>
-void multiply_int4_panel(const Operand& x, std::int64_t first_row, int num_rows, const Int4Panel& panel, float* out) {
+void multiply_int4_panel(const Operand& x, std::int64_t first_row, int num_rows, const Int4Panel& panel,
+                         float* out) {
     using Dot = typename Unpack::Dot;
     constexpr int inputs_of_block = block_steps * step_bytes / Dot::item_bytes;
     const int group_bytes = panel.group_size * Dot::item_bytes;
-    group_bytes < step_bytes ? tile::configure_product<step_bytes / 2>(num_rows) : tile::configure_product(num_rows);
+    group_bytes < step_bytes ? tile::configure_product<step_bytes / 2>(num_rows)
+                             : tile::configure_product(num_rows);
     alignas(64) std::byte unpacked[block_steps * panel_step_bytes];
     OneTile last;
     TileSums buffers[2] = {};
     for (int k = 0; k < panel.inputs; k += inputs_of_block) {
         const int inputs = std::min(inputs_of_block, panel.inputs - k);
         for (int i = 0; i < inputs; i += 8) {
-            Unpack::unpack(panel.values + (k + i) * (panel_features / 2), unpacked + i * Dot::item_bytes * panel_features);
+            Unpack::unpack(panel.values + (k + i) * (panel_features / 2),
+                           unpacked + i * Dot::item_bytes * panel_features);
         }
-        const GroupBlock block{x.row<std::byte>(first_row) + k * Dot::item_bytes, x.row_bytes, unpacked,
-                               panel.scales + k / panel.group_size * panel_features, inputs * Dot::item_bytes, group_bytes,
-                               k == 0, buffers};
+        const GroupBlock block{x.row<std::byte>(first_row) + k * Dot::item_bytes,
+                               x.row_bytes,
+                               unpacked,
+                               panel.scales + k / panel.group_size * panel_features,
+                               inputs * Dot::item_bytes,
+                               group_bytes,
+                               k == 0,
+                               buffers};
         multiply_group_block<Dot>(block, num_rows, out, last);
     }
     const int rest = num_rows % tile_rows_max, from = num_rows < tile_rows_max ? 0 : tile_rows_max - rest;

@@ -69,7 +69,8 @@ struct Ahead {
 constexpr int panel_shares = panel_step_bytes / panel_stride;
 
 PENSTOCK_TILE const std::byte* first_share(const Ahead& ahead, int first_row) {
-    return ahead.panel + (ahead.first_pair + first_row / (2 * tile_rows_max)) * ahead.shares % panel_shares * ahead.share_bytes;
+    return ahead.panel + (ahead.first_pair + first_row / (2 * tile_rows_max)) * ahead.shares % panel_shares *
+                             ahead.share_bytes;
 }
 
 // One block of K for one call.
@@ -98,7 +99,8 @@ PENSTOCK_TILE void fetch_panel(const std::byte* ahead) {
 // Rows [first, first + 16) and [second, second + 16), which may overlap. `next`: the rows that come after
 // them.
 template <class Dot>
-[[gnu::noinline]] void multiply_two(const Block& block, int first, int second, const std::byte* next, float* out) {
+[[gnu::noinline]] void multiply_two(const Block& block, int first, int second, const std::byte* next,
+                                    float* out) {
     float* low = out + first * panel_features;
     float* high = out + second * panel_features;
     if (block.is_first) {
@@ -122,8 +124,10 @@ template <class Dot>
         tile::load<5>(a1 + step * step_bytes, stride);
         Dot::template dot<2, 5, 6>();
         Dot::template dot<3, 5, 7>();
-        fetch_rows(ahead < 0 ? a0 + (step + row_steps_ahead) * step_bytes : next + ahead * step_bytes, stride);
-        for (int share = 0; share < block.ahead.shares; ++share) fetch_to_l2(far + share * block.ahead.share_bytes);
+        fetch_rows(ahead < 0 ? a0 + (step + row_steps_ahead) * step_bytes : next + ahead * step_bytes,
+                   stride);
+        for (int share = 0; share < block.ahead.shares; ++share)
+            fetch_to_l2(far + share * block.ahead.share_bytes);
         w += panel_step_bytes;
         far += panel_stride;
     }
@@ -184,7 +188,8 @@ void take_last(const RowTiles& rows, const float* out, OneTile& last) {
 // `finish(first, end)` is called once for all rows, 32 at a time, when their sums are complete: of a pair of
 // tiles while the next pair's products are on their way.
 template <class Dot, bool is_stored, class Finish>
-void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTile& last, const Finish& finish) {
+void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTile& last,
+                    const Finish& finish) {
     constexpr int pair_rows = 2 * tile_rows_max;
     for (int first = 0; first < rows.pairs_end(); first += pair_rows) {
         const bool is_last = first + pair_rows >= rows.pairs_end();
@@ -196,7 +201,8 @@ void multiply_block(const Block& block, const RowTiles& rows, float* out, OneTil
     }
     const int unfinished = (rows.pairs_end() - 1) / pair_rows * pair_rows;
     if (rows.has_one()) {
-        multiply_one<Dot, is_stored>(block, rows.one_first(), rows.num_rows < tile_rows_max ? out : last.values);
+        multiply_one<Dot, is_stored>(block, rows.one_first(),
+                                     rows.num_rows < tile_rows_max ? out : last.values);
         if (block.is_end) place_last(rows, last, out);
     }
     if (!block.is_last) return;
@@ -221,8 +227,8 @@ struct StepRange {
 // out [num_rows][32] = x rows times the panel: sums of Dot's type (float32 or int32), which `finish` may
 // scale after the last step. A range that does not begin at 0 adds to the sums that stand in `out`.
 template <class Dot, class Panel, class Finish>
-void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel, const StepRange& range,
-                    float* out, const Finish& finish) {
+void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, const Panel& panel,
+                    const StepRange& range, float* out, const Finish& finish) {
     tile::configure_product(num_rows);
     const RowTiles rows{num_rows};
     const int num_steps = range.end - range.first;
@@ -236,8 +242,14 @@ void multiply_panel(const Operand& x, std::int64_t first_row, int num_rows, cons
     if (range.first > 0) take_last(rows, out, last);
     for (int step = range.first; step < range.end; step += most_steps) {
         const int count = range.end - step < most_steps ? range.end - step : most_steps;
-        const Block block{x.row<std::byte>(first_row) + step * step_bytes, x.row_bytes, panel.block(step, count),
-                          count, step == 0, step + count == range.end, step + count == range.count, ahead};
+        const Block block{x.row<std::byte>(first_row) + step * step_bytes,
+                          x.row_bytes,
+                          panel.block(step, count),
+                          count,
+                          step == 0,
+                          step + count == range.end,
+                          step + count == range.count,
+                          ahead};
         ahead.panel += count * panel_stride;
         multiply_block<Dot, Panel::is_stored>(block, rows, out, last, finish);
     }

@@ -5,10 +5,10 @@
 // out[f] = sum_g (sum_{k in g} x[k] * q[f][k]) * scale[g][f]              int8: one group, the whole row
 // ```
 //
-// For up to 48 rows at a time, 32 inputs of the panel are unpacked once (4 KiB, L1), then multiplied by all rows.
-// A 32-bit lane holds 4 (int4: 8) values of a feature; each is shifted to the top, back with its sign, and
-// converted. Sums run over K one after the other, whatever the tile's height: a row's bits do not depend on its
-// neighbours.
+// For up to 48 rows at a time, 32 inputs of the panel are unpacked once (4 KiB, L1), then multiplied by all
+// rows. A 32-bit lane holds 4 (int4: 8) values of a feature; each is shifted to the top, back with its sign,
+// and converted. Sums run over K one after the other, whatever the tile's height: a row's bits do not depend
+// on its neighbours.
 #include <algorithm>
 
 #include "int4_panel.h"
@@ -149,7 +149,8 @@ void add_group(int num_rows, const float* scales, const Scratch& scratch, float*
 }
 
 template <class Weights>
-void multiply_block(const Operand& x, std::int64_t first_row, int num_rows, const Weights& weights, float* out) {
+void multiply_block(const Operand& x, std::int64_t first_row, int num_rows, const Weights& weights,
+                    float* out) {
     Scratch scratch;
     std::fill_n(out, num_rows * panel_features, 0.0f);
     for (int k = 0; k < weights.inputs;) {

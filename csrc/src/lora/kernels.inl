@@ -19,7 +19,8 @@ PENSTOCK_INLINE void widen_row(const std::uint16_t* from, int n, float* row) {
     if (i < n) store(row + i, load_first(from + i, n - i));
 }
 
-// h[r][j] = scale * dot(A[j], x[r]) for `num_a` rows of A and `num_x` rows of x. The sums' order is that of i alone.
+// h[r][j] = scale * dot(A[j], x[r]) for `num_a` rows of A and `num_x` rows of x. The sums' order is that of i
+// alone.
 template <int num_a, int num_x>
 PENSTOCK_INLINE void dots(const std::uint16_t* a, const float* x, int x_stride, int in, float scale, float* h,
                           int h_stride) {
@@ -51,7 +52,8 @@ PENSTOCK_INLINE void shrink(const LowRankTask& task, const float* x, int x_strid
     const int in = task.x.cols;
     int j = 0;
     for (; j + at_once <= w.rank; j += at_once) {
-        dots<at_once, num_x>(w.a + static_cast<std::int64_t>(j) * in, x, x_stride, in, w.scale, h + j, h_stride);
+        dots<at_once, num_x>(w.a + static_cast<std::int64_t>(j) * in, x, x_stride, in, w.scale, h + j,
+                             h_stride);
     }
     for (; j < w.rank; ++j) {
         dots<1, num_x>(w.a + static_cast<std::int64_t>(j) * in, x, x_stride, in, w.scale, h + j, h_stride);
@@ -96,7 +98,8 @@ void apply(const LowRankTask& task) {
         widen_row(task.x.row<std::uint16_t>(task.first_row + r), task.x.cols, x + r * x_stride);
     }
     int r = 0;
-    for (; r + 4 <= task.num_rows; r += 4) shrink<4>(task, x + r * x_stride, x_stride, h + r * h_stride, h_stride);
+    for (; r + 4 <= task.num_rows; r += 4)
+        shrink<4>(task, x + r * x_stride, x_stride, h + r * h_stride, h_stride);
     for (; r < task.num_rows; ++r) shrink<1>(task, x + r * x_stride, x_stride, h + r * h_stride, h_stride);
     if (task.y.dtype == DType::f32) return expand<float>(task, h, h_stride);
     expand<std::uint16_t>(task, h, h_stride);

@@ -4,8 +4,8 @@
 // task = tile * sites + site        a tile is up to 8 rows of one segment
 // ```
 //
-// A task does both products, so that nothing but the operation's own end needs a barrier. Tasks come to a thread in
-// rising order: a cursor finds their segments without a list.
+// A task does both products, so that nothing but the operation's own end needs a barrier. Tasks come to a
+// thread in rising order: a cursor finds their segments without a list.
 #include <algorithm>
 #include <stdexcept>
 #include <utility>
@@ -59,7 +59,8 @@ public:
         TileCursor cursor(step.adapters);
         worker.share(tiles * num_sites, [&](std::int64_t task) {
             const std::int64_t tile = cursor.seek(task / num_sites);
-            run_tile(step, worker, cursor.segment(), tile, sites_[static_cast<std::size_t>(task % num_sites)]);
+            run_tile(step, worker, cursor.segment(), tile,
+                     sites_[static_cast<std::size_t>(task % num_sites)]);
         });
     }
 
@@ -78,7 +79,8 @@ private:
         const LowRank& weights = segment.sites[site.site];
         if (weights.rank == 0) return;
         const std::int64_t first = tile * adapter_tile_rows;
-        const int rows = static_cast<int>(std::min<std::int64_t>(adapter_tile_rows, segment.num_rows - first));
+        const int rows =
+            static_cast<int>(std::min<std::int64_t>(adapter_tile_rows, segment.num_rows - first));
         auto* scratch = reinterpret_cast<float*>(worker.scratch());
         apply_({weights, step.at(x_), step.at(site.out), segment.first_row + first, rows, scratch});
     }

@@ -1,4 +1,5 @@
-// The stages of penstock/moe.h, distributed over the threads. All their memory is the program's shared memory.
+// The stages of penstock/moe.h, distributed over the threads. All their memory is the program's shared
+// memory.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -12,8 +13,8 @@ namespace penstock {
 
 namespace {
 
-// Tokens that are worked on together: bounds the memory of a long prefill; with 128 experts of which 8 are taken an
-// expert still has 64 rows, enough to be bound by the multipliers.
+// Tokens that are worked on together: bounds the memory of a long prefill; with 128 experts of which 8 are
+// taken an expert still has 64 rows, enough to be bound by the multipliers.
 constexpr std::int64_t most_tokens = 1024;
 // Tokens whose router logits are one task.
 constexpr int routed_tokens = 32;
@@ -30,9 +31,13 @@ void require(bool holds, const std::string& otherwise) {
     if (!holds) throw std::invalid_argument(otherwise);
 }
 
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
-int num_panels(std::int64_t features) { return static_cast<int>((features + panel_features - 1) / panel_features); }
+int num_panels(std::int64_t features) {
+    return static_cast<int>((features + panel_features - 1) / panel_features);
+}
 
 // The sizes of a layer, and where its arrays lie in the shared memory.
 struct Layout {
@@ -41,8 +46,8 @@ struct Layout {
     std::int64_t hidden_features;              // padded to whole panels
     std::int64_t router_features;
 
-    std::int64_t logits, experts, weights, first_slots, active, slots, sources, rows, row_scales, row_sums, inner_rows,
-        inner_values, inner_scales, inner_sums, results, num_bytes;
+    std::int64_t logits, experts, weights, first_slots, active, slots, sources, rows, row_scales, row_sums,
+        inner_rows, inner_values, inner_scales, inner_sums, results, num_bytes;
 
     explicit Layout(const MoeArgs& args)
         : hidden(args.x.cols),
@@ -96,8 +101,9 @@ public:
           at_(args),
           dense_(dense_kernels(program.isa())),
           linear_(linear_kernels(program.isa())),
-          router_(pack({args.router, DType::bf16, at_.hidden, 1, static_cast<int>(at_.num_experts), args.x.cols},
-                       WeightFormat::bf16, 0, program.pool())) {
+          router_(
+              pack({args.router, DType::bf16, at_.hidden, 1, static_cast<int>(at_.num_experts), args.x.cols},
+                   WeightFormat::bf16, 0, program.pool())) {
         program.reserve_shared(static_cast<std::size_t>(at_.num_bytes));
     }
 
@@ -140,13 +146,15 @@ private:
         worker.barrier();
         share_slots(num_slots, worker, [&](std::int64_t slot) { gather(tokens, slot, worker); });
         worker.barrier();
-        share_panels(tokens, at_.inner, worker, [&](std::int64_t expert, int panel) { up(tokens, expert, panel); });
+        share_panels(tokens, at_.inner, worker,
+                     [&](std::int64_t expert, int panel) { up(tokens, expert, panel); });
         worker.barrier();
         if (args_.is_quantized) {
             share_slots(num_slots, worker, [&](std::int64_t slot) { quantize_inner(tokens, slot, worker); });
             worker.barrier();
         }
-        share_panels(tokens, at_.hidden, worker, [&](std::int64_t expert, int panel) { down(tokens, expert, panel); });
+        share_panels(tokens, at_.hidden, worker,
+                     [&](std::int64_t expert, int panel) { down(tokens, expert, panel); });
         worker.barrier();
         worker.share(tokens.count, [&](std::int64_t token) { sum(tokens, token, worker); });
     }
@@ -204,8 +212,9 @@ private:
     // The slots, and the experts that have any: their number, then they.
     void sort(const Tokens& tokens, std::int64_t num_slots) const {
         auto* first_slots = tokens.shared<std::int32_t>(at_.first_slots);
-        sort_slots(tokens.shared<std::int32_t>(at_.experts), num_slots, static_cast<int>(at_.num_experts), first_slots,
-                   tokens.shared<std::int32_t>(at_.slots), tokens.shared<std::int32_t>(at_.sources));
+        sort_slots(tokens.shared<std::int32_t>(at_.experts), num_slots, static_cast<int>(at_.num_experts),
+                   first_slots, tokens.shared<std::int32_t>(at_.slots),
+                   tokens.shared<std::int32_t>(at_.sources));
         auto* active = tokens.shared<std::int32_t>(at_.active);
         active[0] = 0;
         for (std::int32_t expert = 0; expert < at_.num_experts; ++expert) {
@@ -214,8 +223,9 @@ private:
     }
 
     // int8 values, scale and sums of the row in `from`, whose padding is zero.
-    void quantize(const Tokens& tokens, const float* from, std::int64_t n, std::int64_t inputs, std::int64_t slot,
-                  std::int64_t values_at, std::int64_t scales_at, std::int64_t sums_at) const {
+    void quantize(const Tokens& tokens, const float* from, std::int64_t n, std::int64_t inputs,
+                  std::int64_t slot, std::int64_t values_at, std::int64_t scales_at,
+                  std::int64_t sums_at) const {
         auto* values = tokens.shared<std::int8_t>(values_at) + slot * inputs;
         std::memset(values + n, 0, static_cast<std::size_t>(inputs - n));
         auto* sums = tokens.shared<std::int32_t>(sums_at) + slot * inputs / sum_group;
@@ -231,7 +241,8 @@ private:
         if (args_.is_quantized) {
             float* row = scratch_row(worker);
             dense_.load_bf16(x, static_cast<int>(at_.hidden), row);
-            quantize(tokens, row, at_.hidden, at_.hidden_inputs, slot, at_.rows, at_.row_scales, at_.row_sums);
+            quantize(tokens, row, at_.hidden, at_.hidden_inputs, slot, at_.rows, at_.row_scales,
+                     at_.row_sums);
             return;
         }
         auto* row = tokens.shared<std::uint16_t>(at_.rows) + slot * at_.hidden_inputs;
@@ -243,7 +254,8 @@ private:
         float* row = scratch_row(worker);
         dense_.load_bf16(tokens.shared<std::uint16_t>(at_.inner_rows) + slot * at_.inner_inputs,
                          static_cast<int>(at_.inner), row);
-        quantize(tokens, row, at_.inner, at_.inner_inputs, slot, at_.inner_values, at_.inner_scales, at_.inner_sums);
+        quantize(tokens, row, at_.inner, at_.inner_inputs, slot, at_.inner_values, at_.inner_scales,
+                 at_.inner_sums);
     }
 
     Operand operand(const Tokens& tokens, std::int64_t inputs, std::int64_t rows, std::int64_t scales,
@@ -253,8 +265,10 @@ private:
                 tokens.shared<std::byte>(sums), 4 * inputs / sum_group};
     }
 
-    void multiply(const Operand& x, std::int64_t slot, int num_rows, const Matrix& matrix, int panel, Tile& tile) const {
-        multiply_of(linear_, matrix.format, args_.is_quantized)(x, slot, num_rows, matrix, panel, tile.values);
+    void multiply(const Operand& x, std::int64_t slot, int num_rows, const Matrix& matrix, int panel,
+                  Tile& tile) const {
+        multiply_of(linear_, matrix.format, args_.is_quantized)(x, slot, num_rows, matrix, panel,
+                                                                tile.values);
     }
 
     void up(const Tokens& tokens, std::int64_t expert, int panel) const {
@@ -280,8 +294,9 @@ private:
 
     void down(const Tokens& tokens, std::int64_t expert, int panel) const {
         const Expert& weights = args_.experts[static_cast<std::size_t>(expert)];
-        const Operand x = operand(tokens, at_.inner_inputs, args_.is_quantized ? at_.inner_values : at_.inner_rows,
-                                  at_.inner_scales, at_.inner_sums);
+        const Operand x =
+            operand(tokens, at_.inner_inputs, args_.is_quantized ? at_.inner_values : at_.inner_rows,
+                    at_.inner_scales, at_.inner_sums);
         for_each_tile(tokens, expert, [&](std::int64_t slot, int num_rows) {
             Tile tile;
             multiply(x, slot, num_rows, *weights.down, panel, tile);
@@ -326,7 +341,8 @@ void require_matrix(const Matrix& matrix, std::int64_t out_features, std::int64_
             std::string(isa_name(isa)) + " has no kernel for the experts' format");
     require(matrix.out_features == out_features && matrix.in_features == in_features,
             "all experts must have the shapes of the first");
-    require(!is_quantized || matrix.format != WeightFormat::bf16, "bf16 experts take bf16 rows, not quantized ones");
+    require(!is_quantized || matrix.format != WeightFormat::bf16,
+            "bf16 experts take bf16 rows, not quantized ones");
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ void choose_experts(const float* logits, int num_experts, int top_k, bool renorm
     for (int k = 0; renormalize && k < top_k; ++k) weights[k] /= chosen;
 }
 
-void sort_slots(const std::int32_t* experts, std::int64_t num_slots, int num_experts, std::int32_t* first_slots,
-                std::int32_t* slots, std::int32_t* sources) {
+void sort_slots(const std::int32_t* experts, std::int64_t num_slots, int num_experts,
+                std::int32_t* first_slots, std::int32_t* slots, std::int32_t* sources) {
     std::fill_n(first_slots, num_experts + 1, 0);
     for (std::int64_t i = 0; i < num_slots; ++i) ++first_slots[experts[i] + 1];
     for (int e = 0; e < num_experts; ++e) first_slots[e + 1] += first_slots[e];

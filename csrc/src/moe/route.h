@@ -18,7 +18,7 @@ void choose_experts(const float* logits, int num_experts, int top_k, bool renorm
 //   first_slots: [num_experts + 1], written: where each expert's slots begin.
 //   slots: [num_slots], written: the slot of each (token, rank).
 //   sources: [num_slots], written: the (token, rank) of each slot.
-void sort_slots(const std::int32_t* experts, std::int64_t num_slots, int num_experts, std::int32_t* first_slots,
-                std::int32_t* slots, std::int32_t* sources);
+void sort_slots(const std::int32_t* experts, std::int64_t num_slots, int num_experts,
+                std::int32_t* first_slots, std::int32_t* slots, std::int32_t* sources);
 
 }  // namespace penstock

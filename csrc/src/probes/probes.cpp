@@ -38,13 +38,16 @@ Burst burst_of(const ProbeKernels& kernels, MultiplyType type) {
     return nullptr;
 }
 
-double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
+double seconds_since(Clock::time_point began) {
+    return std::chrono::duration<double>(Clock::now() - began).count();
+}
 
 }  // namespace
 
 double read_bandwidth(Pool& pool, std::int64_t num_bytes, int passes) {
     const std::int64_t slice = num_bytes / pool.num_threads() / slice_alignment * slice_alignment;
-    if (slice < (std::int64_t{1} << 20)) throw std::invalid_argument("num_bytes must be at least 1 MiB a thread");
+    if (slice < (std::int64_t{1} << 20))
+        throw std::invalid_argument("num_bytes must be at least 1 MiB a thread");
     if (passes < 1) throw std::invalid_argument("passes must be 1 or more");
     const HugeBuffer buffer(static_cast<std::size_t>(slice * pool.num_threads()));
     const ProbeKernels& kernels = probe_kernels(supported_isas().back());

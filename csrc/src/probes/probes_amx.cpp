@@ -19,7 +19,8 @@ constexpr int num_tiles = 8;
 constexpr int burst_rounds = 2000;
 constexpr int products_a_round = 4;
 
-// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns, all zero: the units take the same time for every value.
+// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns, all zero: the units take the same time for every
+// value.
 void configure() {
     TileConfig config;
     for (int i = 0; i < num_tiles; ++i) {
@@ -66,7 +67,8 @@ double burst_int8(float* sink) {
 }  // namespace
 
 const ProbeKernels& probe_kernels_amx() {
-    static const ProbeKernels kernels{probe_kernels_avx512().read, burst_bf16, burst_int8, probe_kernels_avx512().f32};
+    static const ProbeKernels kernels{probe_kernels_avx512().read, burst_bf16, burst_int8,
+                                      probe_kernels_avx512().f32};
     return kernels;
 }
 

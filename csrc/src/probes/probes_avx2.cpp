@@ -1,4 +1,5 @@
-// The probes for AVX2: int8 by the pair of instructions that AVX2 has for it (products of bytes to int16, then int32).
+// The probes for AVX2: int8 by the pair of instructions that AVX2 has for it (products of bytes to int16,
+// then int32).
 #include "read.inl"
 
 namespace penstock {
@@ -7,7 +8,8 @@ namespace {
 double burst_int8(float* sink) {
     __m256i sums[chains];
     for_each_chain([&](auto i) { sums[i] = _mm256_setzero_si256(); });
-    const __m256i a = _mm256_set1_epi32(static_cast<int>(sink[0])), b = _mm256_set1_epi32(static_cast<int>(sink[1]));
+    const __m256i a = _mm256_set1_epi32(static_cast<int>(sink[0])),
+                  b = _mm256_set1_epi32(static_cast<int>(sink[1]));
     const __m256i ones = _mm256_set1_epi16(1);
     for (int round = 0; round < burst_rounds; ++round) {
         for_each_chain([&](auto i) {

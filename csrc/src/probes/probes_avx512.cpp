@@ -10,7 +10,9 @@ double burst_bf16(float* sink) {
     for_each_chain([&](auto i) { sums[i] = _mm512_setzero_ps(); });
     const __m512 a = _mm512_set1_ps(sink[0]), b = _mm512_set1_ps(sink[1]);
     for (int round = 0; round < burst_rounds; ++round) {
-        for_each_chain([&](auto i) { asm volatile("vdpbf16ps %2, %1, %0" : "+v"(sums[i]) : "v"(a), "v"(b)); });
+        for_each_chain([&](auto i) {
+            asm volatile("vdpbf16ps %2, %1, %0" : "+v"(sums[i]) : "v"(a), "v"(b));
+        });
     }
     F32 total{};
     for_each_chain([&](auto i) { total += (F32)sums[i]; });
@@ -21,7 +23,8 @@ double burst_bf16(float* sink) {
 double burst_int8(float* sink) {
     __m512i sums[chains];
     for_each_chain([&](auto i) { sums[i] = _mm512_setzero_si512(); });
-    const __m512i a = _mm512_set1_epi32(static_cast<int>(sink[0])), b = _mm512_set1_epi32(static_cast<int>(sink[1]));
+    const __m512i a = _mm512_set1_epi32(static_cast<int>(sink[0])),
+                  b = _mm512_set1_epi32(static_cast<int>(sink[1]));
     for (int round = 0; round < burst_rounds; ++round) {
         for_each_chain([&](auto i) { asm volatile("vpdpbusd %2, %1, %0" : "+v"(sums[i]) : "v"(a), "v"(b)); });
     }

@@ -34,8 +34,8 @@ std::uint64_t read_streamwise(const std::byte* data, std::int64_t num_bytes) {
 // Rounds in one burst, some tens of microseconds.
 constexpr int burst_rounds = 20000;
 
-// Independent chains that hide the latency of a multiply-add: latency (4 or 5 cycles) times units (2), and some more;
-// all of them fit into 16 registers (12) or 32 (24).
+// Independent chains that hide the latency of a multiply-add: latency (4 or 5 cycles) times units (2), and
+// some more; all of them fit into 16 registers (12) or 32 (24).
 #if defined(__AVX512F__)
 constexpr int chains = 24;
 #else

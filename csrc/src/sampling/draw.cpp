@@ -10,12 +10,13 @@ namespace penstock {
 
 namespace {
 
-// FEW_CANDIDATES and SMALL_VOCAB of draw.py: what is looked at first for a nucleus, and where that does not pay.
+// FEW_CANDIDATES and SMALL_VOCAB of draw.py: what is looked at first for a nucleus, and where that does not
+// pay.
 constexpr std::int64_t few_candidates = 128;
 constexpr std::int64_t small_vocab = 8192;
 
-// A nucleus' border is looked for among weights as integers (their bits rise with them; 2^23 double a weight), until it
-// is known to 2^18: 3 %, some hundreds of a large vocabulary's tokens.
+// A nucleus' border is looked for among weights as integers (their bits rise with them; 2^23 double a
+// weight), until it is known to 2^18: 3 %, some hundreds of a large vocabulary's tokens.
 constexpr std::uint32_t close_enough = 1u << 18;
 constexpr std::uint32_t above_all_weights = 0x3f800001;  // weights are at most 1.0
 // A guess comes from this share of the row, in runs of this many tokens: a pass over it costs an eighth.
@@ -46,7 +47,9 @@ std::uint64_t order_key(float value, std::int64_t id) {
 }
 
 // The point on the CDF, below its end even where the product is rounded up to it.
-double target_of(double uniform, double total) { return std::min(uniform * total, std::nextafter(total, 0.0)); }
+double target_of(double uniform, double total) {
+    return std::min(uniform * total, std::nextafter(total, 0.0));
+}
 
 Softmax softmax_of(const SampledRow& row, const DrawParams& params) {
     return {row.highest, static_cast<float>(1.0 / params.temperature)};
@@ -58,8 +61,8 @@ float rounded_up(double value) {
     return static_cast<double>(nearest) < value ? std::nextafterf(nearest, 2.0f) : nearest;
 }
 
-// Groups of blocks of which the k-th highest maximum is looked for, for each candidate: so many that few groups hold two
-// of the k likeliest tokens, whose number the bound then misses by little.
+// Groups of blocks of which the k-th highest maximum is looked for, for each candidate: so many that few
+// groups hold two of the k likeliest tokens, whose number the bound then misses by little.
 constexpr std::int64_t groups_per_candidate = 8;
 
 // A maximum of some blocks that at least k tokens reach, or -inf.
@@ -77,7 +80,8 @@ float candidate_bound(const SamplingKernels& kernels, const SampledRow& row, std
 }
 
 // The ids of the tokens from `low` up, rising; only strips with such a maximum are read.
-std::int64_t collect_from(const SamplingKernels& kernels, const SampledRow& row, float low, std::int64_t* ids) {
+std::int64_t collect_from(const SamplingKernels& kernels, const SampledRow& row, float low,
+                          std::int64_t* ids) {
     std::int64_t found = 0;
     for (std::int64_t strip = 0; strip < row.num_strips(kernels); ++strip) {
         const float* maxima = row.maxima + strip * kernels.strip_blocks;
@@ -86,13 +90,15 @@ std::int64_t collect_from(const SamplingKernels& kernels, const SampledRow& row,
         if (!has_any) continue;
         const std::int64_t start = strip * kernels.strip_tokens;
         const std::int64_t end = std::min<std::int64_t>(row.vocab, start + kernels.strip_tokens);
-        const std::int64_t here = kernels.collect(row.logits + start, end - start, low, infinity, ids + found);
+        const std::int64_t here =
+            kernels.collect(row.logits + start, end - start, low, infinity, ids + found);
         for (std::int64_t i = 0; i < here; ++i) ids[found++] += start;
     }
     return found;
 }
 
-// First the column that holds the target, then the token in it, whose weights `weights_in(column, out)` gives.
+// First the column that holds the target, then the token in it, whose weights `weights_in(column, out)`
+// gives.
 template <class WeightsIn>
 std::int64_t pick(const SampledRow& row, double uniform, WeightsIn weights_in) {
     const std::int64_t num_columns = row.num_columns();
@@ -140,7 +146,8 @@ void cut(const SamplingKernels& kernels, const SampledRow& row, float weight, st
     kernels.cut(row.weights, row.vocab, weight, id, rounded_up(min_p), row.num_columns(), row.columns);
 }
 
-std::int64_t draw_with_min_p(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params) {
+std::int64_t draw_with_min_p(const SamplingKernels& kernels, const SampledRow& row,
+                             const DrawParams& params) {
     cut(kernels, row, -1.0f, 0, params.min_p);
     return draw_from_weights(row, params.uniform);
 }
@@ -157,7 +164,8 @@ Kept keep(const Candidates& candidates, double total, const DrawParams& params, 
     double sum = 0.0;
     std::int64_t likely = 0;  // at least min_p times as likely as the first
     for (std::int64_t i = 0; i < candidates.num; ++i) {
-        const double weight = std::exp((static_cast<double>(candidates.value(i)) - first) / params.temperature);
+        const double weight =
+            std::exp((static_cast<double>(candidates.value(i)) - first) / params.temperature);
         likely += weight >= params.min_p;
         mass[i] = sum += weight;
     }
@@ -182,7 +190,8 @@ std::int64_t draw_with_top_k(const SamplingKernels& kernels, const SampledRow& r
     return keep(candidates, -1.0, params, masses_in(scratch)).token;
 }
 
-// Where the nucleus ends: at a weight whose bits are in [low, high). `above` is the mass of those from `high` up.
+// Where the nucleus ends: at a weight whose bits are in [low, high). `above` is the mass of those from `high`
+// up.
 struct Border {
     std::uint32_t low;   // mass(>= low) >= share
     std::uint32_t high;  // mass(>= high) < share
@@ -198,7 +207,8 @@ struct MassPass {
 
     std::int64_t num_tokens() const {
         std::int64_t num = 0;
-        for (std::int64_t start = 0; start < row.vocab; start += run * stride) num += std::min(run, row.vocab - start);
+        for (std::int64_t start = 0; start < row.vocab; start += run * stride)
+            num += std::min(run, row.vocab - start);
         return num;
     }
 
@@ -241,15 +251,17 @@ void narrow(Border& border, const MassPass& pass, double share) {
 
 // The border of a sample of the row, as bits; 0 where the sample says nothing.
 //
-// It is where the sample's tail holds its part of the row's tail: tail tokens are many and alike, so this part is known
-// to about a percent, while the mass of the few likeliest tokens depends on whether they are in the sample.
+// It is where the sample's tail holds its part of the row's tail: tail tokens are many and alike, so this
+// part is known to about a percent, while the mass of the few likeliest tokens depends on whether they are in
+// the sample.
 std::uint32_t sampled_border(const Border& border, const SamplingKernels& kernels, const SampledRow& row,
                              double tail_mass) {
     const MassPass sample{kernels, row, sample_run, sample_stride};
     const float least = 0.0f;
     double total = 0.0;
     sample(&least, 1, &total);
-    const double share = total - tail_mass * static_cast<double>(sample.num_tokens()) / static_cast<double>(row.vocab);
+    const double share =
+        total - tail_mass * static_cast<double>(sample.num_tokens()) / static_cast<double>(row.vocab);
     if (share <= 0.0) return 0;
     Border guess = border;
     narrow(guess, sample, share);
@@ -257,8 +269,8 @@ std::uint32_t sampled_border(const Border& border, const SamplingKernels& kernel
 }
 
 // One pass with thresholds at these distances to each side of a guess.
-void tighten_around(Border& border, std::uint32_t guess, const MassPass& whole, double share, const std::uint32_t* distances,
-                    int num_distances) {
+void tighten_around(Border& border, std::uint32_t guess, const MassPass& whole, double share,
+                    const std::uint32_t* distances, int num_distances) {
     std::uint32_t bits[max_thresholds];
     for (int i = 0; i < num_distances; ++i) {
         bits[num_distances - 1 - i] = std::clamp(guess - distances[i], border.low, border.high);
@@ -281,16 +293,19 @@ Border find_border(const SamplingKernels& kernels, const SampledRow& row, double
     const double least = std::max(0.999 * (1.0 - top_p) * total / static_cast<double>(row.vocab), 1e-37);
     Border border{bits_of(static_cast<float>(least)), above_all_weights, 0.0};
     const MassPass whole{kernels, row, row.vocab, 1};
-    const std::uint32_t guess = row.vocab >= sampled_vocab ? sampled_border(border, kernels, row, total - share) : 0;
+    const std::uint32_t guess =
+        row.vocab >= sampled_vocab ? sampled_border(border, kernels, row, total - share) : 0;
     if (guess) tighten_by_sample(border, guess, whole, share);
     narrow(border, whole, share);
     return border;
 }
 
-double weight_in(std::uint64_t key) { return static_cast<double>(float_of(~static_cast<std::uint32_t>(key >> 32))); }
+double weight_in(std::uint64_t key) {
+    return static_cast<double>(float_of(~static_cast<std::uint32_t>(key >> 32)));
+}
 
-// Of keys in any order, the one at which the running mass of the sorted keys first reaches `rest`; the last if none
-// does. Quickselect by mass: keys are parted around the median until one is left.
+// Of keys in any order, the one at which the running mass of the sorted keys first reaches `rest`; the last
+// if none does. Quickselect by mass: keys are parted around the median until one is left.
 std::uint64_t key_at_mass(std::uint64_t* keys, std::int64_t count, double rest) {
     std::int64_t start = 0, end = count;
     double before = 0.0;
@@ -310,8 +325,8 @@ std::uint64_t key_at_mass(std::uint64_t* keys, std::int64_t count, double rest) 
 }
 
 // Set all weights to 0 that lie outside the nucleus or below min_p.
-void keep_nucleus(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params, double total,
-                  const SampleScratch& scratch) {
+void keep_nucleus(const SamplingKernels& kernels, const SampledRow& row, const DrawParams& params,
+                  double total, const SampleScratch& scratch) {
     const Border border = find_border(kernels, row, params.top_p, total);
     const float low = float_of(border.low), high = float_of(border.high);
     const std::int64_t count = kernels.collect(row.weights, row.vocab, low, high, scratch.ids);
@@ -346,13 +361,14 @@ float Candidates::value(std::int64_t i) const {
     return float_of(rising & 0x80000000u ? rising & 0x7fffffffu : ~rising);
 }
 
-Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k, bool with_impossible,
-                          const SampleScratch& scratch) {
+Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k,
+                          bool with_impossible, const SampleScratch& scratch) {
     k = std::min(k, row.vocab);
     const float bound = candidate_bound(kernels, row, k, scratch.blocks);
     const float low = with_impossible ? bound : std::max(bound, -std::numeric_limits<float>::max());
     const std::int64_t found = collect_from(kernels, row, low, scratch.ids);
-    for (std::int64_t i = 0; i < found; ++i) scratch.keys[i] = order_key(row.logits[scratch.ids[i]], scratch.ids[i]);
+    for (std::int64_t i = 0; i < found; ++i)
+        scratch.keys[i] = order_key(row.logits[scratch.ids[i]], scratch.ids[i]);
     const std::int64_t num = std::min(k, found);
     if (num < found) std::nth_element(scratch.keys, scratch.keys + num, scratch.keys + found);
     std::sort(scratch.keys, scratch.keys + num);

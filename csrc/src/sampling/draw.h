@@ -25,8 +25,8 @@ struct Candidates {
 };
 
 // The first min(k, vocab) candidates; without those of -inf unless asked for. They lie in the scratch.
-Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k, bool with_impossible,
-                          const SampleScratch& scratch);
+Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k,
+                          bool with_impossible, const SampleScratch& scratch);
 
 // The sum of all weights, from the columns.
 double total_of(const SampledRow& row);

@@ -1,4 +1,5 @@
-// The same arithmetic in float32, operation by operation, as penstock/engine/sampling/{constraints,penalties}.py.
+// The same arithmetic in float32, operation by operation, as
+// penstock/engine/sampling/{constraints,penalties}.py.
 #include "edits.h"
 
 #include <algorithm>
@@ -21,7 +22,8 @@ void require(std::span<const std::int64_t> ids, std::int64_t vocab) {
     }
 }
 
-// Most words of a grammar's mask are 0 or all ones: those cost one fill or nothing, others a write a zero bit.
+// Most words of a grammar's mask are 0 or all ones: those cost one fill or nothing, others a write a zero
+// bit.
 void apply_mask(const std::int32_t* mask, std::int64_t vocab, float* row) {
     for (std::int64_t start = 0; start < vocab; start += 32) {
         const std::int64_t size = std::min<std::int64_t>(vocab - start, 32);

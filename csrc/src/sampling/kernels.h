@@ -7,7 +7,8 @@
 
 namespace penstock {
 
-// A row is scanned in strips of 64 vectors; the maximum of each of a strip's lanes stands for 64 tokens, its block.
+// A row is scanned in strips of 64 vectors; the maximum of each of a strip's lanes stands for 64 tokens, its
+// block.
 inline constexpr std::int64_t block_tokens = 64;
 // Tokens that are summed in float32 before float64 takes over; LANES in vocabulary.py.
 inline constexpr std::int64_t column_tokens = 32;
@@ -29,7 +30,8 @@ struct Range {
 struct SamplingKernels {
     int strip_tokens;  // tokens in a strip
     int strip_blocks;  // blocks in a strip
-    // maxima[b] for the blocks of some strips, NaN where there is one in the block. A short last strip counts as full.
+    // maxima[b] for the blocks of some strips, NaN where there is one in the block. A short last strip counts
+    // as full.
     void (*scan)(const float* row, std::int64_t vocab, Range strips, float* maxima);
     // The largest of n values; NaN if there is one.
     float (*largest)(const float* values, std::int64_t n);
@@ -37,17 +39,17 @@ struct SamplingKernels {
     std::int64_t (*find)(const float* values, std::int64_t n, float value);
     // sums[c] for some columns: token c, c + C, c + 2 C ... with C = num_columns.
     // The weights are written to `weights` unless that is null.
-    void (*weigh)(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns,
-                  float* sums, float* weights);
+    void (*weigh)(const float* row, std::int64_t vocab, Softmax softmax, Range columns,
+                  std::int64_t num_columns, float* sums, float* weights);
     void (*weights)(const float* row, std::int64_t n, Softmax softmax, float* out);
     // ids of the values with low <= value < high; returns how many.
     std::int64_t (*collect)(const float* values, std::int64_t n, float low, float high, std::int64_t* ids);
     // sums[t] = sum of the weights whose value is at least thresholds[t].
     void (*masses)(const float* weights, std::int64_t n, const float* thresholds, int count, double* sums);
-    // Set to 0 what comes after (weight, id) in the order "weight falling, id rising", and what is below `least`; and
-    // the columns' sums of what stays.
-    void (*cut)(float* weights, std::int64_t vocab, float weight, std::int64_t id, float least, std::int64_t num_columns,
-                float* sums);
+    // Set to 0 what comes after (weight, id) in the order "weight falling, id rising", and what is below
+    // `least`; and the columns' sums of what stays.
+    void (*cut)(float* weights, std::int64_t vocab, float weight, std::int64_t id, float least,
+                std::int64_t num_columns, float* sums);
     std::int64_t (*count_above)(const float* values, std::int64_t n, float value, bool with_equal);
     bool (*is_finite_bf16)(const std::uint16_t* values, std::int64_t n);
     bool (*is_finite_f32)(const float* values, std::int64_t n);

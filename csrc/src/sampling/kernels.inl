@@ -38,7 +38,8 @@ void scan(const float* row, std::int64_t vocab, Range strips, float* maxima) {
     for (std::int64_t s = strips.start; s < strips.end; ++s) {
         const float* from = row + s * strip;
         const std::int64_t here = vocab - s * strip < strip ? vocab - s * strip : strip;
-        F32 best[4] = {splat(minus_infinity), splat(minus_infinity), splat(minus_infinity), splat(minus_infinity)};
+        F32 best[4] = {splat(minus_infinity), splat(minus_infinity), splat(minus_infinity),
+                       splat(minus_infinity)};
         I32 is_nan{};
         std::int64_t i = 0;
         for (; i + 4 * lanes <= here; i += 4 * lanes) {
@@ -88,9 +89,11 @@ PENSTOCK_INLINE F32 weight_of(F32 logit, Softmax softmax) {
 
 // Adds f(row[i], i) for a piece of the row, the first of whose tokens is `first`, to sums[0 ...].
 template <class Function>
-PENSTOCK_INLINE void add_piece(const float* row, std::int64_t first, std::int64_t n, float* sums, Function f) {
+PENSTOCK_INLINE void add_piece(const float* row, std::int64_t first, std::int64_t n, float* sums,
+                               Function f) {
     std::int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) store(sums + i, load(sums + i) + f(load(row + first + i), first + i, lanes));
+    for (; i + lanes <= n; i += lanes)
+        store(sums + i, load(sums + i) + f(load(row + first + i), first + i, lanes));
     if (i >= n) return;
     const int rest = static_cast<int>(n - i);
     const F32 value = f(load_first(row + first + i, rest), first + i, rest);
@@ -99,8 +102,8 @@ PENSTOCK_INLINE void add_piece(const float* row, std::int64_t first, std::int64_
 
 // The columns' sums: the row's 32 pieces are added one after another, each a run of neighbours.
 template <class Function>
-PENSTOCK_INLINE void sum_columns(const float* row, std::int64_t vocab, Range columns, std::int64_t num_columns, float* sums,
-                                 Function f) {
+PENSTOCK_INLINE void sum_columns(const float* row, std::int64_t vocab, Range columns,
+                                 std::int64_t num_columns, float* sums, Function f) {
     for (std::int64_t c = columns.start; c < columns.end; ++c) sums[c] = 0.0f;
     for (std::int64_t start = 0; start + columns.start < vocab; start += num_columns) {
         const std::int64_t first = start + columns.start;
@@ -109,10 +112,11 @@ PENSTOCK_INLINE void sum_columns(const float* row, std::int64_t vocab, Range col
     }
 }
 
-void weigh(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns, float* sums,
-           float* weights) {
+void weigh(const float* row, std::int64_t vocab, Softmax softmax, Range columns, std::int64_t num_columns,
+           float* sums, float* weights) {
     if (!weights) {
-        sum_columns(row, vocab, columns, num_columns, sums, [=](F32 v, std::int64_t, int) { return weight_of(v, softmax); });
+        sum_columns(row, vocab, columns, num_columns, sums,
+                    [=](F32 v, std::int64_t, int) { return weight_of(v, softmax); });
         return;
     }
     sum_columns(row, vocab, columns, num_columns, sums, [=](F32 v, std::int64_t id, int n) {
@@ -138,7 +142,8 @@ std::int64_t collect(const float* values, std::int64_t n, float low, float high,
     const F32 from = splat(low), to = splat(high);
     for (std::int64_t i = 0; i < n; i += lanes) {
         const F32 v = n - i < lanes ? load_or(values + i, n - i, __builtin_nanf("")) : load(values + i);
-        for (unsigned bits = bits_of((v >= from) & (v < to)); bits; bits &= bits - 1) ids[count++] = i + __builtin_ctz(bits);
+        for (unsigned bits = bits_of((v >= from) & (v < to)); bits; bits &= bits - 1)
+            ids[count++] = i + __builtin_ctz(bits);
     }
     return count;
 }
@@ -154,7 +159,8 @@ PENSTOCK_INLINE F32 add_if_at_least(F32 sum, F32 v, F32 bound) {
 }
 
 template <int num_bounds>
-PENSTOCK_INLINE void sum_above(const float* weights, std::int64_t n, const float* thresholds, int count, double* sums) {
+PENSTOCK_INLINE void sum_above(const float* weights, std::int64_t n, const float* thresholds, int count,
+                               double* sums) {
     // Pieces that are summed in float32: 256 additions a lane keep the error of a sum below 1e-6.
     constexpr std::int64_t piece = 256 * lanes;
     F32 bounds[num_bounds];
@@ -164,7 +170,8 @@ PENSTOCK_INLINE void sum_above(const float* weights, std::int64_t n, const float
         const std::int64_t end = start + piece < n ? start + piece : n;
         F32 parts[num_bounds] = {};
         for (std::int64_t i = start; i < end; i += lanes) {
-            const F32 v = end - i < lanes ? load_first(weights + i, static_cast<int>(end - i)) : load(weights + i);
+            const F32 v =
+                end - i < lanes ? load_first(weights + i, static_cast<int>(end - i)) : load(weights + i);
             for (int t = 0; t < num_bounds; ++t) parts[t] = add_if_at_least(parts[t], v, bounds[t]);
         }
         for (int t = 0; t < count; ++t) sums[t] += static_cast<double>(sum_of(parts[t]));
@@ -177,8 +184,8 @@ void masses(const float* weights, std::int64_t n, const float* thresholds, int c
     sum_above<max_thresholds>(weights, n, thresholds, count, sums);
 }
 
-void cut(float* weights, std::int64_t vocab, float weight, std::int64_t id, float least, std::int64_t num_columns,
-         float* sums) {
+void cut(float* weights, std::int64_t vocab, float weight, std::int64_t id, float least,
+         std::int64_t num_columns, float* sums) {
     const F32 border = splat(weight), bound = splat(least);
     const I32 last = I32{} + static_cast<std::int32_t>(id);
     sum_columns(weights, vocab, {0, num_columns}, num_columns, sums, [=](F32 v, std::int64_t first, int n) {
@@ -219,8 +226,8 @@ PENSTOCK_INLINE bool is_finite(const T* values, std::int64_t n) {
 bool is_finite_bf16(const std::uint16_t* values, std::int64_t n) { return is_finite(values, n); }
 bool is_finite_f32(const float* values, std::int64_t n) { return is_finite(values, n); }
 
-constexpr SamplingKernels kernels{strip,   lanes, scan,        largest,     find,           weigh,         weights, collect,
-                                  masses, cut,   count_above, is_finite_bf16, is_finite_f32};
+constexpr SamplingKernels kernels{strip,   lanes,  scan, largest,     find,           weigh,        weights,
+                                  collect, masses, cut,  count_above, is_finite_bf16, is_finite_f32};
 
 }  // namespace
 }  // namespace penstock

@@ -25,7 +25,9 @@ struct SampledRow {
     std::int64_t num_strips(const SamplingKernels& kernels) const {
         return (vocab + kernels.strip_tokens - 1) / kernels.strip_tokens;
     }
-    std::int64_t num_blocks(const SamplingKernels& kernels) const { return num_strips(kernels) * kernels.strip_blocks; }
+    std::int64_t num_blocks(const SamplingKernels& kernels) const {
+        return num_strips(kernels) * kernels.strip_blocks;
+    }
 };
 
 struct SampleScratch {

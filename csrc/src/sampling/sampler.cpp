@@ -56,7 +56,8 @@ Range part_of(std::int64_t total, std::int64_t part, std::int64_t num_parts) {
 
 DrawParams draw_params(const SampleCall& call, std::int64_t r) {
     const double k = call.top_k[r];
-    const std::int64_t top_k = k > 0.0 && k < static_cast<double>(call.vocab) ? static_cast<std::int64_t>(k) : 0;
+    const std::int64_t top_k =
+        k > 0.0 && k < static_cast<double>(call.vocab) ? static_cast<std::int64_t>(k) : 0;
     return {call.temperatures[r], top_k, call.top_p[r], call.min_p[r], call.uniforms[r]};
 }
 
@@ -72,7 +73,9 @@ struct Passes {
         row.raw = row.logits = call.logits + call.rows[r] * call.row_stride;
     }
 
-    void scan(const SampledRow& row, Range strips) const { kernels.scan(row.logits, row.vocab, strips, row.maxima); }
+    void scan(const SampledRow& row, Range strips) const {
+        kernels.scan(row.logits, row.vocab, strips, row.maxima);
+    }
     void scan_all(const SampledRow& row) const { scan(row, {0, row.num_strips(kernels)}); }
 
     // Its soundness, and its edits.
@@ -91,7 +94,8 @@ struct Passes {
     }
 
     bool is_weighed(std::int64_t r) const {
-        return call.statuses[r] == SampleStatus::drawn && !is_greedy(call, r) && needs_columns(draw_params(call, r));
+        return call.statuses[r] == SampleStatus::drawn && !is_greedy(call, r) &&
+               needs_columns(draw_params(call, r));
     }
 
     void weigh(std::int64_t r, const SampledRow& row, Range columns) const {
@@ -115,14 +119,14 @@ struct Passes {
             row.highest = row.raw_highest;
             scan_all(row);
         }
-        kernels.weigh(row.raw, row.vocab, {row.highest, 1.0f}, {0, row.num_columns()}, row.num_columns(), row.columns,
-                      nullptr);
+        kernels.weigh(row.raw, row.vocab, {row.highest, 1.0f}, {0, row.num_columns()}, row.num_columns(),
+                      row.columns, nullptr);
         const double log_total = static_cast<double>(row.highest) + std::log(total_of(row));
         const std::int64_t token = call.tokens[r];
         const float value = row.raw[token];
         call.logprobs[r] = static_cast<double>(value) - log_total;
-        const std::int64_t equal_before =
-            kernels.count_above(row.raw, token, value, true) - kernels.count_above(row.raw, token, value, false);
+        const std::int64_t equal_before = kernels.count_above(row.raw, token, value, true) -
+                                          kernels.count_above(row.raw, token, value, false);
         call.ranks[r] = 1 + kernels.count_above(row.raw, row.vocab, value, false) + equal_before;
         if (call.num_top[r] == 0) return;
         const Candidates top = top_candidates(kernels, row, call.num_top[r], true, scratch);
@@ -179,8 +183,8 @@ void TokenSampler::reserve(std::int64_t vocab) {
     memory_ = HugeBuffer(threads * (2 * sizes.row() + sizes.scratch()));
     std::byte* at = memory_.data();
     for (std::size_t i = 0; i < 2 * threads; ++i) {
-        rows_.push_back({take<float>(at, sizes.values), take<float>(at, sizes.maxima), take<float>(at, sizes.columns),
-                         take<float>(at, sizes.values)});
+        rows_.push_back({take<float>(at, sizes.values), take<float>(at, sizes.maxima),
+                         take<float>(at, sizes.columns), take<float>(at, sizes.values)});
     }
     for (std::size_t i = 0; i < threads; ++i) {
         scratches_.push_back({take<float>(at, sizes.maxima), take<std::int64_t>(at, sizes.ids),
@@ -196,7 +200,8 @@ void TokenSampler::sample(const SampleCall& call) {
     reserve(call.vocab);
     const Passes passes{call, kernels_};
     const bool is_split = pool_->num_threads() > 1 && call.num_rows < 2 * pool_->num_threads();
-    for (std::int64_t r = 0; is_split && r < call.num_rows; ++r) passes.open(r, rows_[static_cast<std::size_t>(r)]);
+    for (std::int64_t r = 0; is_split && r < call.num_rows; ++r)
+        passes.open(r, rows_[static_cast<std::size_t>(r)]);
     pool_->run([&](Worker& worker) {
         const auto id = static_cast<std::size_t>(worker.id);
         if (is_split) {
@@ -207,11 +212,12 @@ void TokenSampler::sample(const SampleCall& call) {
     });
 }
 
-void rows_are_finite(Pool& pool, Isa isa, const std::byte* data, bool is_bf16, std::int64_t num_rows, std::int64_t cols,
-                     std::int64_t row_bytes, std::uint8_t* out) {
+void rows_are_finite(Pool& pool, Isa isa, const std::byte* data, bool is_bf16, std::int64_t num_rows,
+                     std::int64_t cols, std::int64_t row_bytes, std::uint8_t* out) {
     const SamplingKernels& kernels = sampling_kernels(isa);
     constexpr std::int64_t values_per_task = 32768;  // a microsecond or two
-    const std::int64_t per_task = std::max<std::int64_t>(1, values_per_task / std::max<std::int64_t>(1, cols));
+    const std::int64_t per_task =
+        std::max<std::int64_t>(1, values_per_task / std::max<std::int64_t>(1, cols));
     const auto check = [&](std::int64_t r) {
         const std::byte* row = data + r * row_bytes;
         out[r] = is_bf16 ? kernels.is_finite_bf16(reinterpret_cast<const std::uint16_t*>(row), cols)

@@ -109,7 +109,8 @@ void widen_pairs(const std::byte* row, float* even, float* odd) {
 void load_config(const TileConfig& config) {
     constexpr const char* name = "LDTILECFG";
     require(config.palette == 1, name, "the palette is not 1");
-    require(config.start_row == 0 && are_zero(config.reserved, sizeof config.reserved), name, "reserved bytes are set");
+    require(config.start_row == 0 && are_zero(config.reserved, sizeof config.reserved), name,
+            "reserved bytes are set");
     for (int t = 0; t < 16; ++t) {
         const int rows = config.rows[t], row_bytes = config.row_bytes[t];
         require(t < num_tiles || (rows == 0 && row_bytes == 0), name, "a tile behind the eighth has a shape");
@@ -148,7 +149,8 @@ void store(int tile, void* to, std::int64_t stride) {
 void dot_bf16(int c, int a, int b) {
     require_product(c, a, b, "TDPBF16PS");
     Widened widened;
-    for (int k = 0; k < rows_of(b); ++k) widen_pairs(machine.tiles[b].bytes[k], widened.even[k], widened.odd[k]);
+    for (int k = 0; k < rows_of(b); ++k)
+        widen_pairs(machine.tiles[b].bytes[k], widened.even[k], widened.odd[k]);
     // Denormals as the tiles treat them, exceptions masked, round to nearest even: 0x8000 | 0x0040 | 0x1f80.
     const unsigned before = _mm_getcsr();
     _mm_setcsr(_MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON | _MM_MASK_MASK);
