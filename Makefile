@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?=
 ARGS   ?=
-BENCHMARKS := cold_start http_concurrency http_overhead kv_waste lora offline_vs_transformers prefix_sharing speculation static_batch_vs_continuous step_overhead
+BENCHMARKS := async_scheduling cold_start http_concurrency http_overhead kv_waste lora offline_vs_transformers prefix_sharing speculation static_batch_vs_continuous step_overhead
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-clients fmt lint type bench bench-peers docs sim sanitize clean
