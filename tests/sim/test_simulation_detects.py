@@ -4,7 +4,8 @@ import pytest
 
 from penstock.engine.kv.block_pool import BlockPool
 from penstock.engine.kv.kv_manager import KvManager
-from penstock.engine.scheduler import answer
+from penstock.engine.scheduler import answer, planner
+from penstock.engine.scheduler.plan import SampleSpec
 from penstock.engine.scheduler.planner import Planner
 from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
 from penstock.engine.scheduler.request import SequenceGroup
@@ -18,10 +19,10 @@ from penstock.sim.workload import make_workload
 NUM_SEEDS = 120
 
 
-def is_caught() -> bool:
+def is_caught(*, is_async: bool = False) -> bool:
     for seed in range(NUM_SEEDS):
         try:
-            simulate(seed)
+            simulate(seed, is_async=is_async)
         except (AssertionError, LookupError, ValueError):
             return True
     return False
@@ -172,6 +173,50 @@ def neglect_the_oldest(monkeypatch):
 def test_a_sabotage_is_caught(sabotage, monkeypatch):
     sabotage(monkeypatch)
     assert is_caught()
+
+
+def compute_behind_the_last_place(monkeypatch):
+    monkeypatch.setattr(
+        planner,
+        "can_go_ahead",
+        lambda seq, *, max_model_len: seq.num_pending_tokens == 1 and seq.group.beams is None,
+    )
+
+
+def free_an_answer_that_is_in_a_step(monkeypatch):
+    def give_up(self, seq):
+        self.running.num_seqs -= 1
+        self._forget(seq)
+
+    monkeypatch.setattr(Roster, "give_up", give_up)
+
+
+def draw_for_the_place_of_the_token_before(monkeypatch):
+    original = Planner._samples
+
+    def samples(self, seq, *, end):
+        return tuple(SampleSpec(spec.seq_id, seq.num_outputs) for spec in original(self, seq, end=end))
+
+    monkeypatch.setattr(Planner, "_samples", samples)
+
+
+def let_beams_and_drafts_go_ahead(monkeypatch):
+    monkeypatch.setattr(planner, "needs_result", lambda seq, *, speculates: False)
+    monkeypatch.setattr(planner, "can_go_ahead", lambda seq, *, max_model_len: seq.num_pending_tokens == 1)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        compute_behind_the_last_place,
+        free_an_answer_that_is_in_a_step,
+        draw_for_the_place_of_the_token_before,
+        let_beams_and_drafts_go_ahead,
+    ],
+)
+def test_a_sabotage_of_asynchrony_is_caught(sabotage, monkeypatch):
+    sabotage(monkeypatch)
+    assert is_caught(is_async=True)
 
 
 def test_virtual_time_moves_only_when_told():

@@ -1,7 +1,7 @@
 """A scheduler with tiny limits and a runner that answers with given tokens."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from penstock.core.ids import RequestId, TenantId
 from penstock.core.params import SamplingParams
@@ -12,6 +12,7 @@ from penstock.engine.config import SchedulerConfig
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler.constraint import Constraint
+from penstock.engine.scheduler.drafting import Proposer
 from penstock.engine.scheduler.plan import (
     NO_TRAFFIC,
     HostTraffic,
@@ -55,6 +56,7 @@ class Rig:
         windows: tuple[int | None, ...] = (None,),
         caching: bool = True,
         connector: KvConnector | None = None,
+        proposer: Proposer | None = None,
         **config,
     ) -> None:
         self.kv = KvManager(
@@ -71,6 +73,7 @@ class Rig:
             clock=self.clock,
             rng=random.Random(0),
             connector=connector,
+            proposer=proposer,
         )
         self.deltas: list[TokenDelta] = []
 
@@ -85,8 +88,9 @@ class Rig:
         failures: dict[int, str] | None = None,
         step_time_s: float = 0.01,
         host_traffic: HostTraffic = NO_TRAFFIC,
+        void: Container[int] = (),
     ) -> StepOutput:
-        """Apply a plan with the given outcome."""
+        """Apply a plan with the given outcome; nothing is drawn for `void` sequences."""
         failures = failures or {}
         tokens = [
             SampledToken(
@@ -94,7 +98,7 @@ class Rig:
             )
             for entry in plan.sequences
             for spec in entry.samples
-            if spec.seq_id not in failures
+            if spec.seq_id not in failures and spec.seq_id not in void
         ]
         result = StepResult(
             step_id=plan.step_id,
