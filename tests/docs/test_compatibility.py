@@ -12,6 +12,7 @@ from penstock.cli.refused import refuse_flags
 from penstock.core.errors import InvalidParameterError, PenstockError, StartupError
 from penstock.core.text import GenerateRequest, Priority
 from penstock.engine.scheduler import drafting
+from penstock.engine.scheduler.draft_ledger import DraftLedger
 from penstock.server.app import PUBLIC_ROUTES
 from penstock.server.validation import validate
 from tests.docs.feature_checks import BASE, BEHAVIOURS, Case, check_complete, check_engine_feature
@@ -45,7 +46,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
             made[features] = FeatureEngine(tmp_path_factory.mktemp("model"), features)
         return made[features]
 
-    with patch.object(drafting, "MARGIN", 0.0):  # drafts are free: every step has as many as it may
+    # Drafts are free and never accounted for: every step has as many as it may.
+    with patch.object(drafting, "MARGIN", 0.0), patch.object(DraftLedger, "allows", return_value=True):
         yield engine
     for each in made.values():
         each.close()

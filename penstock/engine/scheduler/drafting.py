@@ -4,7 +4,8 @@ A decode that carries k drafts yields 1 + r + r^2 + ... + r^k tokens on average,
 stands, and makes the step longer by k times the price of a draft. Here r is estimated for each sequence from
 what became of its drafts, the price is the cost model's, and drafts are handed out to whoever gains most
 until one more would lower the tokens a second of the whole step. Where steps wait for memory a draft costs
-next to nothing; in a large batch it costs a token, and nobody gets any.
+next to nothing; in a large batch it costs a token, and nobody gets any. Prices are estimates: the ledger
+(`draft_ledger`) keeps account of what drafts really brought and closes when they lose.
 
 It guesses nothing itself: that is a `Proposer`'s. Called by `scheduler`.
 
@@ -19,6 +20,7 @@ from typing import Final, NamedTuple, Protocol
 
 from penstock.core.ids import SequenceId
 from penstock.engine.scheduler.cost import CostModel, StepLoad
+from penstock.engine.scheduler.draft_ledger import DraftLedger
 from penstock.engine.scheduler.plan import UNKNOWN_DRAFT
 from penstock.engine.scheduler.request import Sequence
 
@@ -36,6 +38,8 @@ STEPS_BETWEEN_CONTRASTS: Final = 64
 MIN_WAIT: Final = 32
 MAX_WAIT: Final = 1024
 """Steps between two probes while no draft pays; doubles from one to the other."""
+STEPS_BETWEEN_LOOKS: Final = 8
+"""While no draft pays for a number of sequences: to find that out anew takes time as well."""
 NUM_PROBED: Final = 4
 """Sequences that get one draft each in a probe."""
 
@@ -164,6 +168,7 @@ class Drafting:
             proposer: who guesses.
             cost: the scheduler's model, which is told of every step.
         """
+        self.ledger = DraftLedger()
         self._proposer = proposer
         self._cost = cost
         self.num_tokens_max = proposer.num_tokens_max
@@ -175,16 +180,28 @@ class Drafting:
         self._wait = MIN_WAIT
         self._next_probe = MIN_WAIT
         self._num_seqs_probed = 0
+        self._num_seqs_looked = 0
+        self._next_look = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes that the proposer holds in this process's policy half."""
         return self._proposer.num_bytes
 
+    def rests(self, num_seqs: int) -> bool:
+        """True if a step of so many decodes goes without drafts, so that nobody need be asked.
+
+        Called once for each step with decodes, before `propose`.
+        """
+        self._step += 1
+        if self._step < self._next_look and num_seqs == self._num_seqs_looked:
+            return True
+        return not self.ledger.allows(num_seqs)
+
     def propose(
         self, wanted: Listing[Wanted], *, base: StepLoad, num_rows: int
     ) -> dict[SequenceId, list[int]]:
-        """Guesses for a step.
+        """Guesses for a step that does not rest.
 
         Args:
             wanted: decodes that may carry drafts, each with its limit.
@@ -194,7 +211,6 @@ class Drafting:
         Returns:
             For each sequence that gets any its drafts, at least one.
         """
-        self._step += 1
         lengths = self._lengths(wanted, base=base, num_rows=min(num_rows, self._num_rows_max))
         chosen = [
             Wanted(each.seq_id, each.token_ids, length)
@@ -232,6 +248,7 @@ class Drafting:
         lengths = [0] * len(limits)
         is_due = self._step >= self._next_probe or 2 * num_seqs < self._num_seqs_probed
         if not is_due or not limits:
+            self._num_seqs_looked, self._next_look = num_seqs, self._step + STEPS_BETWEEN_LOOKS
             return lengths
         self._num_seqs_probed = num_seqs
         self._next_probe = self._step + self._wait

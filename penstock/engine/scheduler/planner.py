@@ -79,7 +79,7 @@ class Planner:
         if self._roster.must_recheck_paths:
             self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
-        if self._drafting and draft.decodes:
+        if self._drafting and draft.decodes and not self._drafting.rests(len(draft.decodes)):
             self._add_drafts(draft, self._drafting)
         prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
         if prefills or self._roster.num_waiting:

@@ -20,6 +20,7 @@ from penstock.engine.scheduler.answer import GRAMMAR_ERROR, Gain, beam_deltas, t
 from penstock.engine.scheduler.beam_sequences import regroup
 from penstock.engine.scheduler.computed_blocks import settle_blocks
 from penstock.engine.scheduler.cost import CostModel
+from penstock.engine.scheduler.draft_ledger import DraftLedger
 from penstock.engine.scheduler.drafting import Drafting
 from penstock.engine.scheduler.figures import StepCounts, step_stats
 from penstock.engine.scheduler.plan import (
@@ -87,7 +88,10 @@ class Settlement:
         for seq_id, drawn in groupby(result.tokens, key=lambda sampled: sampled.seq_id):
             self._take_tokens(seq_id, drawn, counts)
         if self._drafting:
-            self._settle_drafts(self._drafting, plan, result, counts)
+            has_drafts = any(entry.num_drafts for entry in plan.sequences)
+            if has_drafts:
+                self._settle_drafts(self._drafting, plan, result, counts)
+            _account(self._drafting.ledger, counts, step_time_s=result.step_time_s, has_drafts=has_drafts)
         self._roster.free_closed()
         if counts.num_seqs and not failures and result.num_caught_up_tokens <= MAX_UNNOTICED_CATCH_UP:
             self._cost.observe(counts.load, step_time_s=result.step_time_s)
@@ -243,3 +247,15 @@ class Settlement:
             running=self._roster.running,
             step_time_s=step_time_s,
         )
+
+
+def _account(ledger: DraftLedger, counts: StepCounts, *, step_time_s: float, has_drafts: bool) -> None:
+    """Tell the ledger of a step of decodes alone; one with a prompt's chunk says nothing about drafts."""
+    num_seqs = counts.num_seqs
+    if not num_seqs or counts.num_chunk_pairs or counts.num_tokens != num_seqs:
+        return
+    if has_drafts:
+        num_drawn = counts.num_generated_tokens - counts.num_forced_tokens
+        ledger.note_drafted(num_seqs=num_seqs, num_tokens=num_drawn, step_time_s=step_time_s)
+    else:
+        ledger.note_plain(num_seqs=num_seqs, step_time_s=step_time_s)

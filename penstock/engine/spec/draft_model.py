@@ -230,6 +230,9 @@ class DraftModel:
 
     def _note(self, entry: ScheduledSequence, text: DraftText) -> None:
         """Take in a planned run: its tokens are certain, and what was guessed behind `start` is void."""
+        if len(entry.token_ids) == 1 and len(text) == entry.start and text.num_read <= entry.start:
+            text.outputs.append(entry.token_ids[0])  # most steps, while there are no drafts
+            return
         num_known = len(entry.token_ids) - entry.num_drafts
         if num_known > 1:  # a prompt, or the second time after a preemption: blocks may be other ones
             text.num_read = 0
