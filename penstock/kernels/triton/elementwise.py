@@ -24,6 +24,15 @@ def _num_warps(num_values: int) -> int:
     return max(1, min(MAX_WARPS, num_values // FEATURES_PER_WARP))
 
 
+def _tile(num_rows: int, width: int, *, size: int) -> tuple[int, int]:
+    """Columns and rows of about `size` values: whole rows where they are narrow. Powers of two.
+
+    The rows follow from the width alone, as long as there are so many: fewer variants to compile.
+    """
+    block = min(size, next_power_of_2(width))
+    return block, 1 if num_rows == 1 else max(1, size // block)
+
+
 def _rows(x: Tensor) -> Tensor:
     """[..., I] as [T, I] with features side by side."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -170,23 +179,25 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     return out.view(x.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _angles_kernel(
     positions: tl.tensor,
     frequencies: tl.tensor,
     out: tl.tensor,
+    num_rows: tl.tensor,
     half: tl.tensor,
     FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    # The angle is a float32 product; its cosine is taken in float64: a float32 angle of 100,000 turned to
-    # float32's own cosine is right to some roundings only where the argument is reduced with care.
-    token = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, BLOCK)
-    mask = dims < half
-    position = tl.load(positions + token).to(tl.float32)
-    angle = (position * tl.load(frequencies + dims, mask=mask, other=0.0)).to(tl.float64)
-    at = out + token * 2 * half + dims
+    # The angle is a float32 product; its cosine is taken in float64: float32's own cosine of 100,000 radians
+    # is right to a rounding only where the argument is reduced with care.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    dims = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (dims < half)
+    position = tl.load(positions + rows, mask=rows < num_rows, other=0).to(tl.float32)
+    angle = (position * tl.load(frequencies + dims, mask=dims < half, other=0.0)).to(tl.float64)
+    at = out + rows * 2 * half + dims
     tl.store(at, (tl.cos(angle) * FACTOR).to(tl.float32), mask=mask)
     tl.store(at + half, (tl.sin(angle) * FACTOR).to(tl.float32), mask=mask)
 
@@ -195,42 +206,53 @@ def rope_angles(positions: Tensor, frequencies: Tensor, *, factor: float) -> Ten
     """As `ops.rope_angles`."""
     num_tokens, half = positions.shape[0], frequencies.shape[0]
     out = torch.empty(num_tokens, 2 * half, dtype=torch.float32, device=positions.device)
+    block, rows = _tile(num_tokens, half, size=TILE // 4)
     if num_tokens:
-        _angles_kernel[(num_tokens,)](
-            positions, frequencies, out, half, FACTOR=factor, BLOCK=next_power_of_2(half), num_warps=1
+        _angles_kernel[(cdiv(num_tokens, rows),)](
+            positions,
+            frequencies,
+            out,
+            num_tokens,
+            half,
+            FACTOR=factor,
+            ROWS=rows,
+            BLOCK=block,
         )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rope_kernel(
     x: tl.tensor,
     angles: tl.tensor,
     out: tl.tensor,
+    num_rows: tl.tensor,
     num_heads: tl.tensor,
     half: tl.tensor,
     passed: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
-    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
     HALF: tl.constexpr,
     PASSED: tl.constexpr,
 ) -> None:
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    # A row is a head of a token.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    is_row = rows < num_rows
     dims = tl.arange(0, HALF)[None, :]
-    mask = (heads < num_heads) & (dims < half)
-    cos = tl.load(angles + token * 2 * half + dims, mask=dims < half, other=0.0)
-    sin = tl.load(angles + token * 2 * half + half + dims, mask=dims < half, other=0.0)
-    source = x + token * token_stride + heads * head_stride
-    target = out + (token * num_heads + heads) * (2 * half + passed)
+    mask = is_row & (dims < half)
+    token = rows // num_heads
+    cos = tl.load(angles + token * 2 * half + dims, mask=mask, other=0.0)
+    sin = tl.load(angles + token * 2 * half + half + dims, mask=mask, other=0.0)
+    source = x + token * token_stride + rows % num_heads * head_stride
+    target = out + rows * (2 * half + passed)
     first = tl.load(source + dims, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + half + dims, mask=mask, other=0.0).to(tl.float32)
     tl.store(target + dims, narrow(first * cos - second * sin, out.dtype.element_ty), mask=mask)
     tl.store(target + half + dims, narrow(second * cos + first * sin, out.dtype.element_ty), mask=mask)
     if PASSED:
         rest = tl.arange(0, PASSED)[None, :]
-        mask = (heads < num_heads) & (rest < passed)
+        mask = is_row & (rest < passed)
         kept = tl.load(source + 2 * half + rest, mask=mask, other=0.0)
         tl.store(target + 2 * half + rest, kept, mask=mask)
 
@@ -241,46 +263,48 @@ def rope(x: Tensor, angles: Tensor) -> Tensor:
     x = x if x.stride(2) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = angles.shape[1] // 2
-    block = next_power_of_2(half)
-    heads = min(next_power_of_2(num_heads), max(1, 2 * TILE // block))
-    passed = head_dim - 2 * half
-    if num_tokens:
-        _rope_kernel[(num_tokens, cdiv(num_heads, heads))](
+    passed, num_rows = head_dim - 2 * half, num_tokens * num_heads
+    block, rows = _tile(num_rows, half, size=TILE)
+    if num_rows:
+        _rope_kernel[(cdiv(num_rows, rows),)](
             x,
             angles,
             out,
+            num_rows,
             num_heads,
             half,
             passed,
             x.stride(0),
             x.stride(1),
-            HEADS=heads,
+            ROWS=rows,
             HALF=block,
             PASSED=next_power_of_2(passed) if passed else 0,
         )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _activation_kernel(
     gate: tl.tensor,
     up: tl.tensor,
     out: tl.tensor,
+    num_rows: tl.tensor,
     width: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     ACTIVATION: tl.constexpr,
     HAS_UP: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < width
-    wide = tl.load(gate + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < width)
+    wide = tl.load(gate + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     wide = activate(wide, ACTIVATION)
     if HAS_UP:
-        wide *= tl.load(up + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + cols, narrow(wide, out.dtype.element_ty), mask=mask)
+        wide *= tl.load(up + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows * width + cols, narrow(wide, out.dtype.element_ty), mask=mask)
 
 
 @inlined
@@ -297,17 +321,20 @@ def _launch_activation(gate: Tensor, up: Tensor | None, activation: tl.constexpr
     flat, width = _rows(gate), gate.shape[-1]
     other = flat if up is None else _rows(up)
     out = torch.empty(flat.shape, dtype=gate.dtype, device=gate.device)
+    block, rows = _tile(flat.shape[0], width, size=TILE)
     if out.numel():
-        _activation_kernel[(flat.shape[0], cdiv(width, TILE))](
+        _activation_kernel[(cdiv(flat.shape[0], rows), cdiv(width, block))](
             flat,
             other,
             out,
+            flat.shape[0],
             width,
             flat.stride(0),
             other.stride(0),
             ACTIVATION=activation,
             HAS_UP=up is not None,
-            BLOCK=min(TILE, next_power_of_2(width)),
+            ROWS=rows,
+            BLOCK=block,
         )
     return out.view(gate.shape)
 
@@ -327,40 +354,46 @@ def gelu(x: Tensor, *, tanh: bool) -> Tensor:
     return _launch_activation(x, None, GELU_TANH if tanh else GELU_ERF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _embedding_kernel(
     token_ids: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
     num_rows: tl.tensor,
+    num_known: tl.tensor,
     width: tl.tensor,
     stride: tl.tensor,
     scale: tl.tensor,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(token_ids + token)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    token = tl.load(token_ids + rows, mask=rows < num_rows, other=-1)
     # An id out of range is a bug elsewhere; it must not read what is not the table's.
-    is_known = (row >= 0) & (row < num_rows)
-    wide = tl.load(weight + row * stride + cols, mask=is_known & (cols < width), other=0.0).to(tl.float32)
-    tl.store(out + token * width + cols, narrow(wide * scale, out.dtype.element_ty), mask=cols < width)
+    mask = (token >= 0) & (token < num_known) & (cols < width)
+    wide = tl.load(weight + token * stride + cols, mask=mask, other=0.0).to(tl.float32) * scale
+    mask = (rows < num_rows) & (cols < width)
+    tl.store(out + rows * width + cols, narrow(wide, out.dtype.element_ty), mask=mask)
 
 
 def embedding(token_ids: Tensor, weight: Tensor, *, scale: float) -> Tensor:
     """As `ops.embedding`."""
-    num_rows, width = weight.shape
-    out = torch.empty(token_ids.shape[0], width, dtype=weight.dtype, device=weight.device)
+    num_tokens, (num_known, width) = token_ids.shape[0], weight.shape
+    out = torch.empty(num_tokens, width, dtype=weight.dtype, device=weight.device)
+    block, rows = _tile(num_tokens, width, size=TILE)
     if out.numel():
-        _embedding_kernel[(token_ids.shape[0], cdiv(width, TILE))](
+        _embedding_kernel[(cdiv(num_tokens, rows), cdiv(width, block))](
             token_ids,
             weight,
             out,
-            num_rows,
+            num_tokens,
+            num_known,
             width,
             weight.stride(0),
             scale,
-            BLOCK=min(TILE, next_power_of_2(width)),
+            ROWS=rows,
+            BLOCK=block,
         )
     return out
 
@@ -381,18 +414,25 @@ def softcap(x: Tensor, *, cap: float) -> Tensor:
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _not_finite_kernel(
-    x: tl.tensor, flags: tl.tensor, stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x: tl.tensor,
+    flags: tl.tensor,
+    num_rows: tl.tensor,
+    stride: tl.tensor,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    found = tl.zeros((BLOCK,), tl.int32)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    found = tl.zeros((ROWS, BLOCK), tl.int32)
     for start in range(0, WIDTH, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row * stride + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        mask = (rows < num_rows)[:, None] & (cols < WIDTH)
+        value = tl.load(x + rows[:, None] * stride + cols, mask=mask, other=0.0).to(tl.float32)
         # NaN compares false, so that it is found like infinity.
         found |= tl.where(tl.abs(value) < float("inf"), 0, 1)
-    tl.store(flags + row, tl.max(found, axis=0).to(tl.int8))
+    tl.store(flags + rows, tl.max(found, axis=1).to(tl.int8), mask=rows < num_rows)
 
 
 def not_finite(x: Tensor) -> Tensor:
@@ -406,9 +446,12 @@ def not_finite(x: Tensor) -> Tensor:
     """
     flat = _rows(x)
     flags = torch.empty(flat.shape[0], dtype=torch.int8, device=x.device)
-    if flags.numel():
-        block = min(4 * TILE, next_power_of_2(flat.shape[1]))
-        _not_finite_kernel[(flat.shape[0],)](flat, flags, flat.stride(0), WIDTH=flat.shape[1], BLOCK=block)
+    num_rows, width = flat.shape
+    block, rows = _tile(num_rows, width, size=4 * TILE)
+    if num_rows:
+        _not_finite_kernel[(cdiv(num_rows, rows),)](
+            flat, flags, num_rows, flat.stride(0), WIDTH=width, ROWS=rows, BLOCK=block
+        )
     return flags
 
 

@@ -25,7 +25,7 @@ MIN_CHUNK: Final = 512
 FIXED_ROWS: Final = 64
 """Rows of a tile in the deterministic mode, whatever the step has: the fewest that Hopper's matrix
 instructions take, so that a decode wastes least."""
-ROW_PROGRAMS: Final = 4
+ROW_PROGRAMS: Final = 1 if INTERPRETED.value else 4
 """Programs a multiprocessor that a single row is cut into, so that enough loads are under way."""
 MAX_ROW_OUTPUTS: Final = 256 if INTERPRETED.value else 8
 """Outputs of one program for a single row; the interpreter, which pays for each program, takes more."""
