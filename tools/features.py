@@ -106,6 +106,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("ngram", "speculative decoding, n-gram"),
     _engine("draft_model", "speculative decoding, draft model"),
     _engine("lora", "LoRA adapters"),
+    _engine("tensor_parallel", "tensor parallelism"),
 )
 """Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
 
@@ -181,6 +182,24 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         words=("eager", "deterministic"),
         reason="its results depend on the batch",
     ),
+    RefusedPair(
+        first="draft_model",
+        second="tensor_parallel",
+        words=("tensor_parallel_size", "draft_model"),
+        reason="a draft is not shared among ranks",
+    ),
+    RefusedPair(
+        first="kv_offload",
+        second="tensor_parallel",
+        words=("tensor_parallel_size", "kv_offloading_size"),
+        reason="blocks are not kept apart from their ranks",
+    ),
+    RefusedPair(
+        first="lora",
+        second="tensor_parallel",
+        words=("tensor_parallel_size", "enable_lora"),
+        reason="adapters are not shared among ranks",
+    ),
     RefusedPair(first="int8", second="int4", words=("int8", "int4"), reason="weights are rounded in one way"),
     RefusedPair(
         first="ngram",
@@ -203,7 +222,7 @@ REFUSED: Final[tuple[RefusedFeature, ...]] = (
     RefusedFeature(name="reasoning_effort", label="how much to think", kind="request"),
     RefusedFeature(name="prompt_embeds", label="prompt embeddings", kind="request"),
     RefusedFeature(name="load_format", label="load_format (read from the files)", kind="engine"),
-    RefusedFeature(name="tensor_parallel_size", label="tensor parallelism", kind="engine"),
+    RefusedFeature(name="pipeline_parallel_size", label="pipeline parallelism", kind="engine"),
 )
 """Refused with every served feature, by name."""
 

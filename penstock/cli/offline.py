@@ -127,6 +127,7 @@ ENGINE_ARGUMENTS: Final = (
     "isa",
     "num_threads",
     "max_model_len",
+    "tensor_parallel_size",
 )
 """Those that `EngineConfig` calls the same."""
 READING_ARGUMENTS: Final = (
@@ -187,7 +188,7 @@ class LLM:
         reasoning_parser: how the model marks its thoughts; `auto` reads it from template and tokenizer.
         reasoning_start_str: with `reasoning_parser` `tags`: what opens a thought.
         reasoning_end_str: with `reasoning_parser` `tags`: what closes it.
-        tensor_parallel_size: 1; this version computes on one rank.
+        tensor_parallel_size: ranks that share every layer, each a process, 1 to 64.
         speculative_config: who guesses tokens ahead, as `{"method": "ngram"}`; None for nobody.
         unknown: every other argument is refused by name.
 
@@ -239,7 +240,7 @@ class LLM:
     ) -> None:
         given = dict(locals())  # the arguments and nothing else, as this is the first line
         _check_types({name: given[name] for name in ARGUMENT_TYPES})
-        _refuse_arguments(unknown, tensor_parallel_size=tensor_parallel_size)
+        _refuse_arguments(unknown)
         source = find_model(None if model is None else str(model), revision=revision)
         config = _engine_config(given, source=source)
         self.totals = StepTotals()
@@ -685,16 +686,11 @@ def _check_types(arguments: Mapping[str, object]) -> None:
             raise StartupError(f"{name} is {value!r:.80}, it must be {limit}", param=name)
 
 
-def _refuse_arguments(unknown: Mapping[str, object], *, tensor_parallel_size: int) -> None:
+def _refuse_arguments(unknown: Mapping[str, object]) -> None:
     for name in unknown:
         if name in REFUSED_OPTIONS:
             refuse(name, source="flags")
         raise StartupError(f"{name} is not an argument of LLM", param=name)
-    if tensor_parallel_size != 1:
-        raise StartupError(
-            f"tensor_parallel_size is {tensor_parallel_size}, it must be 1 in this version",
-            param="tensor_parallel_size",
-        )
 
 
 def _one_each(params: object, *, num_prompts: int, default: SamplingParams) -> list[SamplingParams]:

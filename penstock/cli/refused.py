@@ -5,7 +5,7 @@ from typing import Final, NoReturn
 
 from penstock.core.errors import StartupError
 
-_ONE_RANK: Final = "this version computes on one rank"
+_ONE_RANK: Final = "ranks share layers (--tensor-parallel-size) and nothing else"
 _NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-cache-memory-bytes"
 _SPEC: Final = "write it into --speculative-config"
 _NO_GUIDED: Final = "llguidance is the one backend, and its limits are fixed"

@@ -227,7 +227,11 @@ class ServeSettings:
         int, setting("Most bytes of adapters in memory.", allowed=Range(low=1, high=1 << 50))
     ] = GIB
     tensor_parallel_size: Annotated[
-        int, setting("Ranks that share a layer; this version has one.", allowed=Range(low=1, high=1))
+        int,
+        setting(
+            "Ranks that share every layer, each a process; must divide num_key_value_heads.",
+            allowed=Range(low=1, high=64),
+        ),
     ] = 1
     chat_template: Annotated[
         Path | None, setting("File with a Jinja chat template in place of the model's.")
@@ -306,6 +310,7 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
         deterministic=settings.deterministic,
         num_threads=settings.num_threads,
         max_model_len=settings.max_model_len,
+        tensor_parallel_size=settings.tensor_parallel_size,
         log_level=settings.log_level,
         speculative=find_draft(settings.speculative_config),
         scheduler=SchedulerConfig(

@@ -55,6 +55,7 @@ from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.runner.overlapped_rank import OverlappedRank
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
+from penstock.engine.runner.rank_processes import SeveralRanks, StartedRanks
 from penstock.engine.runner.runner import Runner
 from penstock.engine.runner.warmup import StepPeaks
 from penstock.engine.sampling.sampler import Sampler
@@ -73,6 +74,7 @@ from penstock.kernels.quantization import Activations, Method, Quantization
 from penstock.models.interface import LoadedModel
 from penstock.models.loader import load_model
 from penstock.observe.clock import SystemClock
+from penstock.parallel.rank import ALONE, Rank
 
 
 def build_core(
@@ -92,8 +94,23 @@ def build_core(
         StartupError: names what is wrong with the config, the checkpoint or the machine.
     """
     validate_engine_config(config)
-    num_threads = config.num_threads or default_num_threads()
-    torch.set_num_threads(num_threads)
+    if config.tensor_parallel_size == 1:
+        return _build(config, on_progress=on_progress, faults=faults, started=None)
+    started = StartedRanks(config)
+    try:
+        return _build(config, on_progress=on_progress, faults=faults, started=started)
+    except BaseException:
+        started.close()
+        raise
+
+
+def _build(
+    config: EngineConfig,
+    *,
+    on_progress: Callable[[int, int], None] | None,
+    faults: FaultPoints | None,
+    started: StartedRanks | None,
+) -> EngineCore:
     began_s = time.monotonic()
     chosen = choose_device(config.device, kernels=config.kernels)
     _refuse_eager_without_device(config, chosen)
@@ -101,19 +118,10 @@ def build_core(
     warming = threading.Thread(target=compiler.warm_up, name="penstock-vocabulary", daemon=True)
     if config.warmup:
         warming.start()  # beside the weights: it takes a second or two for a vocabulary of 150,000
-    loaded = load_model(
-        Path(config.model_path),
-        dtype=config.dtype,
-        kernels=config.kernels,
-        device=chosen.device,
-        max_model_len=config.max_model_len,
-        options=kernel_options(config, num_threads=num_threads),
-        on_progress=on_progress,
-    )
-    if loaded.kernels.has_own_threads:
-        torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the CPUs
+    rank = ALONE if started is None else started.join(device=chosen.device)
+    loaded = load_part(config, rank=rank, device=chosen.device, on_progress=on_progress)
     load_time_s = time.monotonic() - began_s
-    draft_model = _load_draft(config, loaded, num_threads=num_threads)
+    draft_model = _load_draft(config, loaded, num_threads=_num_threads(config))
     core = _join(
         config,
         loaded,
@@ -122,10 +130,60 @@ def build_core(
         load_time_s=load_time_s,
         faults=faults,
         device_detail=chosen.detail,
+        started=started,
     )
     if config.warmup:
         warming.join()
     return core
+
+
+def _num_threads(config: EngineConfig) -> int:
+    """Threads of one rank."""
+    return config.num_threads or max(1, default_num_threads() // config.tensor_parallel_size)
+
+
+def load_part(
+    config: EngineConfig,
+    *,
+    rank: Rank,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LoadedModel:
+    """Load a rank's part of the model, and give its process as many threads as the rank may use.
+
+    Raises:
+        StartupError: as `load_model`.
+    """
+    num_threads = _num_threads(config)
+    torch.set_num_threads(num_threads)
+    loaded = load_model(
+        Path(config.model_path),
+        dtype=config.dtype,
+        kernels=config.kernels,
+        device=device,
+        max_model_len=config.max_model_len,
+        options=kernel_options(config, num_threads=num_threads),
+        on_progress=on_progress,
+        rank=rank,
+    )
+    if loaded.kernels.has_own_threads:
+        torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the CPUs
+    return loaded
+
+
+def make_following_runner(config: EngineConfig, loaded: LoadedModel, *, num_blocks: int) -> Runner:
+    """The runner of a rank beside the first."""
+    return _make_runner(
+        config,
+        loaded,
+        layout=make_cache_layout(loaded.model.layer_windows),
+        num_blocks=num_blocks,
+        num_host_blocks=0,
+        draft=None,
+        adapters=None,
+        faults=None,
+        is_alone=False,
+    )
 
 
 def _load_draft(config: EngineConfig, target: LoadedModel, *, num_threads: int) -> LoadedModel | None:
@@ -195,12 +253,15 @@ def _join(
     load_time_s: float,
     faults: FaultPoints | None,
     device_detail: str,
+    started: StartedRanks | None,
 ) -> EngineCore:
     layout = make_cache_layout(loaded.model.layer_windows)
     limits = _resolved_limits(config, loaded)
     check_whole_prompts(limits, max_model_len=limits.max_model_len)
     draft = None if draft_model is None else Draft.over(draft_model, target=loaded, target_layout=layout)
-    block_bytes = _block_bytes(config, loaded, layout, draft)
+    others_bytes = 0 if started is None else started.wait_loaded()
+    # On the CPU all ranks share one memory, and each holds its heads of a block.
+    block_bytes = _block_bytes(config, loaded, layout, draft) * config.tensor_parallel_size
     budget = _device_budget(config, loaded, limits=limits, layout=layout, draft=draft)
     num_blocks = _num_blocks(config.kv, limits, layout=layout, block_bytes=block_bytes, budget=budget)
     tier = _host_tier(config, loaded, layout, pool_bytes=num_blocks * block_bytes)
@@ -214,8 +275,15 @@ def _join(
         draft=draft,
         adapters=adapters,
         faults=faults,
+        is_alone=started is None,
     )
-    ranks = _ranks(runner, device=loaded.device, is_async=bool(limits.async_scheduling))
+    ranks = _ranks(
+        runner,
+        device=loaded.device,
+        is_async=bool(limits.async_scheduling),
+        started=started,
+        num_blocks=num_blocks,
+    )
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = _scheduler(config, loaded, limits=limits, kv=kv, tier=tier, adapters=adapters)
@@ -236,6 +304,7 @@ def _join(
             block_bytes=block_bytes,
             budget=budget,
             host_bytes=0 if tier is None else tier.total_bytes,
+            others_bytes=others_bytes,
             load_time_s=load_time_s,
             warmup_time_s=warmup_time_s,
             adapters=() if adapters is None else tuple(adapters.reports()),
@@ -258,6 +327,7 @@ def _make_runner(
     draft: Draft | None,
     adapters: AdapterHost | None,
     faults: FaultPoints | None,
+    is_alone: bool = True,
 ) -> Runner:
     return Runner(
         loaded,
@@ -272,6 +342,7 @@ def _make_runner(
         if draft is None
         else partial(draft.drafter, num_blocks=num_blocks, block_size=config.kv.block_size),
         make_graphs=_graphs_maker(config, loaded),
+        is_alone=is_alone,
     )
 
 
@@ -305,8 +376,12 @@ def _refuse_eager_without_device(config: EngineConfig, chosen: DeviceChoice) -> 
         )
 
 
-def _ranks(runner: Runner, *, device: torch.device, is_async: bool) -> RankGroup:
+def _ranks(
+    runner: Runner, *, device: torch.device, is_async: bool, started: StartedRanks | None, num_blocks: int
+) -> RankGroup:
     """Who computes; a CPU works beside the host only on a thread of its own."""
+    if started is not None:
+        return SeveralRanks(runner, started=started, num_blocks=num_blocks)
     rank = LocalRank(runner)
     return OverlappedRank(rank) if is_async and device.type == "cpu" else rank
 
@@ -317,7 +392,9 @@ def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConf
     return msgspec.structs.replace(
         config.scheduler,
         max_model_len=loaded.max_model_len,
-        async_scheduling=loaded.device.type == "cuda" if looks_ahead is None else looks_ahead,
+        async_scheduling=looks_ahead
+        if looks_ahead is not None
+        else loaded.device.type == "cuda" and config.tensor_parallel_size == 1,
     )
 
 
@@ -358,6 +435,9 @@ def _device_budget(
         if share is not None:
             refuse_utilization(share)
         return None
+    if config.tensor_parallel_size > 1:
+        _check_ranks_memory(config.kv)
+        return None
     memory.empty_cache()
     used_bytes = memory.used_bytes
     peaks = _measured_peaks(config, loaded, memory, limits=limits, layout=layout, draft=draft)
@@ -369,6 +449,15 @@ def _device_budget(
         activations=max(peaks),
         graphs=peaks.decodes + GRAPHS_OVERHEAD_BYTES,
     )
+
+
+def _check_ranks_memory(kv: KvConfig) -> None:
+    """What a step takes is measured on one rank alone, so several must be told what is theirs."""
+    if kv.num_blocks is None and kv.kv_cache_memory_bytes is None:
+        raise StartupError(
+            "tensor_parallel_size above 1 on a device needs kv_cache_memory_bytes or num_kv_blocks",
+            param="tensor_parallel_size",
+        )
 
 
 def _measured_peaks(
@@ -525,6 +614,7 @@ def _info(
     block_bytes: int,
     budget: DeviceBudget | None,
     host_bytes: int,
+    others_bytes: int,
     load_time_s: float,
     warmup_time_s: float,
     adapters: tuple[AdapterReport, ...],
@@ -539,14 +629,14 @@ def _info(
         execution=loaded.execution,
         quantization=loaded.quantization,
         kv_cache_dtype=str(loaded.kv_dtype).removeprefix("torch."),
-        num_threads=config.num_threads or default_num_threads(),
+        num_threads=_num_threads(config),
         deterministic=config.deterministic,
         device=str(loaded.device),
         device_detail=device_detail,
         vocab_size=loaded.model.vocab_size,
         hidden_size=loaded.config.shape.hidden_size,
         labels=loaded.labels,
-        weights_bytes=loaded.weights_bytes + (draft.loaded.weights_bytes if draft else 0),
+        weights_bytes=loaded.weights_bytes + others_bytes + (draft.loaded.weights_bytes if draft else 0),
         kv_bytes=num_blocks * block_bytes,
         bytes_per_block=block_bytes,
         kv_offload_bytes=host_bytes,

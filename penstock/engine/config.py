@@ -25,6 +25,7 @@ MAX_SPECULATIVE_TOKENS: Final = 32
 LOOKUP_MIN: Final = 3
 LOOKUP_MAX: Final = 8
 MAX_LOOKUP: Final = 64
+MAX_RANKS: Final = 64
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 GIB: Final = 1 << 30
 DEFAULT_UTILIZATION: Final = 0.9
@@ -187,6 +188,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """An answer's tokens do not depend on its neighbours, on chunks, prefix hits or the number of threads."""
     max_model_len: int | None = None
     """None takes the model's own context."""
+    tensor_parallel_size: int = 1
+    """Ranks that share every layer, 1 to 64; each is a process."""
     scheduler: SchedulerConfig = SchedulerConfig()
     kv: KvConfig = KvConfig()
     speculative: SpeculativeConfig | None = None
@@ -245,6 +248,7 @@ def validate_engine_config(config: EngineConfig) -> None:
         _bound("max_model_len", config.max_model_len, 2, MAX_MODEL_LEN)
         check_whole_prompts(sched, max_model_len=config.max_model_len)
     _check_lora(config.lora)
+    _check_ranks(config)
     if config.num_threads is not None:
         _bound("num_threads", config.num_threads, 1, 1024)
     read_affinity(config.thread_affinity)
@@ -335,6 +339,26 @@ def _check_lora(lora: LoraConfig) -> None:
     _bound("max_lora_rank", lora.max_lora_rank, 1, 1024)
     _bound("max_cpu_loras", lora.max_cpu_loras, lora.max_loras, 1 << 20)
     _bound("lora_memory_bytes", lora.lora_memory_bytes, 1, 1 << 50)
+
+
+def _check_ranks(config: EngineConfig) -> None:
+    _bound("tensor_parallel_size", config.tensor_parallel_size, 1, MAX_RANKS)
+    if config.tensor_parallel_size == 1:
+        return
+    is_draft = config.speculative is not None and config.speculative.method == "draft_model"
+    refused = {
+        "enable_lora": config.lora.enable_lora,
+        "async_scheduling": config.scheduler.async_scheduling is True,
+        "thread_affinity": config.thread_affinity is not None,
+        "speculative_config with method draft_model": is_draft,
+        "kv_offloading_size": bool(config.kv.offloading_bytes),
+    }
+    for name, is_set in refused.items():
+        if is_set:
+            raise StartupError(
+                f"tensor_parallel_size is {config.tensor_parallel_size}, which does not go with {name}",
+                param="tensor_parallel_size",
+            )
 
 
 def read_affinity(text: str | None) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ class ZmqChannel:
             sys.exit(0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies (Linux; elsewhere the idle poll sees it)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the supervisor asks before it kills
     # Ctrl-C in a terminal reaches the whole group; only the API process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     writer = LogWriter()
     writer.start()
     channel = ZmqChannel(argv[1], parent_pid=int(argv[2]))

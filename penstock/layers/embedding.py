@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penstock.kernels import ops
+from penstock.parallel.rank import ALONE, Rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,27 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedEmbedding(Embedding):
+    """The same where each rank has some of the rows: it adds nothing for the others'."""
+
+    rank: Rank
+    num_rows: int
+    """Of all ranks."""
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """As `Embedding`."""
+        return self.scaled(indices, 1.0)
+
+    def scaled(self, indices: Tensor, scale: float) -> Tensor:
+        """As `Embedding.scaled`."""
+        first, end = self.rank.rows(self.num_rows)
+        is_mine = (indices >= first) & (indices < end)
+        local = (indices - first).clamp(0, end - first - 1)
+        rows = ops.embedding(self.kernels, local, self.weight, scale=scale)
+        return self.rank.sum(rows * is_mine[:, None])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LmHead:
     """Hidden states to logits."""
 
@@ -33,8 +55,14 @@ class LmHead:
     """[vocab_size, hidden_size]"""
     softcap: float | None = None
     """Logits become `softcap * tanh(logit / softcap)`; None for no cap."""
+    rank: Rank = ALONE
+    """Which has some of the weight's rows, unless it is alone."""
+    vocab_size: int = 0
+    """Rows of all ranks; read only if there are several."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] to [rows, vocab_size] float32."""
         logits = ops.linear(self.kernels, hidden, self.weight).float()
+        if not self.rank.is_alone:
+            logits = self.rank.join(logits, total=self.vocab_size)
         return logits if self.softcap is None else ops.softcap(self.kernels, logits, cap=self.softcap)

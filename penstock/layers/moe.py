@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penstock.kernels import ops
+from penstock.parallel.rank import ALONE, Rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,9 @@ class SparseMoe:
     """[num_experts, hidden_size]"""
     experts: tuple[ops.ExpertWeights, ...]
     shape: ops.MoeShape
+    rank: Rank = ALONE
+    """Which has a part of every expert's inner size."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden_size] to the same shape."""
-        return ops.moe(self.kernels, x, self.router, self.experts, self.shape)
+        return self.rank.sum(ops.moe(self.kernels, x, self.router, self.experts, self.shape))

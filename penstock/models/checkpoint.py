@@ -29,6 +29,7 @@ from torch import Tensor
 
 from penstock.core.errors import CheckpointError
 from penstock.models.config import read_json_config
+from penstock.parallel.cut import Cut
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit."""
@@ -211,6 +212,15 @@ class PlainTensor:
         stored = self.files.read(self.entry, fill=fill)
         tensor = stored.to(dtype)
         if tensor is not stored:
+            self.files.release(stored)
+        return tensor
+
+    def read_part(self, dtype: torch.dtype, *, cut: Cut) -> Tensor:
+        """As `StoredParts.read_part`; mapped where the part lies in one piece and has this dtype."""
+        stored = self.files.read(self.entry, fill=False)
+        part = cut.of(stored)
+        tensor = part.to(dtype)
+        if not self.files.is_mapped(tensor):
             self.files.release(stored)
         return tensor
 

@@ -69,8 +69,8 @@ class Gpt2Attention:
     def __init__(self, config: Gpt2Config, *, layer_idx: int, parts: Parts) -> None:
         size = config.shape.hidden_size
         self.head_dim = config.shape.head_dim
-        self.query_key_value = parts.transposed_linear("c_attn", size, 3 * size)
-        self.output = parts.transposed_linear("c_proj", size, size)
+        self.query_key_value = parts.column_transposed("c_attn", size, 3 * size, parts=(size,) * 3)
+        self.output = parts.row_transposed("c_proj", size, size)
         scale = config.attention_scale(layer_idx)
         self.attention = PagedAttention(
             kernels=parts.kernels, layer_idx=layer_idx, shape=AttentionShape(scale=scale)
@@ -94,7 +94,7 @@ class Gpt2Block:
         self.mlp_norm = parts.layer_norm("ln_2", size, eps=eps)
         mlp = parts.at("mlp")
         self.mlp = GeluMlp(
-            up=mlp.transposed_linear("c_fc", size, inner), down=mlp.transposed_linear("c_proj", inner, size)
+            up=mlp.column_transposed("c_fc", size, inner), down=mlp.row_transposed("c_proj", inner, size)
         )
 
     def __call__(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
@@ -111,10 +111,10 @@ class Gpt2LMHeadModel:
         model = parts if parts.has("wte.weight") else parts.at("transformer")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (None,) * shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
-        self.embedding = model.embedding("wte", shape.vocab_size, size)
+        self.embedding = model.token_embedding("wte", shape.vocab_size, size)
         self.positions = model.embedding("wpe", shape.max_position_embeddings, size)
         self.blocks = [
             Gpt2Block(config, layer_idx=i, parts=model.at(f"h.{i}")) for i in range(shape.num_layers)

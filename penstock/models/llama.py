@@ -51,10 +51,10 @@ class LlamaAttention:
     def __init__(self, config: LlamaConfig, *, layer_idx: int, parts: Parts) -> None:
         shape, bias = config.shape, config.attention_bias
         self.head_dim = shape.head_dim
-        self.query = parts.linear("q_proj", shape.hidden_size, shape.query_size, bias=bias)
-        self.key = parts.linear("k_proj", shape.hidden_size, shape.kv_size, bias=bias)
-        self.value = parts.linear("v_proj", shape.hidden_size, shape.kv_size, bias=bias)
-        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size, bias=bias)
+        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size, bias=bias)
+        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size, bias=bias)
         self.attention = PagedAttention(
             kernels=parts.kernels, layer_idx=layer_idx, shape=AttentionShape(scale=shape.head_dim**-0.5)
         )
@@ -94,11 +94,11 @@ class LlamaForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (None,) * shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
-        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.embedding = model.token_embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [
             LlamaBlock(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
         ]

@@ -28,6 +28,7 @@ from penstock.models.interface import CausalLM, LoadedModel
 from penstock.models.parts import Parts, Weights
 from penstock.models.registry import CLASSIFIERS, BuildModel, find_model
 from penstock.models.stored import TensorSource
+from penstock.parallel.rank import ALONE, Rank
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -95,8 +96,9 @@ def load_model(
     options: KernelOptions = DEFAULT_OPTIONS,
     on_progress: Progress | None = None,
     kernel_set: KernelSet | None = None,
+    rank: Rank = ALONE,
 ) -> LoadedModel:
-    """Load a checkpoint.
+    """Load a checkpoint, or a rank's part of it.
 
     Args:
         path: folder with `config.json` and safetensors, or a `.gguf` file.
@@ -107,6 +109,7 @@ def load_model(
         options: quantization, threads and what else the kernels are told.
         on_progress: told after each tensor.
         kernel_set: of another model, on whose threads this one is to run; None makes one.
+        rank: whose part is read.
 
     Returns:
         The model; on the CPU, weights whose dtype matches are mapped from the files, without a copy.
@@ -138,8 +141,11 @@ def load_model(
         max_model_len=served_len,
         sites=sites,
         num_labels=len(labels),
+        rank=rank,
     )
-    run = _make_runnable(build(reader, parts), kernel_set, dtype=torch_dtype, options=options, sites=sites)
+    run = _make_runnable(
+        build(reader, parts), kernel_set, dtype=torch_dtype, options=options, sites=sites, rank=rank
+    )
     return LoadedModel(
         model=run.model,
         config=run.model.config,
@@ -189,9 +195,12 @@ def _make_runnable(
     dtype: torch.dtype,
     options: KernelOptions,
     sites: LoraSites | None,
+    rank: Rank,
 ) -> _Runnable:
     """The model recorded, where the kernels can; else as it is."""
     plain = model if sites is None else AdaptedModel(model, active=sites.active)
+    if not rank.is_alone:
+        return _Runnable(model=plain, execution=f"op by op, on {rank.size} ranks")
     if kernels.name != "native":
         return _Runnable(model=plain, execution="op by op")
     # Imported here: it needs the extension module, which is there if the native kernels are.

@@ -49,10 +49,10 @@ class MistralAttention:
     def __init__(self, config: MistralConfig, *, layer_idx: int, parts: Parts) -> None:
         shape = config.shape
         self.head_dim = shape.head_dim
-        self.query = parts.linear("q_proj", shape.hidden_size, shape.query_size)
-        self.key = parts.linear("k_proj", shape.hidden_size, shape.kv_size)
-        self.value = parts.linear("v_proj", shape.hidden_size, shape.kv_size)
-        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size)
+        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size)
+        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size)
+        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size)
+        self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
             layer_idx=layer_idx,
@@ -92,11 +92,11 @@ class MistralForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (config.window,) * shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
-        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.embedding = model.token_embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [
             MistralBlock(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
         ]

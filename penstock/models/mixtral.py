@@ -52,10 +52,10 @@ class MixtralAttention:
     def __init__(self, config: MixtralConfig, *, layer_idx: int, parts: Parts) -> None:
         shape = config.shape
         self.head_dim = shape.head_dim
-        self.query = parts.linear("q_proj", shape.hidden_size, shape.query_size)
-        self.key = parts.linear("k_proj", shape.hidden_size, shape.kv_size)
-        self.value = parts.linear("v_proj", shape.hidden_size, shape.kv_size)
-        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size)
+        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size)
+        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size)
+        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size)
+        self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
             layer_idx=layer_idx,
@@ -74,9 +74,9 @@ class MixtralAttention:
 def _expert(config: MixtralConfig, parts: Parts) -> ExpertWeights:
     hidden, inner = config.shape.hidden_size, config.shape.intermediate_size
     return ExpertWeights(
-        gate=parts.matrix("w1.weight", inner, hidden),
-        up=parts.matrix("w3.weight", inner, hidden),
-        down=parts.matrix("w2.weight", hidden, inner),
+        gate=parts.column_matrix("w1.weight", inner, hidden),
+        up=parts.column_matrix("w3.weight", inner, hidden),
+        down=parts.row_matrix("w2.weight", hidden, inner),
     )
 
 
@@ -87,6 +87,7 @@ def make_moe(config: MixtralConfig, parts: Parts) -> SparseMoe:
         router=parts.tensor("gate.weight", config.num_experts, config.shape.hidden_size),
         experts=tuple(_expert(config, parts.at(f"experts.{i}")) for i in range(config.num_experts)),
         shape=MoeShape(top_k=config.experts_per_token, renormalize=True),
+        rank=parts.rank,
     )
 
 
@@ -114,11 +115,11 @@ class MixtralForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (config.window,) * shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
-        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.embedding = model.token_embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [
             MixtralBlock(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
         ]

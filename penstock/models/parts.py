@@ -19,11 +19,13 @@ from penstock.kernels.devices import CPU
 from penstock.kernels.ops import KernelSet, LinearWeight
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.kernels.rounded import RoundedWeight
-from penstock.layers.embedding import Embedding, LmHead
+from penstock.layers.embedding import Embedding, LmHead, SharedEmbedding
 from penstock.layers.linear import Linear
 from penstock.layers.mlp import Activation, GatedMlp
 from penstock.layers.norm import LayerNorm, RmsNorm
-from penstock.models.stored import StoredMatrix, StoredTensor, TensorSource
+from penstock.models.stored import StoredMatrix, StoredParts, StoredTensor, TensorSource
+from penstock.parallel.cut import Cut
+from penstock.parallel.rank import ALONE, Rank
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Tensors that older exports carry and that follow from the config: frequencies and causal masks."""
@@ -58,13 +60,16 @@ class Weights:
     num_dequantized: int = 0
     """Matrices that are stored quantized and were dequantized."""
 
-    def take(self, name: str, shape: tuple[int, ...], *, is_kept: bool = True) -> Tensor:
+    def take(
+        self, name: str, shape: tuple[int, ...], *, is_kept: bool = True, cut: Cut | None = None
+    ) -> Tensor:
         """The tensor in the model's dtype; mapped, or converted if the file has another dtype.
 
         Args:
             name: of the tensor.
             shape: that it must have.
             is_kept: False if it is only read once, to make something else of it.
+            cut: the part that is read; None for all.
 
         Raises:
             CheckpointError: missing or not of this shape.
@@ -72,21 +77,29 @@ class Weights:
         stored = self._find(name, shape)
         if self.is_check:
             tensor = torch.empty(shape, dtype=self.dtype, device="meta")
-        else:
+        elif cut is None:
             tensor = self._placed(stored.read(self.dtype, fill=self._fills(is_kept=is_kept)))
+        elif isinstance(stored, StoredParts):
+            tensor = self._placed(stored.read_part(self.dtype, cut=cut))
+        else:
+            tensor = self._placed(cut.of(stored.read(self.dtype, fill=False)))
         self.num_dequantized += isinstance(stored, StoredMatrix)
         self.resident_bytes += tensor.nbytes if is_kept else 0
         self._count(name, shape, stored)
         return tensor
 
-    def take_matrix(self, name: str, shape: tuple[int, int], *, is_kept: bool) -> "Tensor | RoundedWeight":
+    def take_matrix(
+        self, name: str, shape: tuple[int, int], *, is_kept: bool, cut: Cut | None
+    ) -> "Tensor | RoundedWeight":
         """A matrix [out, in]: its integers and scales where the kernels have that grid, else as `take`.
+
+        Part of a matrix is dequantized: its groups need not end where the part does.
 
         Raises:
             CheckpointError: missing, not of this shape, or damaged.
         """
-        if self.is_check or not self.checkpoint.is_quantized(name):
-            return self.take(name, shape, is_kept=is_kept)
+        if self.is_check or cut is not None or not self.checkpoint.is_quantized(name):
+            return self.take(name, shape, is_kept=is_kept, cut=cut)
         stored = self._find(name, shape)
         if not isinstance(stored, StoredMatrix):
             return self.take(name, shape, is_kept=is_kept)
@@ -165,6 +178,8 @@ class Parts:
     """Numbers the products on which adapters may act; None if the model is to have none."""
     num_labels: int = 0
     """Classes that the head scores; 0 if it scores the vocabulary."""
+    rank: Rank = ALONE
+    """Whose part of the layers is built."""
     prefix: str = ""
 
     def at(self, name: str) -> "Parts":
@@ -181,15 +196,34 @@ class Parts:
         """True if the checkpoint has this tensor."""
         return self.prefix + name in self.weights.checkpoint
 
+    def num_kv_heads(self, total: int) -> int:
+        """Key/value heads of this rank; as many query heads for each as there are in all."""
+        return self.rank.num(total, of="num_key_value_heads")
+
+    def shares(self, sizes: Sequence[int]) -> list[int]:
+        """This rank's part of each of some sizes that `column_linear` shares."""
+        return [size // self.rank.size for size in sizes]
+
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The tensor `prefix + name`."""
         return self.weights.take(self.prefix + name, shape)
 
-    def matrix(self, name: str, out_features: int, in_features: int) -> LinearWeight:
-        """The weight `prefix + name` of an expert's product, stored as [out, in]; in one piece."""
-        return self._prepared(name, out_features, in_features, parts=(out_features,))
+    def column_matrix(self, name: str, out_features: int, in_features: int) -> LinearWeight:
+        """The weight of an expert's first product, [out, in]: a rank's part of the outputs; in one piece."""
+        cut = self.rank.cut((out_features,), dim=0, of=f"the outputs of {self.prefix}{name}")
+        return self._prepared(name, out_features, in_features, parts=self.shares((out_features,)), cut=cut)
 
-    def linear(
+    def row_matrix(self, name: str, out_features: int, in_features: int) -> LinearWeight:
+        """The weight of an expert's last product, [out, in]: a rank's part of the inputs."""
+        cut = self.rank.cut((in_features,), dim=1, of=f"the inputs of {self.prefix}{name}")
+        return self._prepared(name, out_features, in_features, parts=(out_features,), cut=cut)
+
+    def linear(self, name: str, in_features: int, out_features: int) -> Linear:
+        """A dense layer stored as [out, in], the same on every rank; without bias."""
+        weight = self._prepared(f"{name}.weight", out_features, in_features)
+        return Linear(kernels=self.kernels, weight=weight, site=self._site(name, in_features, out_features))
+
+    def column_linear(
         self,
         name: str,
         in_features: int,
@@ -198,32 +232,91 @@ class Parts:
         bias: bool = False,
         parts: Sequence[int] = (),
     ) -> Linear:
-        """A dense layer stored as [out, in]; `parts` are the sizes of those fused in it, if it is several."""
-        offsets = self.tensor(f"{name}.bias", out_features) if bias else None
-        weight = self._prepared(f"{name}.weight", out_features, in_features, bias=offsets, parts=parts)
-        site = self._site(name, in_features, out_features)
-        return Linear(kernels=self.kernels, weight=weight, site=site)
+        """A dense layer stored as [out, in], of which each rank has some outputs.
 
-    def transposed_linear(self, name: str, in_features: int, out_features: int) -> Linear:
-        """A dense layer with bias stored as [in, out] (GPT-2); used through a view.
-
-        Quantized formats keep it as [out, in] like every other layer.
+        Args:
+            name: of the layer.
+            in_features: I.
+            out_features: O, of all ranks.
+            bias: it has one.
+            parts: the sizes of those fused in it, if it is several; each is shared.
         """
-        bias = self.tensor(f"{name}.bias", out_features)
-        if self.weights.checkpoint.is_quantized(self.prefix + f"{name}.weight"):
-            weight = self._prepared(f"{name}.weight", out_features, in_features, bias=bias)
-        else:
-            weight = self._packed(self._source(f"{name}.weight", in_features, out_features).t(), bias)
+        cut = self.rank.cut(parts or (out_features,), dim=0, of=f"the outputs of {self.prefix}{name}")
+        offsets = self._offsets(f"{name}.bias", out_features, cut=cut) if bias else None
+        weight = self._prepared(
+            f"{name}.weight", out_features, in_features, bias=offsets, parts=self.shares(parts), cut=cut
+        )
         site = self._site(name, in_features, out_features)
         return Linear(kernels=self.kernels, weight=weight, site=site)
+
+    def row_linear(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> Linear:
+        """A dense layer stored as [out, in], of which each rank has some inputs; the first adds the bias."""
+        cut = self.rank.cut((in_features,), dim=1, of=f"the inputs of {self.prefix}{name}")
+        offsets = self._offsets(f"{name}.bias", out_features, is_of_first=True) if bias else None
+        weight = self._prepared(f"{name}.weight", out_features, in_features, bias=offsets, cut=cut)
+        return self._summed(name, weight, in_features, out_features)
+
+    def column_transposed(
+        self, name: str, in_features: int, out_features: int, *, parts: Sequence[int] = ()
+    ) -> Linear:
+        """As `column_linear` with bias, stored as [in, out] (GPT-2); used through a view."""
+        sizes = parts or (out_features,)
+        of = f"the outputs of {self.prefix}{name}"
+        offsets = self._offsets(f"{name}.bias", out_features, cut=self.rank.cut(sizes, dim=0, of=of))
+        weight = self._transposed(name, in_features, out_features, bias=offsets, sizes=sizes, is_column=True)
+        site = self._site(name, in_features, out_features)
+        return Linear(kernels=self.kernels, weight=weight, site=site)
+
+    def row_transposed(self, name: str, in_features: int, out_features: int) -> Linear:
+        """As `row_linear` with bias, stored as [in, out] (GPT-2); used through a view."""
+        offsets = self._offsets(f"{name}.bias", out_features, is_of_first=True)
+        weight = self._transposed(
+            name, in_features, out_features, bias=offsets, sizes=(in_features,), is_column=False
+        )
+        return self._summed(name, weight, in_features, out_features)
+
+    def _transposed(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        is_column: bool,
+    ) -> LinearWeight:
+        """Quantized formats keep it as [out, in] like every other layer."""
+        is_quantized = self.weights.checkpoint.is_quantized(self.prefix + f"{name}.weight")
+        dim = int(is_column) ^ is_quantized
+        cut = self.rank.cut(
+            sizes, dim=dim, of=f"the {'outputs' if is_column else 'inputs'} of {self.prefix}{name}"
+        )
+        if is_quantized:
+            return self._prepared(f"{name}.weight", out_features, in_features, bias=bias, cut=cut)
+        return self._packed(self._source(f"{name}.weight", in_features, out_features, cut=cut).t(), bias)
+
+    def _summed(self, name: str, weight: LinearWeight, in_features: int, out_features: int) -> Linear:
+        return Linear(
+            kernels=self.kernels,
+            weight=weight,
+            site=self._site(name, in_features, out_features),
+            summed_over=None if self.rank.is_alone else self.rank,
+        )
+
+    def _offsets(
+        self, name: str, size: int, *, cut: Cut | None = None, is_of_first: bool = False
+    ) -> Tensor | None:
+        """A bias, or this rank's part of it; of one that only the first rank adds, None on the others."""
+        offsets = self.weights.take(self.prefix + name, (size,), cut=cut)
+        return None if is_of_first and self.rank.index else offsets
 
     def _site(self, name: str, in_features: int, out_features: int) -> LoraSite | None:
         if self.sites is None:
             return None
         return self.sites.add(self.prefix + name, in_features=in_features, out_features=out_features)
 
-    def _source(self, name: str, *shape: int) -> Tensor:
-        return self.weights.take(self.prefix + name, shape, is_kept=not self.kernels.copies_weights)
+    def _source(self, name: str, *shape: int, cut: Cut | None = None) -> Tensor:
+        return self.weights.take(self.prefix + name, shape, is_kept=not self.kernels.copies_weights, cut=cut)
 
     def _prepared(
         self,
@@ -233,12 +326,14 @@ class Parts:
         *,
         bias: Tensor | None = None,
         parts: Sequence[int] = (),
+        cut: Cut | None = None,
     ) -> LinearWeight:
         """A stored weight in the kernels' form: its own integers, unless others are asked for."""
         if self.quantization.method != "none":
-            return self._packed(self._source(name, out_features, in_features), bias, parts=parts)
+            return self._packed(self._source(name, out_features, in_features, cut=cut), bias, parts=parts)
         full_name, shape = self.prefix + name, (out_features, in_features)
-        weight = self.weights.take_matrix(full_name, shape, is_kept=not self.kernels.copies_weights)
+        is_kept = not self.kernels.copies_weights
+        weight = self.weights.take_matrix(full_name, shape, is_kept=is_kept, cut=cut)
         if isinstance(weight, Tensor):
             return self._packed(weight, bias, parts=parts)
         dtype = self.weights.dtype
@@ -274,8 +369,16 @@ class Parts:
         return LayerNorm(kernels=self.kernels, weight=weight, bias=bias, eps=eps)
 
     def embedding(self, name: str, num_rows: int, size: int) -> Embedding:
-        """A table of vectors."""
+        """A table of vectors, the same on every rank."""
         return Embedding(kernels=self.kernels, weight=self.tensor(f"{name}.weight", num_rows, size))
+
+    def token_embedding(self, name: str, num_rows: int, size: int) -> Embedding:
+        """The vectors of the vocabulary, of which each rank has some."""
+        if self.rank.is_alone:
+            return self.embedding(name, num_rows, size)
+        cut = Cut(dim=0, ranges=(self.rank.rows(num_rows),))
+        weight = self.weights.take(f"{self.prefix}{name}.weight", (num_rows, size), cut=cut)
+        return SharedEmbedding(kernels=self.kernels, weight=weight, rank=self.rank, num_rows=num_rows)
 
     def gated_mlp(
         self, name: str, hidden_size: int, inner_size: int, *, activation: Activation, bias: bool = False
@@ -283,9 +386,9 @@ class Parts:
         """An MLP stored as `gate_proj`, `up_proj` and `down_proj`."""
         mlp = self.at(name)
         return GatedMlp(
-            gate=mlp.linear("gate_proj", hidden_size, inner_size, bias=bias),
-            up=mlp.linear("up_proj", hidden_size, inner_size, bias=bias),
-            down=mlp.linear("down_proj", inner_size, hidden_size, bias=bias),
+            gate=mlp.column_linear("gate_proj", hidden_size, inner_size, bias=bias),
+            up=mlp.column_linear("up_proj", hidden_size, inner_size, bias=bias),
+            down=mlp.row_linear("down_proj", inner_size, hidden_size, bias=bias),
             activation=activation,
         )
 
@@ -298,13 +401,15 @@ class Parts:
         weight = embedding.weight
         if self.num_labels:
             return LmHead(kernels=self.kernels, weight=self._class_head(weight.shape[1]))
+        num_rows = embedding.num_rows if isinstance(embedding, SharedEmbedding) else weight.shape[0]
         if not tied:
-            rows, cols = weight.shape
-            head = self._prepared("lm_head.weight", rows, cols)
-            return LmHead(kernels=self.kernels, weight=head, softcap=softcap)
-        if self.kernels.copies_weights and self.weights.checkpoint.is_mapped(weight):
-            self.weights.resident_bytes -= weight.nbytes
-        return LmHead(kernels=self.kernels, weight=self._packed(weight), softcap=softcap)
+            cut = None if self.rank.is_alone else Cut(dim=0, ranges=(self.rank.rows(num_rows),))
+            head = self._prepared("lm_head.weight", num_rows, weight.shape[1], cut=cut)
+        else:
+            if self.kernels.copies_weights and self.weights.checkpoint.is_mapped(weight):
+                self.weights.resident_bytes -= weight.nbytes
+            head = self._packed(weight)
+        return LmHead(kernels=self.kernels, weight=head, softcap=softcap, rank=self.rank, vocab_size=num_rows)
 
     def _class_head(self, hidden_size: int) -> LinearWeight:
         """It is small, so it stays as it is whatever the quantization; softcaps are for tokens."""

@@ -50,9 +50,10 @@ class Phi3Attention:
     def __init__(self, config: Phi3Config, *, layer_idx: int, parts: Parts) -> None:
         shape = config.shape
         self.head_dim = shape.head_dim
-        self.sizes = [shape.query_size, shape.kv_size, shape.kv_size]
-        self.query_key_value = parts.linear("qkv_proj", shape.hidden_size, sum(self.sizes), parts=self.sizes)
-        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size)
+        sizes = (shape.query_size, shape.kv_size, shape.kv_size)
+        self.sizes = parts.shares(sizes)
+        self.query_key_value = parts.column_linear("qkv_proj", shape.hidden_size, sum(sizes), parts=sizes)
+        self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
             layer_idx=layer_idx,
@@ -73,8 +74,8 @@ def make_mlp(config: Phi3Config, parts: Parts) -> FusedGatedMlp:
     """The gated MLP of one block."""
     hidden, inner = config.shape.hidden_size, config.shape.intermediate_size
     return FusedGatedMlp(
-        gate_up=parts.linear("gate_up_proj", hidden, 2 * inner, parts=(inner, inner)),
-        down=parts.linear("down_proj", inner, hidden),
+        gate_up=parts.column_linear("gate_up_proj", hidden, 2 * inner, parts=(inner, inner)),
+        down=parts.row_linear("down_proj", inner, hidden),
         activation=config.activation,
     )
 
@@ -103,11 +104,11 @@ class Phi3ForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (config.window,) * shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
-        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.embedding = model.token_embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [
             Phi3Block(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
         ]

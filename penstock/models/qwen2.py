@@ -56,10 +56,10 @@ class Qwen2Attention:
     def __init__(self, config: Qwen2Config, *, layer_idx: int, parts: Parts) -> None:
         shape = config.shape
         self.head_dim = shape.head_dim
-        self.query = parts.linear("q_proj", shape.hidden_size, shape.query_size, bias=True)
-        self.key = parts.linear("k_proj", shape.hidden_size, shape.kv_size, bias=True)
-        self.value = parts.linear("v_proj", shape.hidden_size, shape.kv_size, bias=True)
-        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size)
+        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size, bias=True)
+        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size, bias=True)
+        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size, bias=True)
+        self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
             layer_idx=layer_idx,
@@ -99,11 +99,11 @@ class Qwen2ForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows = config.layer_windows
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
-        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.embedding = model.token_embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [
             Qwen2Block(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
         ]

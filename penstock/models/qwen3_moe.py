@@ -74,10 +74,10 @@ class Qwen3MoeAttention:
     def __init__(self, config: Qwen3MoeConfig, *, layer_idx: int, parts: Parts) -> None:
         shape, bias = config.shape, config.attention_bias
         self.head_dim = shape.head_dim
-        self.query = parts.linear("q_proj", shape.hidden_size, shape.query_size, bias=bias)
-        self.key = parts.linear("k_proj", shape.hidden_size, shape.kv_size, bias=bias)
-        self.value = parts.linear("v_proj", shape.hidden_size, shape.kv_size, bias=bias)
-        self.output = parts.linear("o_proj", shape.query_size, shape.hidden_size, bias=bias)
+        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size, bias=bias)
+        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size, bias=bias)
         self.query_norm = parts.rms_norm("q_norm", shape.head_dim, eps=config.rms_norm_eps)
         self.key_norm = parts.rms_norm("k_norm", shape.head_dim, eps=config.rms_norm_eps)
         self.attention = PagedAttention(
@@ -98,9 +98,9 @@ class Qwen3MoeAttention:
 def _expert(config: Qwen3MoeConfig, parts: Parts) -> ExpertWeights:
     hidden, inner = config.shape.hidden_size, config.expert_size
     return ExpertWeights(
-        gate=parts.matrix("gate_proj.weight", inner, hidden),
-        up=parts.matrix("up_proj.weight", inner, hidden),
-        down=parts.matrix("down_proj.weight", hidden, inner),
+        gate=parts.column_matrix("gate_proj.weight", inner, hidden),
+        up=parts.column_matrix("up_proj.weight", inner, hidden),
+        down=parts.row_matrix("down_proj.weight", hidden, inner),
     )
 
 
@@ -115,6 +115,7 @@ def make_mlp(config: Qwen3MoeConfig, *, layer_idx: int, parts: Parts) -> SparseM
         router=mlp.tensor("gate.weight", config.num_experts, hidden),
         experts=tuple(_expert(config, mlp.at(f"experts.{i}")) for i in range(config.num_experts)),
         shape=MoeShape(top_k=config.experts_per_token, renormalize=config.renormalize),
+        rank=parts.rank,
     )
 
 
@@ -142,11 +143,11 @@ class Qwen3MoeForCausalLM:
         shape, model = config.shape, parts.at("model")
         self.config = config
         self.layer_windows: tuple[int | None, ...] = (config.window,) * shape.num_layers
-        self.num_kv_heads = shape.num_kv_heads
+        self.num_kv_heads = parts.num_kv_heads(shape.num_kv_heads)
         self.head_dim = shape.head_dim
         self.vocab_size = shape.vocab_size
         self.rope = Rope(config.rope, kernels=parts.kernels)
-        self.embedding = model.embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
+        self.embedding = model.token_embedding("embed_tokens", shape.vocab_size, shape.hidden_size)
         self.blocks = [
             Qwen3MoeBlock(config, layer_idx=i, parts=model.at(f"layers.{i}")) for i in range(shape.num_layers)
         ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.rounded import RoundedWeight
+from penstock.parallel.cut import Cut
 
 
 class StoredTensor(Protocol):
@@ -32,6 +33,15 @@ class StoredTensor(Protocol):
         Raises:
             CheckpointError: the data breaks its format.
         """
+        ...
+
+
+@runtime_checkable
+class StoredParts(StoredTensor, Protocol):
+    """A tensor of which a part can be read alone."""
+
+    def read_part(self, dtype: torch.dtype, *, cut: Cut) -> Tensor:
+        """As `read`, of what the cut leaves; no other pages of the file are read."""
         ...
 
 

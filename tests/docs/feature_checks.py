@@ -502,6 +502,8 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert run.num_offload_hits > 0
     if name == "draft_model" and case.names == {name}:
         assert run.num_draft_tokens > 0
+    if name == "tensor_parallel":
+        assert case.engine.execution == "op by op, on 2 ranks"
     if name == "lora" and not is_rounded:
         base = case.engine.run(case.request, cut_after=case.cut_after, is_base=True)
         assert base.tokens() == plain.tokens()  # the base model is as it was

@@ -28,6 +28,7 @@ from penstock.engine.config import (
 )
 from penstock.engine.core import EngineCore
 from tests.docs.tiny_model import HEAD_DIM, MLP, make_tiny_adapter, make_tiny_model
+from tests.fakes.thread_ranks import ThreadRanks
 from tools.quantized.checkpoint import write_quantized
 from tools.quantized.gguf_file import write_gguf
 
@@ -117,9 +118,15 @@ class FeatureEngine:
             adapter = make_tiny_adapter(folder / "adapter", head_dim=head_dim, mlp=mlp)
             module = LoraModule(name=ADAPTER, path=str(adapter))
             config = msgspec.structs.replace(config, lora=LoraConfig(enable_lora=True, modules=(module,)))
-        self._local: LocalModel = self._thread.run(
-            open_local_model(source, config, events=self._totals)
-        )
+        # Ranks as threads: as processes they cost seconds each, for the same plans and sums.
+        with patch("penstock.engine.build.StartedRanks", new=ThreadRanks):
+            self._local: LocalModel = self._thread.run(
+                open_local_model(source, config, events=self._totals)
+            )
+
+    @property
+    def execution(self) -> str:
+        return self._local.info.execution
 
     @property
     def is_async(self) -> bool:
@@ -276,6 +283,7 @@ def _config(path: Path, features: frozenset[str], *, draft: Path) -> EngineConfi
         quantization=_all_of(features, {"int8": "int8", "int4": "int4"}, "none"),
         deterministic="deterministic" in features,
         num_threads=1,
+        tensor_parallel_size=2 if "tensor_parallel" in features else 1,
         max_model_len=56,
         warmup=False,
         speculative=_speculative(features, draft),

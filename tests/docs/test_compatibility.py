@@ -187,9 +187,8 @@ def test_refused_engine_feature(refused: str) -> None:
     """What the engine does not have is refused by name, by the command line and by `LLM` alike."""
     with pytest.raises(StartupError, match=refused):
         LLM(**{refused: 2})
-    if refused != "tensor_parallel_size":  # that one is a setting with the range 1 to 1
-        with pytest.raises(StartupError, match=refused):
-            refuse_flags([f"--{refused.replace('_', '-')}", "2"])
+    with pytest.raises(StartupError, match=refused):
+        refuse_flags([f"--{refused.replace('_', '-')}", "2"])
 
 
 ROUNDING = {"eager_bfloat16", "native_bfloat16", "kv_int8", "int8", "int4", "gptq", "gguf", "sliding_window"}

@@ -45,4 +45,5 @@ def greedy_answers(
         for delta in core.step().deltas:
             assert delta.error is None, delta.error
             answers.setdefault(delta.request_id, []).extend(delta.token_ids)
+    core.ranks.close()
     return answers

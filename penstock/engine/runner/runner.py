@@ -148,6 +148,7 @@ class Runner:
         adapter_weights: Callable[[str], AdapterWeights] | None = None,
         make_drafter: Callable[[Sampler], RunnerProposer] | None = None,
         make_graphs: Callable[[KvPool], DecodeGraphs] | None = None,
+        is_alone: bool = True,
     ) -> None:
         """Reserve the KV memory.
 
@@ -162,6 +163,8 @@ class Runner:
             adapter_weights: of a version that is bound to a slot.
             make_drafter: makes who guesses tokens here, given the sampler; None if nobody does.
             make_graphs: makes the recordings of decode steps; None runs every step launch by launch.
+            is_alone: False if other ranks compute every pass too: it is then never repeated, since they would
+                not repeat it, and what raises in it is the end of the engine.
         """
         self._model = loaded.model
         self._layout = layout
@@ -178,6 +181,7 @@ class Runner:
         )
         self._device = loaded.device
         self._host_blocks = _host_blocks(self._pool, num_slots=num_host_blocks)
+        self._is_alone = is_alone
         self._model_bytes = loaded.buffer_bytes
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._kernels = loaded.kernels
@@ -460,6 +464,8 @@ class Runner:
     def _compute(
         self, sequences: Sequence[ScheduledSequence]
     ) -> tuple[Sequence[ForwardPass], list[SequenceFailure]]:
+        if not self._is_alone:
+            return [self._forward_once(sequences)], []
         done = isolate(sequences, attempt=self._forward)
         self._refuse_engine_fault(done.culprits, num_sequences=len(sequences))
         failures = [
@@ -468,6 +474,14 @@ class Runner:
             for seq_id in _owners(culprit.member)
         ]
         return done.parts, failures
+
+    def _forward_once(self, sequences: Sequence[ScheduledSequence]) -> ForwardPass:
+        try:
+            return self._forward(sequences)
+        except Exception as error:
+            raise EngineDeadError(
+                f"a pass over several ranks failed and cannot be repeated: {type(error).__name__}"
+            ) from error
 
     def _forward(self, sequences: Sequence[ScheduledSequence]) -> ForwardPass:
         """One pass of the model; repeatable (see the module)."""

@@ -35,7 +35,7 @@ def llm() -> Iterator[LLM]:
     ("argument", "message"),
     [
         ({"quantization": "awq"}, "quantization is 'awq', it must be one of none, int8, int4"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
+        ({"tensor_parallel_size": 65}, "tensor_parallel_size is 65"),
         (
             {"gpu_memory_utilization": 0.9, "device": "cpu"},
             "gpu_memory_utilization is 0.9, but the device is the CPU",
