@@ -11,7 +11,7 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -176,7 +176,7 @@ class SeveralRanks:
         return self._first.launch(plan)
 
     def draw(
-        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Container[SequenceId] = ()
+        self, handle: StepHandle, *, masks: MaskSource | None = None, void: Collection[SequenceId] = ()
     ) -> None:
         """See `RankGroup`; the others draw nothing, so no plan may hold a `PENDING_TOKEN`."""
         self._first.draw(handle, masks=masks, void=void)

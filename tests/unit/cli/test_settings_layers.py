@@ -100,7 +100,7 @@ def test_service_links_of_kubernetes_are_not_ours() -> None:
         (["--port", "99999"], ("--port", "65535")),
         (["--dtype", "int8"], ("--dtype", "int8", "bfloat16")),
         (["--shutdown-timeout", "nan"], ("--shutdown-timeout", "86400")),
-        (["--tensor-parallel-size", "2"], ("--tensor-parallel-size", '"2"')),
+        (["--tensor-parallel-size", "65"], ("--tensor-parallel-size", '"65"')),
         (["--max-num-seqs", "many"], ("--max-num-seqs", "many")),
     ],
 )
@@ -201,6 +201,7 @@ def test_every_engine_field_is_set_from_the_settings() -> None:
         device="cpu",
         enforce_eager=True,
         max_model_len=77,
+        tensor_parallel_size=2,
         max_num_seqs=5,
         max_num_batched_tokens=55,
         step_time_target_ms=9.0,
