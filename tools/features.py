@@ -183,6 +183,12 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         reason="its results depend on the batch",
     ),
     RefusedPair(
+        first="async_scheduling",
+        second="tensor_parallel",
+        words=("tensor_parallel_size", "async_scheduling"),
+        reason="the other ranks draw nothing, so they do not know what the step before drew",
+    ),
+    RefusedPair(
         first="draft_model",
         second="tensor_parallel",
         words=("tensor_parallel_size", "draft_model"),

@@ -277,13 +277,7 @@ def _join(
         faults=faults,
         is_alone=started is None,
     )
-    ranks = _ranks(
-        runner,
-        device=loaded.device,
-        is_async=bool(limits.async_scheduling),
-        started=started,
-        num_blocks=num_blocks,
-    )
+    ranks = _ranks(runner, loaded, limits=limits, started=started, num_blocks=num_blocks)
     warm_steps, warmup_time_s = _warm_up(ranks, limits) if config.warmup else ([], 0.0)
     kv = _kv_manager(config, loaded, layout, num_blocks)
     scheduler = _scheduler(config, loaded, limits=limits, kv=kv, tier=tier, adapters=adapters)
@@ -348,8 +342,8 @@ def _make_runner(
 
 def _graphs_maker(config: EngineConfig, loaded: LoadedModel) -> Callable[[KvPool], DecodeGraphs] | None:
     """Makes the recordings of decode steps, where there is a device to record and nobody forbids it."""
-    if loaded.device.type != "cuda" or config.enforce_eager:
-        return None
+    if loaded.device.type != "cuda" or config.enforce_eager or config.tensor_parallel_size > 1:
+        return None  # several ranks would have to record at the same time
 
     def make(pool: KvPool) -> DecodeGraphs:
         return DecodeGraphs(
@@ -377,13 +371,18 @@ def _refuse_eager_without_device(config: EngineConfig, chosen: DeviceChoice) -> 
 
 
 def _ranks(
-    runner: Runner, *, device: torch.device, is_async: bool, started: StartedRanks | None, num_blocks: int
+    runner: Runner,
+    loaded: LoadedModel,
+    *,
+    limits: SchedulerConfig,
+    started: StartedRanks | None,
+    num_blocks: int,
 ) -> RankGroup:
     """Who computes; a CPU works beside the host only on a thread of its own."""
     if started is not None:
         return SeveralRanks(runner, started=started, num_blocks=num_blocks)
     rank = LocalRank(runner)
-    return OverlappedRank(rank) if is_async and device.type == "cpu" else rank
+    return OverlappedRank(rank) if limits.async_scheduling and loaded.device.type == "cpu" else rank
 
 
 def _resolved_limits(config: EngineConfig, loaded: LoadedModel) -> SchedulerConfig:
