@@ -102,6 +102,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("gptq", "quantized checkpoint (GPTQ)"),
     _engine("gguf", "GGUF checkpoint (Q8_0)"),
     _engine("kv_int8", "kv_cache_dtype int8 (on the native kernels)"),
+    _engine("kv_fp8", "kv_cache_dtype fp8"),
     _engine("deterministic", "deterministic"),
     _engine("ngram", "speculative decoding, n-gram"),
     _engine("draft_model", "speculative decoding, draft model"),
@@ -174,7 +175,19 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         first="eager_bfloat16",
         second="kv_int8",
         words=("eager", "kv_cache_dtype int8"),
-        reason="the native kernels alone keep such a cache",
+        reason="the eager kernels keep no rounded cache",
+    ),
+    *(
+        RefusedPair(
+            first=name,
+            second="kv_fp8",
+            words=(name.removesuffix("_bfloat16"), "kv_cache_dtype fp8"),
+            reason="these kernels keep no such cache",
+        )
+        for name in ("eager_bfloat16", "native_bfloat16")
+    ),
+    RefusedPair(
+        first="kv_int8", second="kv_fp8", words=("int8", "fp8"), reason="a cache is rounded in one way"
     ),
     RefusedPair(
         first="eager_bfloat16",

@@ -155,13 +155,13 @@ class LLM:
     Args:
         model: folder, hub id, or None for the embedded model.
         dtype: `auto`, `float32` or `bfloat16`.
-        kernels: `auto`, `native`, `eager` or `reference`.
+        kernels: `auto`, `native`, `eager`, `reference` or `triton`.
         device: `auto` (CUDA where it can be used, else the CPU), `cpu` or `cuda`.
         enforce_eager: on a CUDA device, run every step launch by launch: no recorded graphs.
         quantization: None, `none`, `int8` or `int4`: how weights of products are rounded at load.
         quantization_group_size: inputs that share a scale in int4: 32, 64 or 128.
         quantization_activations: `int8` rounds the inputs of quantized products too; `bf16` does not.
-        kv_cache_dtype: `auto`, `bfloat16` or `int8`.
+        kv_cache_dtype: `auto`, `bfloat16`, `int8` or `fp8`.
         deterministic: make greedy answers independent of neighbours, chunks, prefix hits and threads.
         revision: branch, tag or commit of a hub model.
         seed: answers without a seed of their own draw theirs from it; None makes them differ by run.
@@ -207,7 +207,7 @@ class LLM:
         quantization: Literal["none", "int8", "int4"] | None = None,
         quantization_group_size: int = 128,
         quantization_activations: Literal["int8", "bf16"] = "int8",
-        kv_cache_dtype: Literal["auto", "bfloat16", "int8"] = "auto",
+        kv_cache_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = "auto",
         deterministic: bool = False,
         revision: str | None = None,
         seed: int | None = None,

@@ -80,8 +80,8 @@ class ServeSettings:
         setting("Round the inputs of quantized products to int8 too (faster), or keep them in bfloat16."),
     ] = "int8"
     kv_cache_dtype: Annotated[
-        Literal["auto", "bfloat16", "int8"],
-        setting("Type of the KV cache; auto is the model's, int8 halves it (native kernels)."),
+        Literal["auto", "bfloat16", "int8", "fp8"],
+        setting("Type of the KV cache; auto is the model's, int8 and fp8 (e4m3, not native) halve it."),
     ] = "auto"
     enforce_eager: Annotated[
         bool, setting("On a CUDA device, run every step launch by launch: no recorded graphs.")

@@ -7,7 +7,7 @@ import torch
 
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 
-KvCacheDtype: TypeAlias = Literal["auto", "bfloat16", "int8"]
+KvCacheDtype: TypeAlias = Literal["auto", "bfloat16", "int8", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class KernelOptions:
     quantization: Quantization = NO_QUANTIZATION
     """Of the weights of linear layers, experts and the head."""
     kv_cache_dtype: KvCacheDtype = "auto"
-    """auto keeps the model's dtype."""
+    """auto keeps the model's dtype; fp8 is e4m3."""
     block_size: int = 16
     """Token slots in a KV block."""
     head_dim: int | None = None
@@ -36,7 +36,12 @@ class KernelOptions:
 
     def kv_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """What keys and values are kept in."""
-        kinds = {"auto": model_dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}
+        kinds = {
+            "auto": model_dtype,
+            "bfloat16": torch.bfloat16,
+            "int8": torch.int8,
+            "fp8": torch.float8_e4m3fn,
+        }
         return kinds[self.kv_cache_dtype]
 
 

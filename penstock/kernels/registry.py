@@ -67,14 +67,14 @@ def _refuse_native(options: KernelOptions) -> str | None:
     missing = extension.why_missing()
     if missing is not None:
         return missing
+    if options.kv_cache_dtype == "fp8":
+        return "kv_cache_dtype fp8 is not kept by it"
     from penstock.kernels.cpu.emission import layout_refusal  # needs the extension module
 
     return layout_refusal(block_size=options.block_size, head_dim=options.head_dim)
 
 
 def _refuse_torch(options: KernelOptions) -> str | None:
-    if options.kv_cache_dtype == "int8":
-        return "kv_cache_dtype int8 is kept by the native kernels alone"
     if options.cpus:
         return "thread_affinity pins the threads of the native kernels alone"
     if options.isa != "auto":
@@ -85,6 +85,8 @@ def _refuse_torch(options: KernelOptions) -> str | None:
 def _refuse_eager(options: KernelOptions) -> str | None:
     if options.is_deterministic:
         return "it is not deterministic: its results depend on the batch"
+    if options.kv_cache_dtype in ("int8", "fp8"):
+        return f"kv_cache_dtype {options.kv_cache_dtype} is not kept by it"
     return _refuse_torch(options)
 
 

@@ -297,7 +297,7 @@ def _config(path: Path, features: frozenset[str], *, draft: Path) -> EngineConfi
         ),
         kv=KvConfig(
             block_size=NATIVE_BLOCK_SIZE if is_native else BLOCK_SIZE,
-            cache_dtype="int8" if "kv_int8" in features else "auto",
+            cache_dtype=_all_of(features, {"kv_int8": "int8", "kv_fp8": "fp8"}, "auto"),
             num_blocks=_num_blocks(features),
             offloading_bytes=OFFLOADING_BYTES if "kv_offload" in features else 0,
         ),

@@ -1,5 +1,7 @@
 """Paged attention one query at a time, in float64.
 
+A rounded cache keeps the D bytes of a head and behind them the four of its float32 scale.
+
 Letters: T tokens, K visible positions of one query, H query heads, N key/value heads, G = H / N, D head
 size, B slots of a block.
 """
@@ -7,16 +9,31 @@ size, B slots of a block.
 import torch
 from torch import Tensor
 
-from penstock.kernels.batch import AttentionBatch, KvSlab
+from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape
+from penstock.kernels.reference.quantize import round_heads
+
+
+def kv_block(shape: KvShape) -> KvBlock:
+    """As `ops.kv_block`: token by token."""
+    if not shape.is_quantized:
+        return KvBlock(shape=(shape.block_size, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype)
+    return KvBlock(shape=(shape.block_size, shape.num_kv_heads, shape.head_dim + 4), dtype=torch.uint8)
+
+
+def _kept(x: Tensor, shape: KvShape) -> Tensor:
+    if not shape.is_quantized:
+        return x
+    numbers, scales = round_heads(x, shape.dtype)
+    return torch.cat([numbers.view(torch.uint8), scales.unsqueeze(-1).view(torch.uint8)], dim=-1)
 
 
 def write_kv(keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
     """As `ops.write_kv`."""
     block_size = slab.keys.shape[1]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
-    slab.keys[block, offset] = keys
-    slab.values[block, offset] = values
+    slab.keys[block, offset] = _kept(keys, slab.shape)
+    slab.values[block, offset] = _kept(values, slab.shape)
 
 
 def _attend(query_HD: Tensor, keys_KND: Tensor, values_KND: Tensor, shape: AttentionShape) -> Tensor:
@@ -30,11 +47,15 @@ def _attend(query_HD: Tensor, keys_KND: Tensor, values_KND: Tensor, shape: Atten
     return torch.bmm(torch.softmax(scores_NGK, dim=-1), values_NKD).view_as(query_HD)
 
 
-def _read(cache: Tensor, block_table: Tensor, start: int, end: int) -> Tensor:
+def _read(cache: Tensor, shape: KvShape, block_table: Tensor, start: int, end: int) -> Tensor:
     # Positions [start, end) of one sequence. B = 4, table [5, 2], [3, 6): slots 23, 8, 9.
     block_size = cache.shape[1]
     positions = torch.arange(start, end, device=cache.device)
-    return cache[block_table[positions // block_size].long(), positions % block_size]
+    kept = cache[block_table[positions // block_size].long(), positions % block_size]
+    if not shape.is_quantized:
+        return kept
+    scales = kept[..., shape.head_dim :].contiguous().view(torch.float32)
+    return kept[..., : shape.head_dim].contiguous().view(shape.dtype).double() * scales
 
 
 def paged_attention(query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
@@ -44,7 +65,9 @@ def paged_attention(query: Tensor, slab: KvSlab, batch: AttentionBatch, shape: A
     for query_len, seq_len, block_table in lengths:
         for end in range(seq_len - query_len + 1, seq_len + 1):
             start = 0 if shape.window is None else max(0, end - shape.window)
-            keys, values = (_read(cache, block_table, start, end) for cache in (slab.keys, slab.values))
+            keys, values = (
+                _read(cache, slab.shape, block_table, start, end) for cache in (slab.keys, slab.values)
+            )
             out[row] = _attend(query[row], keys, values, shape).to(query.dtype)
             row += 1
     return out

@@ -105,7 +105,7 @@ class ReferenceKernels:
 
     def kv_block(self, shape: KvShape) -> KvBlock:
         """As `ops.kv_block`: token by token."""
-        return KvBlock(shape=(shape.block_size, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype)
+        return attention.kv_block(shape)
 
     def write_kv(self, keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -> None:
         """As `ops.write_kv`."""

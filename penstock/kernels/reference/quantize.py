@@ -10,6 +10,8 @@ from penstock.kernels.quantization import Quantization
 
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
+KV_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""What the largest number of a key or value becomes."""
 INT4_DIVISORS = (-7.0, -7.5, -8.0, -8.5, -9.0)
 """What the value of greatest magnitude may become: rounding it off lets the others be finer."""
 
@@ -97,6 +99,22 @@ def quantize_dequantize(weight: Tensor, quantization: Quantization) -> Tensor:
     assert quantization.method == "int4", quantization
     values, scales = quantize_int4(weight, group_size=quantization.group_size)
     return dequantize_int4(values, scales, in_features=weight.shape[1])
+
+
+def round_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys or values as a rounded KV cache keeps them, with a scale a token and head.
+
+    Args:
+        x: [T, N, D].
+        dtype: int8, or float8_e4m3fn whose largest number is 448.
+
+    Returns:
+        Numbers [T, N, D] of `dtype` and scales [T, N] float32; a head of zeros has scale 0.
+    """
+    wide = x.float()
+    scales = wide.abs().amax(dim=-1) / KV_LIMITS[dtype]
+    numbers = wide / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+    return (numbers.round() if dtype == torch.int8 else numbers).to(dtype), scales
 
 
 def round_rows(x: Tensor) -> Tensor:

@@ -37,6 +37,31 @@ def _shift(peak: tl.tensor) -> tl.tensor:
 
 
 @inlined
+def _load_each(source_N: tl.tensor, is_there_N: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
+    """A number for each key; 0 where it is not there."""
+    if IS_MASKED:
+        numbers_N = tl.load(source_N, mask=is_there_N, other=0)
+    else:
+        numbers_N = tl.load(source_N)
+    return numbers_N
+
+
+@inlined
+def _load_tile(
+    source_ND: tl.tensor, is_there_N: tl.tensor, HEAD_DIM: tl.constexpr, IS_MASKED: tl.constexpr
+) -> tl.tensor:
+    """Keys or values; 0 where there is none and past the head's size."""
+    is_dim_ND = (tl.arange(0, source_ND.shape[1]) < HEAD_DIM)[None, :]
+    if IS_MASKED:
+        numbers_ND = tl.load(source_ND, mask=is_there_N[:, None] & is_dim_ND, other=0.0)
+    elif source_ND.shape[1] > HEAD_DIM:
+        numbers_ND = tl.load(source_ND, mask=is_dim_ND, other=0.0)
+    else:
+        numbers_ND = tl.load(source_ND)
+    return numbers_ND
+
+
+@inlined
 def _sweep(
     state: tl.tensor,
     q_MD: tl.tensor,
@@ -64,16 +89,15 @@ def _sweep(
     column_N, dim_D = tl.arange(0, BLOCK_N), tl.arange(0, q_MD.shape[1])
     for first in range(bound(start), bound(stop), BLOCK_N):
         key_N = first + column_N
-        is_there_N = (key_N >= low) & (key_N < end) if IS_MASKED else key_N >= 0
-        is_there_ND = is_there_N[:, None] & (dim_D < HEAD_DIM)[None, :]
-        block_N = tl.load(table + key_N // BLOCK_SIZE, mask=is_there_N, other=0).to(tl.int64)
+        is_there_N = (key_N >= low) & (key_N < end)
+        block_N = _load_each(table + key_N // BLOCK_SIZE, is_there_N, IS_MASKED).to(tl.int64)
         slot_N = key_N % BLOCK_SIZE
         place_ND = (block_N * block_stride + slot_N * HEAD_DIM)[:, None] + dim_D[None, :]
-        k_ND = tl.load(keys + place_ND, mask=is_there_ND, other=0.0)
+        k_ND = _load_tile(keys + place_ND, is_there_N, HEAD_DIM, IS_MASKED)
         s_MN = dot(q_MD, tl.trans(widen(k_ND, q_MD.dtype)), tl.zeros((q_MD.shape[0], BLOCK_N), tl.float32))
         if HAS_SCALES:
             place_N = block_N * scale_stride + slot_N
-            s_MN *= tl.load(key_scales + place_N, mask=is_there_N, other=0.0)[None, :]
+            s_MN *= _load_each(key_scales + place_N, is_there_N, IS_MASKED)[None, :]
         s_MN = _exponents(s_MN, scoring, HAS_SOFTCAP)
         if IS_MASKED:
             is_seen_MN = is_there_N[None, :] & (key_N[None, :] <= position_M[:, None])
@@ -85,9 +109,9 @@ def _sweep(
         p_MN = tl.exp2(s_MN - shift_M[:, None])
         kept_M = tl.exp2(peak_M - shift_M)
         total_M = total_M * kept_M + tl.sum(p_MN, 1)
-        v_ND = tl.load(values + place_ND, mask=is_there_ND, other=0.0)
+        v_ND = _load_tile(values + place_ND, is_there_N, HEAD_DIM, IS_MASKED)
         if HAS_SCALES:
-            p_MN *= tl.load(value_scales + place_N, mask=is_there_N, other=0.0)[None, :]
+            p_MN *= _load_each(value_scales + place_N, is_there_N, IS_MASKED)[None, :]
         acc_MD = dot(narrow(p_MN, q_MD.dtype), widen(v_ND, q_MD.dtype), acc_MD * kept_M[:, None])
         peak_M = new_peak_M
     return acc_MD, peak_M, total_M

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.batch import KvBlock, KvShape, KvSlab
+from penstock.kernels.reference.quantize import KV_LIMITS
 from penstock.kernels.triton.launch import ROUNDER, inlined, narrow
 
 TILE_NUMBERS: Final = 2048
@@ -29,8 +30,6 @@ TILE_NUMBERS: Final = 2048
 program."""
 ALIGNMENT: Final = 16
 """Bytes: vector loads need it, and a stride that is a multiple of it tells Triton so."""
-LIMITS: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""What the largest number of a head becomes."""
 
 
 def _filled(num_bytes: int) -> int:
@@ -183,7 +182,7 @@ def write_kv(keys: Tensor, values: Tensor, slab: KvSlab, slot_mapping: Tensor) -
         BLOCK_SIZE=shape.block_size,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
-        LIMIT=LIMITS.get(shape.dtype, 0.0),
+        LIMIT=KV_LIMITS.get(shape.dtype, 0.0),
         IS_INT8=shape.is_int8,
         num_warps=4,
     )

@@ -58,12 +58,13 @@ def inlined(function: Function) -> Function:
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     """`acc + a @ b` in float32, for tiles of float32, bfloat16, float16 or fp8.
 
-    The interpreter keeps a bfloat16 as its bits in a uint16 and would multiply those; made wide first, the
-    products are the same, since a float32 holds the product of two bfloat16 exactly. Float32 tiles are
-    multiplied as they are, not rounded to TF32.
+    Float32 tiles are multiplied as they are, not rounded to TF32. The interpreter keeps a bfloat16 as its
+    bits in a uint16 and would multiply those. There the sums run in float64: a row of a product by numpy
+    depends on its place in the tile, on a device it does not, and rounded to float32 that difference is gone.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64)
+        return acc + wide.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

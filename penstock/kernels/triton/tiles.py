@@ -129,7 +129,8 @@ class StepMix:
     num_seqs: int
     num_rows: int
     max_short: int
-    """Most new tokens of a short sequence; 0 if there is none."""
+    """Most new tokens of a short sequence, filled up to a power of two: each number is a kernel to compile;
+    0 if there is none."""
     has_long: bool
     max_len: int
     """Tokens of the longest sequence."""
@@ -137,10 +138,11 @@ class StepMix:
 
 def _mix(batch: AttentionBatch, *, short_limit: int) -> StepMix:
     lengths = batch.query_lens_host
+    most = max((each for each in lengths if each <= short_limit), default=0)
     return StepMix(
         num_seqs=len(lengths),
         num_rows=sum(lengths),
-        max_short=max((each for each in lengths if each <= short_limit), default=0),
+        max_short=min(power_of_two(most), short_limit) if most else 0,
         has_long=any(each > short_limit for each in lengths),
         max_len=max(batch.seq_lens_host, default=0),
     )

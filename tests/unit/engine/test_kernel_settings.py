@@ -33,7 +33,7 @@ def test_what_is_no_affinity_is_refused(text: str) -> None:
         ({"quantization_activations": "bf16"}, "needs quantization int8 or int4"),
         ({"quantization": "int8", "quantization_activations": "fp8"}, "one of int8, bf16"),
         ({"isa": "neon"}, "isa is 'neon'"),
-        ({"kv": KvConfig(cache_dtype="fp8")}, "kv_cache_dtype is 'fp8'"),
+        ({"kv": KvConfig(cache_dtype="fp4")}, "kv_cache_dtype is 'fp4'"),
     ],
 )
 def test_an_option_that_would_be_ignored_or_is_unknown_is_refused(

@@ -19,6 +19,8 @@ from penstock.kernels.registry import HOMES, runnable, select_kernels
         (torch.float32, KernelOptions(is_deterministic=True), "reference"),
         (torch.bfloat16, KernelOptions(is_deterministic=True), "native"),
         (torch.bfloat16, KernelOptions(kv_cache_dtype="int8"), "native"),
+        (torch.float32, KernelOptions(kv_cache_dtype="int8"), "reference"),
+        (torch.bfloat16, KernelOptions(kv_cache_dtype="fp8"), "reference"),
     ],
 )
 def test_auto_takes_the_preferred_home_of_those_that_serve_the_options(
@@ -38,12 +40,14 @@ def test_a_home_bears_the_name_it_is_chosen_by(name: str) -> None:
         ("native", torch.float32, DEFAULT_OPTIONS, "float32"),
         ("native", torch.bfloat16, KernelOptions(block_size=8), "block_size"),
         ("eager", torch.bfloat16, KernelOptions(is_deterministic=True), "not deterministic"),
-        ("reference", torch.bfloat16, KernelOptions(kv_cache_dtype="int8"), "kv_cache_dtype int8"),
+        ("eager", torch.bfloat16, KernelOptions(kv_cache_dtype="int8"), "kv_cache_dtype int8"),
+        ("eager", torch.float32, KernelOptions(kv_cache_dtype="fp8"), "kv_cache_dtype fp8"),
+        ("native", torch.bfloat16, KernelOptions(kv_cache_dtype="fp8"), "kv_cache_dtype fp8"),
         ("eager", torch.float32, KernelOptions(kv_cache_dtype="bfloat16"), "kv_cache_dtype bfloat16"),
         (
             "auto",
             torch.float32,
-            KernelOptions(kv_cache_dtype="int8"),
+            KernelOptions(kv_cache_dtype="bfloat16"),
             "native: it does not compute in float32",
         ),
     ],

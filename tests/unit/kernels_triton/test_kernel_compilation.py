@@ -1,0 +1,30 @@
+"""Triton's compiler takes the kernels, which tests otherwise only interpret."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tools import compile_kernels
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def test_every_kernel_is_accepted_by_the_compiler() -> None:
+    """For the device of `compile_kernels`, which is not there; in a process that interprets nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.compile_kernels", "--frontend"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kernel in ("short_kernel", "long_kernel", "reduce_kernel", "write_kernel"):
+        assert kernel in done.stdout
+
+
+def test_a_process_that_interprets_kernels_compiles_none() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is 1"):
+        compile_kernels.install(compile_kernels.Compiler(is_frontend=True), arch=compile_kernels.HOPPER)
