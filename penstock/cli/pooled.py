@@ -7,6 +7,7 @@ from typing import TypeVar
 from penstock.cli.feed import num_in_flight, with_patience
 from penstock.cli.workers import work_off
 from penstock.core.errors import InvalidParameterError
+from penstock.core.pooled import pairs_of_texts
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -75,13 +76,7 @@ def pairs_of(text_1: str | Sequence[str], text_2: str | Sequence[str]) -> list[t
     Raises:
         InvalidParameterError: something else is no text, or the numbers do not fit.
     """
-    first, second = _texts(text_1, name="text_1"), _texts(text_2, name="text_2")
-    if len(first) not in {1, len(second)}:
-        raise InvalidParameterError(
-            f"text_1 has {len(first)} texts and text_2 has {len(second)}, text_1 must have 1 or as many",
-            param="text_1",
-        )
-    return list(zip(first * (len(second) // len(first)), second, strict=True))
+    return pairs_of_texts(_texts(text_1, name="text_1"), _texts(text_2, name="text_2"))
 
 
 def _texts(value: object, *, name: str) -> list[str]:

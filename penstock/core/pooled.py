@@ -4,10 +4,12 @@ Made by `server/dialects` and `cli/offline`, answered by a `ModelClient`. Each a
 a client's request for many becomes many of these, which share the engine's steps.
 """
 
+from collections.abc import Sequence
 from typing import Final, Literal
 
 import msgspec
 
+from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import DEFAULT_TENANT, ModelName, RequestId, TenantId
 from penstock.core.text import Priority, Usage
 
@@ -89,3 +91,17 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     probabilities: tuple[float, ...]
     """One for each of `labels`, 0 to 1."""
     usage: Usage
+
+
+def pairs_of_texts(text_1: Sequence[str], text_2: Sequence[str]) -> list[tuple[str, str]]:
+    """One text against each of several, or as many pairs as there are texts.
+
+    Raises:
+        InvalidParameterError: the numbers do not fit.
+    """
+    if len(text_1) not in {1, len(text_2)}:
+        raise InvalidParameterError(
+            f"text_1 has {len(text_1)} texts and text_2 has {len(text_2)}, text_1 must have 1 or as many",
+            param="text_1",
+        )
+    return list(zip([*text_1] * (len(text_2) // len(text_1)), text_2, strict=True))

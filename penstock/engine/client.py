@@ -7,10 +7,10 @@ it. What it is not: it does not restart anything, knows no text and loads no tor
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from penstock.core.closing_stream import ClosingStream
 from penstock.core.error_info import info_to_error
 from penstock.core.errors import InvalidParameterError, NotReadyError, PenstockError
 from penstock.core.ids import ModelName, RequestId
@@ -38,7 +38,7 @@ LOAD_TIMEOUT_S: Final = 120.0
 """An adapter is read and prepared within this time."""
 
 
-class TokenStream(AsyncGenerator[TokenDelta, None]):
+class TokenStream(ClosingStream[TokenDelta]):
     """Deltas of one request; a class, so that closing it before the first read cancels too."""
 
     def __init__(self, request: EngineRequest, on_close: Callable[["TokenStream"], None]) -> None:
@@ -68,7 +68,7 @@ class TokenStream(AsyncGenerator[TokenDelta, None]):
         if not self.accepted.done():
             self.accepted.set_result(None)
 
-    async def asend(self, _value: None) -> TokenDelta:
+    async def __anext__(self) -> TokenDelta:
         """Next delta; raises the request's error, or StopAsyncIteration after the last delta."""
         if self._ended:
             raise StopAsyncIteration
@@ -78,19 +78,6 @@ class TokenStream(AsyncGenerator[TokenDelta, None]):
             raise item
         self._ended = item.is_last
         return item
-
-    async def athrow(
-        self,
-        typ: type[BaseException] | BaseException,
-        val: BaseException | object = None,
-        tb: TracebackType | None = None,
-        /,
-    ) -> TokenDelta:
-        """Close and raise, as a generator would."""
-        self._close()
-        if isinstance(typ, BaseException):
-            raise typ.with_traceback(tb)
-        raise val if isinstance(val, BaseException) else typ()
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended."""

@@ -5,10 +5,10 @@ Wraps the stream of the larger request; nothing can be told before all answers h
 
 from collections import deque
 from collections.abc import AsyncGenerator
-from types import TracebackType
 
 from msgspec.structs import replace
 
+from penstock.core.closing_stream import ClosingStream
 from penstock.core.params import SamplingParams
 from penstock.core.text import GenerateRequest, TextDelta, TextLogprob
 
@@ -20,7 +20,7 @@ def widened(params: SamplingParams) -> SamplingParams:
     return replace(params, n=params.best_of, logprobs=params.logprobs or 0)
 
 
-class BestAnswers(AsyncGenerator[TextDelta, None]):
+class BestAnswers(ClosingStream[TextDelta]):
     """The best `n` of the answers in a stream, renumbered from 0, best first.
 
     Ranked by the mean log-probability of their tokens, as OpenAI's completions are. All answers are billed.
@@ -36,31 +36,15 @@ class BestAnswers(AsyncGenerator[TextDelta, None]):
         """The next delta; the first one comes when every answer has ended.
 
         Raises:
-            StopAsyncIteration: after the last one.
+            StopAsyncIteration: after the last one, and after an error.
             EngineError: the request failed.
         """
         if self._ready is None:
+            self._ready = deque()  # an error ends it
             self._ready = deque(self._best([delta async for delta in self._stream]))
         if not self._ready:
             raise StopAsyncIteration
         return self._ready.popleft()
-
-    async def asend(self, value: None) -> TextDelta:  # noqa: ARG002  # the protocol's parameter
-        """Same as `__anext__`; nothing can be sent in."""
-        return await self.__anext__()
-
-    async def athrow(
-        self,
-        typ: type[BaseException] | BaseException,
-        val: BaseException | object = None,
-        tb: TracebackType | None = None,
-    ) -> TextDelta:
-        """Close, then raise the given exception."""
-        await self.aclose()
-        if isinstance(typ, BaseException):
-            raise typ
-        error = val if isinstance(val, BaseException) else typ()
-        raise error.with_traceback(tb)
 
     async def aclose(self) -> None:
         """End the request; safe at any time."""

@@ -8,11 +8,11 @@ paid per token. Made by `service` after the engine has accepted the request.
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator
-from types import TracebackType
 from typing import Final
 
 from msgspec.structs import replace
 
+from penstock.core.closing_stream import ClosingStream
 from penstock.core.error_info import info_to_error
 from penstock.core.errors import GenerateError, PenstockError
 from penstock.core.ids import ModelName
@@ -134,7 +134,7 @@ class RequestMeter:
         )
 
 
-class TextStream(AsyncGenerator[TextDelta, None]):
+class TextStream(ClosingStream[TextDelta]):
     """Async generator of one request's `TextDelta`s; see `core.ports.ModelClient`.
 
     ```
@@ -193,23 +193,6 @@ class TextStream(AsyncGenerator[TextDelta, None]):
                 await self._end(FinishReason.CANCELLED)
                 raise
         return self._ready.popleft()
-
-    async def asend(self, value: None) -> TextDelta:  # noqa: ARG002  # the protocol's parameter
-        """Same as `__anext__`; nothing can be sent in."""
-        return await self.__anext__()
-
-    async def athrow(
-        self,
-        typ: type[BaseException] | BaseException,
-        val: BaseException | object = None,
-        tb: TracebackType | None = None,
-    ) -> TextDelta:
-        """Close, then raise the given exception."""
-        await self.aclose()
-        if isinstance(typ, BaseException):
-            raise typ
-        error = val if isinstance(val, BaseException) else typ()
-        raise error.with_traceback(tb)
 
     async def aclose(self) -> None:
         """End the request; its engine work is cancelled. Safe at any time, any number of times."""

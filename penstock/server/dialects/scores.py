@@ -10,17 +10,13 @@ from typing import Annotated, Final, Literal
 from msgspec.structs import replace
 from pydantic import Field
 
-from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import ModelName
-from penstock.core.pooled import ClassifyRequest, Score, ScoreRequest
-from penstock.core.ports import ModelClient
+from penstock.core.pooled import ClassifyRequest, Score, ScoreRequest, pairs_of_texts
+from penstock.server.dialects.openai.asked import AskedFields, asked_model, call_fields, prompts_of
 from penstock.server.dialects.openai.embeddings import (
-    InputFields,
     Inputs,
     PromptUsage,
     field_names,
-    inputs_of,
-    priority_of,
     prompt_usage,
 )
 from penstock.server.replies import Reply, json_reply
@@ -38,7 +34,7 @@ Instruction = Annotated[Text, Field(min_length=1, max_length=MAX_INSTRUCTION_CHA
 _INSTRUCTION_HELP: Final = "What the task is, for models that answer yes or no; default: web search."
 
 
-class ScoresRequest(InputFields):
+class ScoresRequest(AskedFields):
     """Body of `/score`: one text against each of several, or as many pairs as there are texts."""
 
     text_1: PairTexts = Field(description="A query, or several.")
@@ -71,7 +67,7 @@ class TextDocument(WireModel):
     text: PairText
 
 
-class RerankRequest(InputFields):
+class RerankRequest(AskedFields):
     """Body of `/rerank`."""
 
     query: PairText
@@ -108,7 +104,7 @@ class RerankAnswer(AnswerModel):
     usage: PromptUsage
 
 
-class ClassesRequest(InputFields):
+class ClassesRequest(AskedFields):
     """Body of `/classify`."""
 
     input: Inputs = Field(
@@ -137,13 +133,6 @@ class ClassesAnswer(AnswerModel):
     usage: PromptUsage
 
 
-def _client(body: InputFields, *, call: Call) -> tuple[ModelClient, ModelName]:
-    """The model and the name that the client asked by."""
-    wanted = None if body.model is None else ModelName(body.model)
-    client = call.services.catalog.resolve(wanted)
-    return client, client.card.name if wanted is None else wanted
-
-
 def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
@@ -154,14 +143,9 @@ def _pairs(body: ScoresRequest) -> list[tuple[str, str, str]]:
     Raises:
         InvalidParameterError: neither one query nor as many as documents.
     """
-    queries, documents = _as_list(body.text_1), _as_list(body.text_2)
-    if len(queries) not in {1, len(documents)}:
-        raise InvalidParameterError(
-            f"text_1 has {len(queries)} texts and text_2 has {len(documents)}, text_1 must have 1 or as many",
-            param="text_1",
-        )
-    names = field_names("text_2", len(documents))
-    return list(zip(queries * (len(documents) // len(queries)), documents, names, strict=True))
+    pairs = pairs_of_texts(_as_list(body.text_1), _as_list(body.text_2))
+    names = field_names("text_2", len(pairs))
+    return [(query, document, name) for (query, document), name in zip(pairs, names, strict=True)]
 
 
 def _score_requests(
@@ -172,16 +156,10 @@ def _score_requests(
     call: Call,
 ) -> list[ScoreRequest]:
     base = ScoreRequest(
-        request_id=call.new_engine_id(),
-        client_request_id=call.request_id,
-        model=model,
+        **call_fields(body, model=model, call=call),
         query="",
         document="",
         instruction=body.instruction,
-        priority=priority_of(body),
-        tenant_id=call.tenant_id,
-        cache_salt=body.cache_salt or "",
-        arrival_s=call.arrival_s,
     )
     return [
         replace(base, query=query, document=document, field=field, request_id=call.new_engine_id())
@@ -193,13 +171,13 @@ async def score(call: Call) -> Reply:
     """Score each pair."""
     body = call.body
     assert isinstance(body, ScoresRequest)
-    client, model = _client(body, call=call)
-    scores = await each(_score_requests(body, _pairs(body), model=model, call=call), client.score)
+    asked = asked_model(body, call=call)
+    scores = await each(_score_requests(body, _pairs(body), model=asked.name, call=call), asked.client.score)
     return json_reply(
         ScoresAnswer(
             id=f"score-{call.request_id}",
             created=int(call.services.clock.wall()),
-            model=model,
+            model=asked.name,
             data=[ScoreItem(index=index, score=one.value) for index, one in enumerate(scores)],
             usage=prompt_usage([one.usage for one in scores]),
         )
@@ -210,15 +188,15 @@ async def rerank(call: Call) -> Reply:
     """Order documents by how well they fit the query."""
     body = call.body
     assert isinstance(body, RerankRequest)
-    client, model = _client(body, call=call)
+    asked = asked_model(body, call=call)
     documents = [one if isinstance(one, str) else one.text for one in body.documents]
     names = field_names("documents", len(documents))
     pairs = [(body.query, document, name) for document, name in zip(documents, names, strict=True)]
-    scores = await each(_score_requests(body, pairs, model=model, call=call), client.score)
+    scores = await each(_score_requests(body, pairs, model=asked.name, call=call), asked.client.score)
     return json_reply(
         RerankAnswer(
             id=f"rerank-{call.request_id}",
-            model=model,
+            model=asked.name,
             results=_results(scores, documents=documents, body=body),
             usage=prompt_usage([one.usage for one in scores]),
         )
@@ -241,23 +219,17 @@ async def classify(call: Call) -> Reply:
     """Tell the classes of each input."""
     body = call.body
     assert isinstance(body, ClassesRequest)
-    client, model = _client(body, call=call)
-    inputs = inputs_of(body.input)
+    asked = asked_model(body, call=call)
+    inputs = prompts_of(body.input)
     requests = [
         ClassifyRequest(
-            request_id=call.new_engine_id(),
-            client_request_id=call.request_id,
-            model=model,
+            **call_fields(body, model=asked.name, call=call),
             prompt=prompt,
             field=field,
-            priority=priority_of(body),
-            tenant_id=call.tenant_id,
-            cache_salt=body.cache_salt or "",
-            arrival_s=call.arrival_s,
         )
         for prompt, field in zip(inputs, field_names("input", len(inputs)), strict=True)
     ]
-    made = await each(requests, client.classify)
+    made = await each(requests, asked.client.classify)
     items = [
         ClassItem(
             index=index,
@@ -271,7 +243,7 @@ async def classify(call: Call) -> Reply:
         ClassesAnswer(
             id=f"classify-{call.request_id}",
             created=int(call.services.clock.wall()),
-            model=model,
+            model=asked.name,
             data=items,
             usage=prompt_usage([one.usage for one in made]),
         )

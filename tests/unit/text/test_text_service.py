@@ -382,6 +382,15 @@ async def test_best_of_gives_the_likeliest_answers_best_first_and_bills_all():
     assert deltas[-1].usage.completion_tokens == sum(len(ids_of(t)) for t in ("hello", "hello world", "hi"))
 
 
+async def test_best_of_has_ended_after_an_error():
+    service, *_ = make_service([GenerateError("the answer failed")])
+    stream = await service.generate(make_request(params=SamplingParams(best_of=2)))
+    with pytest.raises(GenerateError):
+        await anext(stream)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
 async def test_best_of_that_is_closed_before_its_first_delta_closes_the_engine():
     service, engine, sink = make_service([None])
     stream = await service.generate(make_request(params=SamplingParams(best_of=2)))

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Annotated, Final, Literal, cast
+from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
 from pydantic import Field
@@ -22,6 +22,7 @@ from penstock.server.dialects.openai.answers import (
     prompt_logprobs,
     usage_answer,
 )
+from penstock.server.dialects.openai.asked import prompts_of
 from penstock.server.dialects.openai.fields import (
     SamplingFields,
     TokenId,
@@ -90,15 +91,6 @@ class CompletionAnswer(AnswerModel):
     system_fingerprint: None = None
 
 
-def _prompts(body: CompletionRequest) -> list[str | tuple[int, ...]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], int):
-        return [tuple(prompt)]
-    return [item if isinstance(item, str) else tuple(item) for item in cast("list[str | list[int]]", prompt)]
-
-
 def _max_tokens(body: CompletionRequest) -> int:
     """One limit in one place: a schema cannot tell that it depends on `echo`."""
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -125,7 +117,9 @@ def to_requests(body: CompletionRequest, *, call: Call) -> list[GenerateRequest]
         allow_zero_max_tokens=echo,
     )
     base = replace(base_request(body, call=call, params=params), echo=echo)
-    return [replace(base, prompt=prompt, request_id=call.new_engine_id()) for prompt in _prompts(body)]
+    return [
+        replace(base, prompt=prompt, request_id=call.new_engine_id()) for prompt in prompts_of(body.prompt)
+    ]
 
 
 def _choice(answer: Answer, *, index: int, with_logprobs: bool) -> CompletionChoice:

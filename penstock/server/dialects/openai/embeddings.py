@@ -4,19 +4,19 @@ import sys
 from array import array
 from base64 import b64encode
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal, cast
+from typing import Annotated, Final, Literal
 
 from msgspec.structs import replace
 from pydantic import Field
 
-from penstock.core.ids import ModelName
 from penstock.core.pooled import Embedding, EmbedRequest
-from penstock.core.text import Priority, Usage
-from penstock.server.dialects.openai.fields import MAX_LABEL_CHARS, MAX_MODEL_CHARS, MAX_SALT_CHARS, TokenId
+from penstock.core.text import Usage
+from penstock.server.dialects.openai.asked import AskedFields, asked_model, call_fields, prompts_of
+from penstock.server.dialects.openai.fields import TokenId
 from penstock.server.replies import Reply, json_reply
 from penstock.server.services import Call
 from penstock.server.side_by_side import each
-from penstock.server.validation import WHOLE, AnswerModel, Flag, Text, WireModel
+from penstock.server.validation import WHOLE, AnswerModel, Flag, Text
 
 MAX_INPUTS: Final = 2048
 MAX_IDS: Final = 4_194_304
@@ -32,22 +32,7 @@ Inputs = (
 )
 
 
-class InputFields(WireModel):
-    """What all requests for vectors, scores and classes may say."""
-
-    model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
-    priority: Literal["realtime", "interactive", "batch"] | None = Field(
-        default=None, description="Tier; a lower one is served only when no higher one waits."
-    )
-    cache_salt: Annotated[Text, Field(max_length=MAX_SALT_CHARS)] | None = Field(
-        default=None, description="Requests with different salts never share cached prompt blocks."
-    )
-    user: Annotated[Text, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
-        default=None, description="A label for the client's own use: neither stored nor logged."
-    )
-
-
-class EmbeddingsRequest(InputFields):
+class EmbeddingsRequest(AskedFields):
     """Body of `POST /v1/embeddings`."""
 
     input: Inputs = Field(
@@ -104,21 +89,6 @@ def prompt_usage(usages: Sequence[Usage]) -> PromptUsage:
     return PromptUsage(prompt_tokens=total, total_tokens=total)
 
 
-def inputs_of(value: object) -> list[str | tuple[int, ...]]:
-    """One or several texts or lists of ids, as validated, to a list of them."""
-    if isinstance(value, str):
-        return [value]
-    assert isinstance(value, list)
-    if isinstance(value[0], int):
-        return [tuple(value)]
-    return [item if isinstance(item, str) else tuple(item) for item in cast("list[str | list[int]]", value)]
-
-
-def priority_of(fields: InputFields) -> Priority:
-    """The tier by its word."""
-    return Priority[(fields.priority or "interactive").upper()]
-
-
 def field_names(name: str, count: int) -> list[str]:
     """What errors call each of `count` values of a field."""
     return [name] if count == 1 else [f"{name}.{index}" for index in range(count)]
@@ -130,23 +100,17 @@ def to_requests(body: EmbeddingsRequest, *, call: Call) -> list[EmbedRequest]:
     Raises:
         NotFoundError: no such model.
     """
-    client = call.services.catalog.resolve(None if body.model is None else ModelName(body.model))
+    model = asked_model(body, call=call).name
     base = EmbedRequest(
-        request_id=call.new_engine_id(),
-        client_request_id=call.request_id,
-        model=client.card.name if body.model is None else ModelName(body.model),
+        **call_fields(body, model=model, call=call),
         prompt="",
         pooling=body.pooling_type,
         dimensions=body.dimensions,
         normalize=body.normalize is not False,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         add_special_tokens=body.add_special_tokens is not False,
-        priority=priority_of(body),
-        tenant_id=call.tenant_id,
-        cache_salt=body.cache_salt or "",
-        arrival_s=call.arrival_s,
     )
-    inputs = inputs_of(body.input)
+    inputs = prompts_of(body.input)
     return [
         replace(base, prompt=prompt, field=field, request_id=call.new_engine_id())
         for prompt, field in zip(inputs, field_names("input", len(inputs)), strict=True)

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from pydantic import Field
 
 from penstock.core.errors import InvalidParameterError
-from penstock.core.ids import ModelName
 from penstock.core.params import (
     INT64_MAX,
     INT64_MIN,
@@ -27,15 +26,13 @@ from penstock.core.params import (
     SamplingParams,
     validate_sampling,
 )
-from penstock.core.text import GenerateRequest, Priority
+from penstock.core.text import GenerateRequest
+from penstock.server.dialects.openai.asked import MAX_LABEL_CHARS, AskedFields, asked_model, call_fields
 from penstock.server.dialects.openai.guided import GuidedFields, grammar_of
 from penstock.server.services import Call
 from penstock.server.validation import WHOLE, Flag, Number, Text, WireModel
 
-MAX_MODEL_CHARS: Final = 128
-MAX_LABEL_CHARS: Final = 512
 MAX_METADATA: Final = 16
-MAX_SALT_CHARS: Final = 256
 _NOTHING: Final = (None,)
 
 REFUSED: Final[dict[str, tuple[object, ...]]] = {
@@ -108,12 +105,9 @@ BadWord = Annotated[Text, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 
 
-class SamplingFields(GuidedFields):
+class SamplingFields(AskedFields, GuidedFields):
     """Fields with the same meaning on both endpoints; null is the same as absent everywhere."""
 
-    model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)] | None = Field(
-        default=None, description="A name from GET /v1/models; absent: the server's default model."
-    )
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N), WHOLE] | None = Field(
         default=None, description="Answers."
     )
@@ -195,17 +189,8 @@ class SamplingFields(GuidedFields):
     )
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    priority: Literal["realtime", "interactive", "batch"] | None = Field(
-        default=None, description="Tier; a lower one is served only when no higher one waits."
-    )
-    cache_salt: Annotated[Text, Field(max_length=MAX_SALT_CHARS)] | None = Field(
-        default=None, description="Requests with different salts never share cached prompt blocks."
-    )
     service_tier: Literal["auto", "default"] | None = Field(
         default=None, description="There is one tier; both words mean it."
-    )
-    user: Annotated[Text, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
-        default=None, description="A label for the client's own use: neither stored nor logged."
     )
     safety_identifier: Annotated[Text, Field(max_length=MAX_LABEL_CHARS)] | None = Field(
         default=None, description="A label for the client's own use: neither stored nor logged."
@@ -328,8 +313,7 @@ def default_sampling(fields: SamplingFields, *, call: Call) -> SamplingParams:
     Raises:
         NotFoundError: no such model.
     """
-    wanted = None if fields.model is None else ModelName(fields.model)
-    return call.services.catalog.resolve(wanted).card.default_sampling
+    return asked_model(fields, call=call).client.card.default_sampling
 
 
 def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) -> GenerateRequest:
@@ -339,21 +323,13 @@ def base_request(fields: SamplingFields, *, call: Call, params: SamplingParams) 
         NotFoundError: no such model.
         InvalidParameterError: the grammar is malformed, or there are two.
     """
-    catalog = call.services.catalog
-    wanted = None if fields.model is None else ModelName(fields.model)
-    client = catalog.resolve(wanted)
+    model = asked_model(fields, call=call).name
     asked = grammar_of(fields)
     return GenerateRequest(
-        request_id=call.new_engine_id(),
-        client_request_id=call.request_id,
-        model=client.card.name if wanted is None else wanted,
+        **call_fields(fields, model=model, call=call),
         params=params,
         grammar=asked.spec,
         grammar_param=asked.param,
-        priority=Priority[(fields.priority or "interactive").upper()],
-        tenant_id=call.tenant_id,
-        cache_salt=fields.cache_salt or "",
-        arrival_s=call.arrival_s,
     )
 
 

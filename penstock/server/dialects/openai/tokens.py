@@ -8,8 +8,9 @@ from pydantic import Field
 from penstock.core.errors import InvalidParameterError
 from penstock.core.ids import ModelName
 from penstock.core.text import GenerateRequest
+from penstock.server.dialects.openai.asked import MAX_MODEL_CHARS
 from penstock.server.dialects.openai.chat import MAX_MESSAGES, ChatMessage, to_messages
-from penstock.server.dialects.openai.fields import MAX_MODEL_CHARS, TokenId
+from penstock.server.dialects.openai.fields import TokenId
 from penstock.server.replies import Reply, json_reply
 from penstock.server.services import Call
 from penstock.server.validation import AnswerModel, Flag, Text, WireModel
