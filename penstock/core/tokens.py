@@ -144,6 +144,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Token slots in owned blocks, shared blocks counted once."""
     num_slots_used: int
     """Of those, slots that hold a token."""
+    num_out_of_memory: int = 0
+    """Allocations that failed in the step."""
     num_offload_hit_tokens: int = 0
     """Tokens whose KV came back from host memory."""
     offload_saved_bytes: int = 0

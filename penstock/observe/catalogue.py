@@ -168,6 +168,7 @@ METRICS: Final[tuple[Spec, ...]] = (
     _counter("kv_cache_used_slot_seconds_total", "Of those, slots that hold a token, times seconds."),
     _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix tree."),
     _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix tree."),
+    _counter("out_of_memory_total", "Allocations that failed in a step; its work was done in smaller parts."),
     _counter("kv_offload_hits_total", "Tokens whose KV came back from host memory."),
     _counter("kv_offload_saved_bytes_total", "Bytes of KV copied from the pool to host memory."),
     _counter("kv_offload_loaded_bytes_total", "Bytes of KV copied from host memory to the pool."),

@@ -159,6 +159,7 @@ class Metrics:
         values["prompt_tokens_computed_total"] += stats.num_prompt_tokens
         values["prefix_cache_queries_total"] += stats.num_prefix_query_tokens
         values["prefix_cache_hits_total"] += stats.num_prefix_hit_tokens
+        values["out_of_memory_total"] += stats.num_out_of_memory
         values["kv_offload_hits_total"] += stats.num_offload_hit_tokens
         values["kv_offload_saved_bytes_total"] += stats.offload_saved_bytes
         values["kv_offload_loaded_bytes_total"] += stats.offload_loaded_bytes

@@ -103,7 +103,8 @@ def check_tails(groups: Iterable[SequenceGroup], *, block_size: int) -> None:
     for group in groups:
         for seq in group.live if group.state is GroupState.RUNNING else ():
             num_filled = -(-seq.next_position // block_size)
-            require(seq.blocks.num_blocks <= num_filled, "a block is kept that holds no token")
+            is_kept = seq.blocks.num_blocks > num_filled and not seq.is_held
+            require(not is_kept, "a block is kept that holds no token")
 
 
 def check_order(

@@ -19,6 +19,7 @@ from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.kv.host_tier import HostMove
 from penstock.engine.kv.prefix_tree import NO_BLOCK, first_window_block
 from penstock.engine.scheduler.plan import (
+    OUT_OF_MEMORY,
     PENDING_TOKEN,
     UNKNOWN_DRAFT,
     HostTraffic,
@@ -97,6 +98,13 @@ class FaultRates:
 
     numerical_error: float = 0.0
     step_error: float = 0.0
+    out_of_memory: float = 0.0
+    """Not of a single token: as on a machine where a small step always fits."""
+
+
+def _owners(entry: ScheduledSequence) -> list[SequenceId]:
+    """Who is answered if it fails."""
+    return [spec.seq_id for spec in entry.samples] or [entry.seq_id]
 
 
 def has_blanks(entry: ScheduledSequence) -> bool:
@@ -145,6 +153,10 @@ class FakeRunner:
         self._moves: deque[HostMove] = deque()
         self._move_rng = random.Random(num_blocks)  # noqa: S311 - a simulation, not a secret
         self.num_loads = 0
+        self._lost: dict[SequenceId, int] = {}
+        """Sequences that a step had no memory for, by that step, until it is collected."""
+        self._memory_rng = random.Random(block_size)  # noqa: S311 - as above
+        self.num_out_of_memory = 0
         self.failed: set[SequenceId] = set()
         """Sequences that were made to fail."""
 
@@ -159,7 +171,14 @@ class FakeRunner:
         ]
         filled = {each.seq_id: each.token_ids for each in proposals}
         known = [self._put_in_place(entry) for entry in plan.sequences]
+        num_failed_before = self.num_out_of_memory
         for entry in [fill_in(entry, filled.get(entry.seq_id)) for entry in known]:
+            if self._lacks_memory(entry, step_id=plan.step_id):
+                failures += [SequenceFailure(each, OUT_OF_MEMORY, "injected") for each in _owners(entry)]
+                continue
+            if entry.seq_id in self._lost:
+                tokens.extend(SampledToken(spec.seq_id, 0) for spec in entry.samples)  # nobody may believe it
+                continue
             failure = self._inject(entry)
             self._compute(entry, is_bad=failure is not None and failure.code == "numerical_error")
             if failure is None:
@@ -175,6 +194,7 @@ class FakeRunner:
             pooled=pooled,
             proposals=proposals,
             host_traffic=self._move(plan.host_moves),
+            num_out_of_memory=self.num_out_of_memory - num_failed_before,
             step_time_s=self._step_time_s(plan),
         )
 
@@ -183,9 +203,20 @@ class FakeRunner:
         if entry.token_ids[0] != PENDING_TOKEN:
             return entry
         require(len(entry.token_ids) == 1, "a token that is being drawn is computed alone")
-        is_failed = entry.seq_id in self.failed
+        is_failed = entry.seq_id in self.failed or entry.seq_id in self._lost
         require(is_failed or entry.seq_id in self._last_drawn, f"sequence {entry.seq_id} awaits no token")
         return replace(entry, token_ids=[self._last_drawn.get(entry.seq_id, 0)])
+
+    def _lacks_memory(self, entry: ScheduledSequence, *, step_id: int) -> bool:
+        """True by chance; what was planned behind a step that was not made is of no use."""
+        if entry.seq_id in self._lost:
+            return False
+        is_short = len(entry.token_ids) > 1 and self._memory_rng.random() < self._faults.out_of_memory
+        if is_short and entry.seq_id not in self.failed:
+            self.num_out_of_memory += 1
+            self._lost[entry.seq_id] = step_id
+            return True
+        return False
 
     def _guess(self, entry: ScheduledSequence) -> tuple[int, ...]:
         """At most as many tokens as there are blanks, by chance."""
@@ -199,7 +230,9 @@ class FakeRunner:
         return replace(handle, tokens=[drawn for drawn in handle.tokens if drawn.seq_id not in void])
 
     def collect(self, handle: StepResult) -> StepResult:
-        """The outcome of a launched step."""
+        """The outcome of a launched step; what is planned from here on knows it."""
+        for seq_id in [each for each, step_id in self._lost.items() if step_id == handle.step_id]:
+            del self._lost[seq_id]
         return handle
 
     def _prepare(self, plan: StepPlan) -> None:
@@ -207,6 +240,7 @@ class FakeRunner:
             require(seq_id in self.seeds, f"sequence {seq_id} finished but was never announced")
             del self.seeds[seq_id], self._num_top[seq_id]
             self._sums.pop(seq_id, None)
+            self._lost.pop(seq_id, None)
         for new in plan.new_sequences:
             require(new.seq_id not in self.seeds, f"sequence {new.seq_id} announced twice")
             self.seeds[new.seq_id] = new.seed

@@ -37,6 +37,7 @@ STORM_SIZES: Final = (4, 40)
 STORM_RATE: Final = 0.3
 SEARCH_RATE: Final = 0.2
 NUM_HOST_SLOTS: Final = (0, 3, 12, 1000)
+OUT_OF_MEMORY_RATE: Final = 0.1
 POOLING_RATE: Final = 0.15
 """Requests that want a vector instead of tokens."""
 CANDIDATES_PER_BEAM: Final = 3
@@ -108,7 +109,9 @@ def make_workload(seed: int) -> Workload:
         block_size=block_size,
         num_blocks=max(2, int(longest * (1.3 if is_storm else rng.choice((1.0, 1.3, 2.0, 5.0))))),
         max_model_len=max_prompt + max_outputs,
-        num_host_slots=NUM_HOST_SLOTS[seed % len(NUM_HOST_SLOTS)],  # a draw would change all workloads
+        # By the seed itself: a draw would change all workloads.
+        num_host_slots=NUM_HOST_SLOTS[seed % len(NUM_HOST_SLOTS)],
+        out_of_memory=OUT_OF_MEMORY_RATE if seed % 5 == 0 else 0.0,
     )
     arrivals = _make_arrivals(rng, setting=setting, max_prompt=max_prompt, max_outputs=max_outputs)
     return Workload(seed=seed, setting=setting, arrivals=arrivals)
@@ -134,6 +137,7 @@ def _make_setting(
     num_blocks: int,
     max_model_len: int,
     num_host_slots: int,
+    out_of_memory: float,
 ) -> Setting:
     max_num_seqs = rng.choice((1, 2, 4, 8, 8))
     config = SchedulerConfig(
@@ -155,7 +159,11 @@ def _make_setting(
         block_size=block_size,
         vocab_size=rng.choice((2, 3, 8, 24)),
         times=StepTimes(draft_s=rng.choice((0.0, 0.0, 0.0002))),
-        faults=FaultRates(numerical_error=0.01, step_error=0.005) if has_faults else FaultRates(),
+        faults=FaultRates(
+            numerical_error=0.01 if has_faults else 0.0,
+            step_error=0.005 if has_faults else 0.0,
+            out_of_memory=out_of_memory,
+        ),
         overlaps=rng.random() < 0.3,
         num_host_slots=num_host_slots,
         has_connector=config.enable_prefix_caching and rng.random() < 0.3,

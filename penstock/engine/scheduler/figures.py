@@ -28,6 +28,7 @@ class StepCounts:
     num_loaded_tokens: int = 0
     """That came back from host memory before the step."""
     host_traffic: HostTraffic = NO_TRAFFIC
+    num_out_of_memory: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: list[int] = field(default_factory=list)
@@ -111,6 +112,7 @@ def step_stats(
         num_waiting_tokens=gauges.num_waiting_tokens,
         num_adapters_running=gauges.num_adapters_running,
         num_adapters_waiting=gauges.num_adapters_waiting,
+        num_out_of_memory=counts.num_out_of_memory,
         num_offload_hit_tokens=counts.num_loaded_tokens,
         offload_saved_bytes=counts.host_traffic.saved_bytes,
         offload_loaded_bytes=counts.host_traffic.loaded_bytes,

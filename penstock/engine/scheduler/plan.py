@@ -14,6 +14,8 @@ from penstock.core.text import TokenLogprobs
 from penstock.core.tokens import Pooling
 from penstock.engine.kv.host_tier import HostMove
 
+OUT_OF_MEMORY: Final = "out_of_memory"
+"""`SequenceFailure.code` of a sequence for which there was not enough memory, though it was alone."""
 UNKNOWN_DRAFT: Final = -1
 """In place of a draft's token: a model of the runner is to guess it."""
 PENDING_TOKEN: Final = -2
@@ -166,7 +168,8 @@ class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
     seq_id: SequenceId
     code: str
     """`numerical_error` for NaN or infinite activations or logits, `step_error` for an exception traced
-    to the sequence, `no_token_allowed` where masks and bans leave none."""
+    to the sequence, `no_token_allowed` where masks and bans leave none, `OUT_OF_MEMORY` for what is planned
+    again."""
     message: str
 
 
@@ -202,6 +205,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     num_caught_up_tokens: int = 0
     """Tokens that a draft model had to read before it could guess, beyond the last step's."""
     host_traffic: HostTraffic = NO_TRAFFIC
+    num_out_of_memory: int = 0
+    """Allocations that failed; what came of it is in `failures`, or nothing if smaller passes went well."""
     step_time_s: float = 0.0
     ended_s: float = 0.0
     """When it was done, by `time.perf_counter` of this machine."""

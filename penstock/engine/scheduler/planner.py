@@ -16,6 +16,7 @@ from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
 from penstock.engine.scheduler.drafting import Drafting, Wanted, num_possible
 from penstock.engine.scheduler.figures import StepCounts
 from penstock.engine.scheduler.lookahead import can_go_ahead, needs_result
+from penstock.engine.scheduler.memory_pressure import MemoryPressure
 from penstock.engine.scheduler.plan import (
     AdapterBinding,
     BlockCopy,
@@ -54,6 +55,7 @@ class Planner:
         cost: CostModel,
         drafting: Drafting | None,
         adapters: AdapterSlots | None,
+        pressure: MemoryPressure,
     ) -> None:
         self._config = config
         self._roster = roster
@@ -63,6 +65,7 @@ class Planner:
         self._drafting = drafting
         self._speculates = drafting is not None
         self._adapters = adapters
+        self._pressure = pressure
         self._last_step_id = 0
 
     def plan(self, *, is_ahead: bool = False) -> Planned:
@@ -74,8 +77,10 @@ class Planner:
         Returns:
             The plan; without sequences if nothing can be computed now. Block tables are the live lists.
         """
-        draft = StepDraft(num_tokens_left=self._config.max_num_batched_tokens, is_ahead=is_ahead)
+        draft = StepDraft(num_tokens_left=self._pressure.budget, is_ahead=is_ahead)
         self._end_loads(draft)
+        if self._pressure.is_high:
+            self._shed(draft)
         if self._roster.must_recheck_paths:
             self._restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
@@ -108,7 +113,7 @@ class Planner:
             needs_fork = group.needs_fork
             for seq in group.active:
                 # Preemption for an earlier one may have taken this group out of the running set meanwhile.
-                if group.state is not GroupState.RUNNING or seq.blocks.has_lost_path:
+                if group.state is not GroupState.RUNNING or seq.blocks.has_lost_path or seq.is_held:
                     break
                 gap = len(seq.token_ids) - seq.num_computed_tokens - seq.num_inflight_tokens
                 if needs_fork or gap > 1 or (gap == 1 and seq.num_outputs == 0):
@@ -258,6 +263,16 @@ class Planner:
             return False
         self._preempt(draft, victim)
         return victim is not group
+
+    def _shed(self, draft: StepDraft) -> None:
+        """Memory is short: preempt down to what steps may hold now, and plan none ahead."""
+        draft.needs_result = True
+        running = self._roster.running
+        while sum(len(group.active) for group in running) > draft.num_tokens_left:
+            victim = running.worst()
+            if victim is None:
+                return
+            self._preempt(draft, victim)
 
     def _preempt(self, draft: StepDraft, group: SequenceGroup) -> None:
         group.num_preemptions += 1

@@ -95,6 +95,10 @@ class Sequence:
     num_inflight_tokens: int = 0
     """Drafts included."""
     num_inflight_drafts: int = 0
+    is_retrying: bool = False
+    """A step did not compute its tokens; what is under way behind them is of no use."""
+    num_memory_failures: int = 0
+    """Times in a row that not even the least part of it could be computed."""
     num_draws: int = 0
     """Tokens that the answer has once the draw that was planned last is known."""
     is_known_to_runner: bool = False
@@ -116,6 +120,11 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens that steps under way draw for it: at most one, or two once a second step is planned."""
         return max(0, self.num_draws - self.num_outputs)
+
+    @property
+    def is_held(self) -> bool:
+        """True until what is of no use is no longer under way: then it goes on where it was."""
+        return self.is_retrying and self.num_inflight_tokens > 0
 
     @property
     def next_position(self) -> int:

@@ -45,6 +45,7 @@ from penstock.engine.scheduler.cost import CostModel, StepLoad
 from penstock.engine.scheduler.drafting import Drafting, Proposer
 from penstock.engine.scheduler.figures import StepCounts, request_report
 from penstock.engine.scheduler.group_maker import GroupMaker
+from penstock.engine.scheduler.memory_pressure import MemoryPressure
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 from penstock.engine.scheduler.planner import Planner
 from penstock.engine.scheduler.policy import Policy
@@ -103,6 +104,11 @@ class Scheduler:
         self._roster = roster = Roster(
             config, kv=kv, clock=clock, connector=connector, adapters=adapters, drafting=drafting
         )
+        pressure = MemoryPressure(
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            # A prompt that must be computed whole cannot wait for larger steps.
+            least=kv.block_size if config.enable_chunked_prefill else config.max_model_len,
+        )
         self._planner = Planner(
             config,
             roster=roster,
@@ -111,8 +117,11 @@ class Scheduler:
             cost=self.cost,
             drafting=drafting,
             adapters=adapters,
+            pressure=pressure,
         )
-        self._settlement = Settlement(config, roster=roster, kv=kv, cost=self.cost, drafting=drafting)
+        self._settlement = Settlement(
+            config, roster=roster, kv=kv, cost=self.cost, drafting=drafting, pressure=pressure
+        )
         self._counts: dict[int, StepCounts] = {}
         """Of the steps under way."""
         self._awaited_step_ids: set[int] = set()

@@ -5,7 +5,7 @@ nothing. Called by `scheduler`, once for each plan, in order.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Final
 
@@ -23,7 +23,9 @@ from penstock.engine.scheduler.cost import CostModel
 from penstock.engine.scheduler.draft_ledger import DraftLedger
 from penstock.engine.scheduler.drafting import Drafting
 from penstock.engine.scheduler.figures import StepCounts, step_stats
+from penstock.engine.scheduler.memory_pressure import MAX_TRIES, MemoryPressure
 from penstock.engine.scheduler.plan import (
+    OUT_OF_MEMORY,
     ForcedTokens,
     SampledToken,
     ScheduledSequence,
@@ -32,7 +34,7 @@ from penstock.engine.scheduler.plan import (
     StepResult,
 )
 from penstock.engine.scheduler.request import Sequence, SequenceGroup
-from penstock.engine.scheduler.roster import Roster
+from penstock.engine.scheduler.roster import NUMERICAL_ERROR, Roster
 
 MAX_UNNOTICED_CATCH_UP: Final = 32
 """A step in which a draft model read more than so many old tokens says nothing about what steps take."""
@@ -56,12 +58,14 @@ class Settlement:
         kv: KvManager,
         cost: CostModel,
         drafting: Drafting | None,
+        pressure: MemoryPressure,
     ) -> None:
         self._config = config
         self._roster = roster
         self._kv = kv
         self._cost = cost
         self._drafting = drafting
+        self._pressure = pressure
 
     def settle(self, plan: StepPlan, result: StepResult, counts: StepCounts) -> StepOutput:
         """Take in what a step produced.
@@ -77,8 +81,14 @@ class Settlement:
         counts.host_traffic = result.host_traffic
         self._roster.transfers.end_moves(result.host_traffic.ended)
         failures = {failure.seq_id: failure for failure in result.failures}
+        counts.num_out_of_memory = result.num_out_of_memory
+        lost = self._find_lost(plan, failures)
         for entry in plan.sequences:
-            self._advance(entry, counts, has_failed=entry.seq_id in failures)
+            self._advance(entry, counts, has_failed=entry.seq_id in failures or entry.seq_id in lost)
+        if lost:
+            result = self._without_lost(result, lost)
+            failures = {failure.seq_id: failure for failure in result.failures}
+        self._note_pressure(result, counts)
         self._roster.fail(failures.values())
         for entry in plan.sequences:
             seq = self._roster.sequences.get(entry.seq_id)
@@ -93,7 +103,8 @@ class Settlement:
                 self._settle_drafts(self._drafting, plan, result, counts)
             _account(self._drafting.ledger, counts, step_time_s=result.step_time_s, has_drafts=has_drafts)
         self._roster.free_closed()
-        if counts.num_seqs and not failures and result.num_caught_up_tokens <= MAX_UNNOTICED_CATCH_UP:
+        is_usual = not failures and not lost and result.num_caught_up_tokens <= MAX_UNNOTICED_CATCH_UP
+        if counts.num_seqs and is_usual:
             self._cost.observe(counts.load, step_time_s=result.step_time_s)
         return StepOutput(deltas=self._roster.take_deltas(), stats=self._stats(counts, result.step_time_s))
 
@@ -110,11 +121,74 @@ class Settlement:
             if (seq := sequences.get(spec.seq_id)) is None
             or seq.finish_reason is not None
             or seq.num_outputs != spec.output_idx
+            or sequences[entry.seq_id].is_retrying
         )
 
     def output_of_no_step(self) -> StepOutput:
         """What there is to tell when no step has ended."""
         return StepOutput(deltas=self._roster.take_deltas(), stats=self._stats(StepCounts(), 0.0))
+
+    # -- not enough memory ---------------------------------------------------------------------------------
+
+    def _find_lost(
+        self, plan: StepPlan, failures: Mapping[SequenceId, SequenceFailure]
+    ) -> dict[SequenceId, ScheduledSequence]:
+        """What the step did not compute for want of memory, or computed behind such a gap."""
+        sequences = self._roster.sequences
+        return {
+            entry.seq_id: entry
+            for entry in plan.sequences
+            if (
+                entry.start != sequences[entry.seq_id].num_computed_tokens
+                or (failures and _is_short_of_memory(entry, failures))
+            )
+            and sequences[entry.seq_id].finish_reason is None
+        }
+
+    def _without_lost(self, result: StepResult, lost: Mapping[SequenceId, ScheduledSequence]) -> StepResult:
+        """Let what was lost be planned again; returns the outcome without what was drawn behind a gap.
+
+        NaN is told even of that: it lies in the sequence's blocks.
+        """
+        void: set[SequenceId] = set()
+        given_up: list[SequenceFailure] = []
+        for entry in lost.values():
+            seq = self._roster.sequences[entry.seq_id]
+            seq.is_retrying = seq.num_inflight_tokens > 0
+            if not seq.is_retrying:
+                self._kv.free_tail(seq.blocks, num_tokens=seq.num_computed_tokens)
+            owners = {entry.seq_id, *(spec.seq_id for spec in entry.samples)}
+            for seq_id in owners & self._roster.sequences.keys():
+                drawn = self._roster.sequences[seq_id]
+                drawn.num_draws = drawn.num_outputs
+            if entry.start != seq.num_computed_tokens:
+                void |= owners
+            elif self._is_given_up(entry, seq):
+                given_up.append(_too_large(entry))
+        return msgspec.structs.replace(
+            result,
+            tokens=[each for each in result.tokens if each.seq_id not in void],
+            failures=given_up
+            + [
+                each
+                for each in result.failures
+                if each.code == NUMERICAL_ERROR or (each.seq_id not in void and each.code != OUT_OF_MEMORY)
+            ],
+            prompt_logprobs=[each for each in result.prompt_logprobs if each.seq_id not in void],
+            pooled=[each for each in result.pooled if each.seq_id not in void],
+        )
+
+    def _is_given_up(self, entry: ScheduledSequence, seq: Sequence) -> bool:
+        """True if there is no smaller step in which it could be computed."""
+        is_least = len(entry.token_ids) <= self._kv.block_size or not self._config.enable_chunked_prefill
+        seq.num_memory_failures += is_least
+        return seq.num_memory_failures >= MAX_TRIES
+
+    def _note_pressure(self, result: StepResult, counts: StepCounts) -> None:
+        if result.num_out_of_memory:
+            self._pressure.note_failure(num_tokens=counts.num_tokens)
+        elif counts.num_seqs and self._pressure.is_high:
+            self._pressure.note_success()
 
     def _advance(self, entry: ScheduledSequence, counts: StepCounts, *, has_failed: bool) -> None:
         """Move what the step computed of one sequence from in flight to computed."""
@@ -130,6 +204,7 @@ class Settlement:
         seq.num_inflight_drafts -= entry.num_drafts
         if not has_failed:
             seq.num_computed_tokens += num_tokens
+            seq.num_memory_failures = 0
 
     def _take_prompt_outputs(self, plan: StepPlan, result: StepResult) -> None:
         """Collect what was asked of prompts, and end the requests that asked for nothing else."""
@@ -259,3 +334,17 @@ def _account(ledger: DraftLedger, counts: StepCounts, *, step_time_s: float, has
         ledger.note_drafted(num_seqs=num_seqs, num_tokens=num_drawn, step_time_s=step_time_s)
     else:
         ledger.note_plain(num_seqs=num_seqs, step_time_s=step_time_s)
+
+
+def _is_short_of_memory(entry: ScheduledSequence, failures: Mapping[SequenceId, SequenceFailure]) -> bool:
+    owners = (entry.seq_id, *(spec.seq_id for spec in entry.samples))
+    return any(seq_id in failures and failures[seq_id].code == OUT_OF_MEMORY for seq_id in owners)
+
+
+def _too_large(entry: ScheduledSequence) -> SequenceFailure:
+    return SequenceFailure(
+        entry.seq_id,
+        OUT_OF_MEMORY,
+        f"not enough memory to compute {len(entry.token_ids)} tokens behind {entry.start} others, though "
+        "no other request was computed with them",
+    )
