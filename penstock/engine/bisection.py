@@ -28,8 +28,15 @@ class Isolated(Generic[Member, Part]):
     culprits: list[Culprit[Member]]
 
 
+def _ignore(_error: Exception) -> None:
+    """Let only the culprits be told."""
+
+
 def isolate(
-    members: Sequence[Member], *, attempt: Callable[[Sequence[Member]], Part]
+    members: Sequence[Member],
+    *,
+    attempt: Callable[[Sequence[Member]], Part],
+    on_error: Callable[[Exception], None] = _ignore,
 ) -> Isolated[Member, Part]:
     """Run `attempt` on the whole batch, and on ever smaller halves of whatever raises.
 
@@ -39,6 +46,7 @@ def isolate(
     Args:
         members: the batch, at least one.
         attempt: the operation; must be repeatable for any part of the batch.
+        on_error: told of every attempt that raised, before the next one.
 
     Returns:
         Results of the largest parts that went well, in the order of the members, and the culprits.
@@ -46,9 +54,10 @@ def isolate(
     try:
         return Isolated(parts=[attempt(members)], culprits=[])
     except Exception as error:  # noqa: BLE001  the edge of one request's fault: it is named and reported
+        on_error(error)
         if len(members) == 1:
             return Isolated(parts=[], culprits=[Culprit(member=members[0], error=error)])
     middle = len(members) // 2
-    first = isolate(members[:middle], attempt=attempt)
-    second = isolate(members[middle:], attempt=attempt)
+    first = isolate(members[:middle], attempt=attempt, on_error=on_error)
+    second = isolate(members[middle:], attempt=attempt, on_error=on_error)
     return Isolated(parts=first.parts + second.parts, culprits=first.culprits + second.culprits)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.ids import SequenceId
-from penstock.engine.bisection import Culprit, isolate
+from penstock.engine.bisection import Culprit, Isolated, isolate
 from penstock.engine.runner.device_batch import LastDrawn
 from penstock.engine.sampling.fast import TOKEN, DeviceSampler, draws_of_table
 from penstock.engine.sampling.masks import MaskSource
@@ -88,6 +88,7 @@ class DeviceDraws:
         device_sampler: DeviceSampler,
         device: torch.device,
         before_sample: Callable[[Sequence[SequenceId]], None] | None = None,
+        on_error: Callable[[Exception], None],
     ) -> None:
         """Take what draws.
 
@@ -96,11 +97,13 @@ class DeviceDraws:
             device_sampler: draws the rest.
             device: where logits lie.
             before_sample: where tests make draws fail.
+            on_error: told of draws that raised, before they are tried in halves.
         """
         self._sampler = sampler
         self._on_device = device_sampler
         self._device = device
         self._before_sample = before_sample
+        self._on_error = on_error
 
     @property
     def num_bytes(self) -> int:
@@ -111,12 +114,17 @@ class DeviceDraws:
         """Queue the draws of a step's passes and the copy of what they give."""
         begun = []
         for each in passes:
-            taken = isolate(each.draws, attempt=self._attempt(each, masks)) if each.draws else None
+            taken = self._isolate(each, masks=masks)
             begun.append((each, taken.parts if taken else [], taken.culprits if taken else []))
         sent = [piece for each, parts, _ in begun for piece in _pieces(each, parts)]
         buffer, arrived = self._send(sent)
         parts = [part for _, parts, _ in begun for part in parts]
         return StartedDraws(passes=begun, buffer=buffer, arrived=arrived, last=self._last(parts))
+
+    def _isolate(self, queued: QueuedPass, *, masks: MaskSource | None) -> Isolated[Draw, _Part] | None:
+        if not queued.draws:
+            return None
+        return isolate(queued.draws, attempt=self._attempt(queued, masks), on_error=self._on_error)
 
     def read(self, started: StartedDraws) -> list[ReadPass]:
         """Wait for a step's draws: what its passes gave, in order."""

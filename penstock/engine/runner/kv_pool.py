@@ -13,7 +13,6 @@ from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.scheduler.plan import BlockCopy
 from penstock.kernels.batch import KvBlock, KvShape, KvSlab
 from penstock.kernels.devices import CPU
-from penstock.kernels.transfer import indices
 
 KEYS_AND_VALUES: Final = 2
 
@@ -77,10 +76,8 @@ class KvPool:
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""
-        if copies:
-            src = indices([copy.src for copy in copies], device=self.device)
-            dst = indices([copy.dst for copy in copies], device=self.device)
-            self._storage[dst] = self._storage[src]
+        for copy in copies:  # one by one: no memory is needed beside the pool
+            self._storage[copy.dst].copy_(self._storage[copy.src])
 
     def zero_blocks(self, block_ids: Sequence[int]) -> None:
         """Clear blocks in all layers: NaN times a weight of zero would still be NaN."""

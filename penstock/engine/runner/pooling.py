@@ -97,7 +97,6 @@ class Pools:
         if part.start:  # a prompt that is computed again, after a preemption, begins at 0 again
             known_end, known = self._sums.get(part.seq_id, (0, total))
             if known_end != part.start:
-                self._sums.pop(part.seq_id, None)
                 return None
             total = known + total
         self._sums[part.seq_id] = (end, total)

@@ -16,10 +16,14 @@ A fault stays with the sequence that causes it. An exception in the model or in 
 repeating the work on halves of the batch. Repeating is safe: a pass reads the plan and the KV of earlier
 tokens and writes the KV of the plan's own tokens to the same slots with the same values, whoever else is in
 the pass; blocks are zeroed and copied once, before the first pass; sampling changes nothing until `commit`.
+
+Want of memory is no fault: it is counted, caches are emptied, and the halves are tried. What cannot be had
+even for one sequence alone is told as `OUT_OF_MEMORY`, and the scheduler plans it again in a smaller step.
 """
 
 import logging
 import time
+import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,11 +42,12 @@ from penstock.engine.runner.copy_stream import CudaCopyStream
 from penstock.engine.runner.cuda_graphs import DecodeGraphs, PassOutput
 from penstock.engine.runner.device_batch import LastDrawn, on_device
 from penstock.engine.runner.device_draws import DeviceDraws, QueuedPass, ReadPass, StartedDraws
-from penstock.engine.runner.device_memory import DeviceMemory
+from penstock.engine.runner.device_memory import DeviceMemory, memory_of
 from penstock.engine.runner.faults import FaultPoints
 from penstock.engine.runner.host_blocks import HostBlocks
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool
+from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.runner.pooling import PoolPart, Pools, overflowing, pool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
 from penstock.engine.runner.warmup import (
@@ -61,6 +66,7 @@ from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (
     NO_TRAFFIC,
+    OUT_OF_MEMORY,
     PENDING_TOKEN,
     AdapterBinding,
     HostTraffic,
@@ -188,6 +194,8 @@ class Runner:
         self._sampler = Sampler(native=_native_sampler(loaded.kernels))
         self._pools = Pools()
         self._drafter = None if make_drafter is None else make_drafter(self._sampler)
+        self._memory = memory_of(loaded.device)
+        self._num_out_of_memory = 0
         self._last_drawn: dict[SequenceId, int] = {}
         """What the latest draws chose, where the host knows it."""
         self._last_on_device = LastDrawn()
@@ -201,6 +209,7 @@ class Runner:
             device_sampler=GreedySampler(),
             device=self._device,
             before_sample=self._faults.before_sample if self._faults else None,
+            on_error=self._shed_if_short,
         )
 
     @property
@@ -241,15 +250,16 @@ class Runner:
         self._pool.copy_blocks(plan.block_copies)
         if self._host_blocks is not None:
             self._host_blocks.begin(plan.host_moves)
-        guesses = self._guess(plan, self._put_in_place(plan.sequences))
-        passes, failures = self._compute(guesses.sequences) if guesses.sequences else ([], [])
-        return StepHandle(
-            plan=plan,
-            passes=passes,
-            failures=failures,
-            guesses=guesses,
-            launch_time_s=time.perf_counter() - began_s,
-        )
+        handle = StepHandle(plan=plan)
+        try:
+            handle.guesses = self._guess(plan, self._put_in_place(plan.sequences))
+            if handle.guesses.sequences:
+                handle.passes, handle.failures = self._compute(handle.guesses.sequences)
+        except Exception as error:  # noqa: BLE001 - all but one kind are raised again
+            self._shed(error)
+            handle.passes, handle.failures = [], _all_short_of_memory(plan)
+        handle.launch_time_s = time.perf_counter() - began_s
+        return handle
 
     def _put_in_place(self, sequences: Sequence[ScheduledSequence]) -> Sequence[ScheduledSequence]:
         """The same with the tokens that the step before drew where the plan could not know them.
@@ -299,7 +309,11 @@ class Runner:
             began_s = time.perf_counter()
             # Not before: the step before it, drawn later than this step was planned, may still know them.
             self._forget(handle.plan.finished_seq_ids)
-            self._start_draws(handle, masks=masks, void=void)
+            try:
+                self._start_draws(handle, masks=masks, void=void)
+            except Exception as error:  # noqa: BLE001 - all but one kind are raised again
+                self._shed(error)
+                self._draw_nothing(handle)
             handle.ended_s = time.perf_counter()
             handle.draw_time_s = handle.ended_s - began_s
 
@@ -320,6 +334,31 @@ class Runner:
         self._last_drawn = {
             drawn.seq_id: drawn.token_id for drawn in outcomes if isinstance(drawn, SampledToken)
         }
+
+    def _draw_nothing(self, handle: StepHandle) -> None:
+        """There was no memory for the draws: all that were computed are computed once more."""
+        owners = [seq_id for done in handle.passes for seq in done.sequences for seq_id in _owners(seq)]
+        handle.outcomes = [*handle.failures, *map(_short_of_memory, owners)]
+        handle.passes, handle.started = [], None
+        self._last_drawn, self._last_on_device = {}, LastDrawn()
+
+    def _shed_if_short(self, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self._shed(error)
+
+    def _shed(self, error: Exception) -> None:
+        """Memory could not be had: count it and give back what nothing uses; any other error is raised.
+
+        With other ranks it is raised too: they compute on, and would wait for this one for ever.
+        The frames in which it was raised are cleared first: they hold what the failed attempt had made.
+        """
+        if not is_out_of_memory(error) or not self._is_alone:
+            raise error
+        self._num_out_of_memory += 1
+        log.warning("a step ran out of memory: %s", error)
+        traceback.clear_frames(error.__traceback__)
+        if self._memory is not None:
+            self._memory.empty_cache()
 
     def _read_draws(self, handle: StepHandle) -> Sequence[Outcome]:
         """What was drawn; waits for a device, whose tokens are counted here."""
@@ -370,9 +409,14 @@ class Runner:
             proposals=handle.guesses.proposals,
             num_caught_up_tokens=handle.guesses.num_caught_up_tokens,
             host_traffic=self._host_traffic(handle),
+            num_out_of_memory=self._take_num_out_of_memory(),
             step_time_s=handle.launch_time_s + handle.draw_time_s + time.perf_counter() - began_s,
             ended_s=handle.ended_s,
         )
+
+    def _take_num_out_of_memory(self) -> int:
+        count, self._num_out_of_memory = self._num_out_of_memory, 0
+        return count
 
     def _host_traffic(self, handle: StepHandle) -> HostTraffic:
         if self._host_blocks is None:
@@ -466,10 +510,10 @@ class Runner:
     ) -> tuple[Sequence[ForwardPass], list[SequenceFailure]]:
         if not self._is_alone:
             return [self._forward_once(sequences)], []
-        done = isolate(sequences, attempt=self._forward)
+        done = isolate(sequences, attempt=self._forward, on_error=self._shed_if_short)
         self._refuse_engine_fault(done.culprits, num_sequences=len(sequences))
         failures = [
-            _step_error(seq_id, error=culprit.error, place="model")
+            _failure(seq_id, error=culprit.error, place="model")
             for culprit in done.culprits
             for seq_id in _owners(culprit.member)
         ]
@@ -583,10 +627,13 @@ class Runner:
     ) -> None:
         """Let single culprits pass; raise if nothing works any more.
 
-        The canary alone decides. Steps without a survivor are not counted: a few bad requests, each the only
-        one at its time, would end the engine for everybody, and a new process would fail for them as well.
+        Who lacked memory is planned again. Of the others the canary alone decides. Steps without a survivor
+        are not counted: a few bad requests, each the only one at its time, would end the engine for
+        everybody, and a new process would fail for them as well.
         """
-        if len(culprits) == num_sequences and not self._canary_lives():
+        if len(culprits) < num_sequences or any(is_out_of_memory(each.error) for each in culprits):
+            return
+        if not self._canary_lives():
             raise EngineDeadError(
                 f"all {num_sequences} sequences of a step failed, and so did a sequence of our own"
             ) from culprits[0].error
@@ -635,15 +682,13 @@ class Runner:
         def attempt(part: Sequence[Draw]) -> list[Outcome]:
             return self._draw(logits, draws=part, masks=masks)
 
-        taken = isolate(draws, attempt=attempt)
+        taken = isolate(draws, attempt=attempt, on_error=self._shed_if_short)
         drawn = chain.from_iterable(taken.parts)
         if not taken.culprits:
             return list(drawn)
         errors = {culprit.member: culprit.error for culprit in taken.culprits}
         return [
-            _step_error(each.spec.seq_id, error=errors[each], place="sampler")
-            if each in errors
-            else next(drawn)
+            _failure(each.spec.seq_id, error=errors[each], place="sampler") if each in errors else next(drawn)
             for each in draws
         ]
 
@@ -734,7 +779,7 @@ def _outcomes_in_order(done: ForwardPass, read: ReadPass) -> list[Outcome]:
             continue
         for spec in seq.samples:
             if spec.seq_id in errors:
-                outcomes.append(_step_error(spec.seq_id, error=errors[spec.seq_id], place="sampler"))
+                outcomes.append(_failure(spec.seq_id, error=errors[spec.seq_id], place="sampler"))
             elif spec.seq_id in read.outcomes:
                 outcomes.append(read.outcomes[spec.seq_id])
     return outcomes
@@ -747,6 +792,20 @@ def _owners(seq: ScheduledSequence) -> Sequence[SequenceId]:
 
 def _numerical_error(seq_id: SequenceId) -> SequenceFailure:
     return SequenceFailure(seq_id, "numerical_error", "the model's activations are not finite numbers")
+
+
+def _short_of_memory(seq_id: SequenceId) -> SequenceFailure:
+    return SequenceFailure(seq_id, OUT_OF_MEMORY, "there was not enough memory")
+
+
+def _all_short_of_memory(plan: StepPlan) -> list[SequenceFailure]:
+    return [_short_of_memory(seq_id) for seq in plan.sequences for seq_id in _owners(seq)]
+
+
+def _failure(seq_id: SequenceId, *, error: Exception, place: str) -> SequenceFailure:
+    if is_out_of_memory(error):
+        return _short_of_memory(seq_id)
+    return _step_error(seq_id, error=error, place=place)
 
 
 def _step_error(seq_id: SequenceId, *, error: Exception, place: str) -> SequenceFailure:

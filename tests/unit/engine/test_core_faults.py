@@ -10,7 +10,7 @@ from penstock.core.ids import RequestId, SequenceId
 from penstock.core.params import SamplingParams
 from penstock.core.tokens import EngineRequest, TokenDelta
 from penstock.engine.build import build_core
-from penstock.engine.config import EngineConfig, KvConfig
+from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from penstock.engine.core import EngineCore
 from tests.oracle.checkpoints import tiny_checkpoint
 
@@ -45,13 +45,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", folder, vocab_size=97)
 
 
-def make_core(path: Path, faults: Faults | None = None) -> EngineCore:
+def make_core(
+    path: Path, faults: Faults | None = None, *, async_scheduling: bool | None = None
+) -> EngineCore:
     config = EngineConfig(
         model_path=str(path),
         dtype="float32",
         kernels="reference",
         kv=KvConfig(block_size=4, num_blocks=64),
         max_model_len=40,
+        scheduler=SchedulerConfig(async_scheduling=async_scheduling),
         warmup=False,
     )
     return build_core(config, faults=faults)
@@ -106,3 +109,48 @@ def test_the_fault_tests_name_the_sequence_they_mean(path: Path) -> None:
     add(core, "b", PROMPT)
     plan = core.scheduler.schedule()
     assert {seq.seq_id: seq.token_ids for seq in plan.sequences}[SequenceId(2)] == PROMPT
+
+
+class Shortage(Faults):
+    """There is memory for passes of so many tokens, as far as the test tells."""
+
+    def __init__(self, *, culprit: int | None = None, most_sequences: int = 99) -> None:
+        super().__init__("none", -5)
+        self.alone = culprit
+        self.most = most_sequences
+        self.num_raised = 0
+
+    def before_forward(self, seq_ids: Sequence[SequenceId]) -> None:
+        if len(seq_ids) > self.most or (self.alone is not None and self.alone in seq_ids):
+            self.num_raised += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_want_of_memory_costs_nobody_a_token(path: Path, is_async: bool) -> None:
+    """Steps become smaller, somebody is preempted, and every answer is the one that it would have been."""
+    prompts = [[number + i for i in range(12)] for number in range(6)]
+    expected = []
+    for shortage in (None, Shortage(most_sequences=1)):
+        core = make_core(path, shortage, async_scheduling=is_async)
+        for number, prompt in enumerate(prompts):
+            add(core, str(number), prompt)
+        expected.append({name: tokens(deltas) for name, deltas in run(core).items()})
+        assert core.kv.usage().num_owned == 0
+    assert shortage is not None
+    assert shortage.num_raised > 0
+    assert expected[0] == expected[1]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_who_cannot_be_computed_even_alone_fails_alone_with_a_clear_error(path: Path, is_async: bool) -> None:
+    core = make_core(path, Shortage(culprit=2), async_scheduling=is_async)
+    for name in ("before", "culprit", "after"):
+        add(core, name, PROMPT)
+    answers = run(core)
+    (failed,) = answers["culprit"]
+    assert failed.error is not None
+    assert failed.error.code == "out_of_memory"
+    assert "not enough memory to compute" in failed.error.message
+    assert len(tokens(answers["before"])) == len(tokens(answers["after"])) == 6
+    assert core.kv.usage().num_owned == 0

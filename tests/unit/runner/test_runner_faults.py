@@ -217,3 +217,61 @@ def test_the_canary_touches_no_block_of_the_scheduler():
     before = storage[:8].clone()
     runner.launch(plan(1))
     assert torch.equal(storage[:8], before)
+
+
+class Shortage:
+    """Memory for so many sequences in a pass, and for so many draws at once."""
+
+    def __init__(self, *, most=99, draws=99, error=None):
+        self.most, self.draws = most, draws
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    def before_forward(self, seq_ids):
+        if len(seq_ids) > self.most:
+            raise self.error
+
+    def after_logits(self, logits, seq_ids):
+        pass
+
+    def before_sample(self, seq_ids):
+        if len(seq_ids) > self.draws:
+            raise self.error
+
+
+def outcome(result):
+    return [(each.seq_id, each.token_id) for each in result.tokens]
+
+
+@pytest.mark.parametrize("shortage", [Shortage(most=2), Shortage(draws=2)], ids=["pass", "draws"])
+def test_a_step_that_lacks_memory_is_done_in_halves_with_the_same_tokens(shortage):
+    result = step(shortage)
+    assert outcome(result) == outcome(step(None))
+    assert result.failures == []
+    assert result.num_out_of_memory == 3  # eight, and twice four
+
+
+@pytest.mark.parametrize("shortage", [Shortage(most=0), Shortage(draws=0)], ids=["pass", "draws"])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")], ids=repr
+)
+def test_who_lacks_memory_alone_is_told_so_and_the_engine_lives(shortage, error):
+    shortage.error = error
+    result = step(shortage, 2)
+    assert codes(result) == {0: "out_of_memory", 1: "out_of_memory"}
+    assert result.num_out_of_memory > 0
+
+
+def test_without_memory_for_the_logits_all_draws_of_the_step_are_told_so(monkeypatch):
+    runner, _ = make_runner()
+    handle = runner.launch(plan(3))
+    monkeypatch.setattr(runner, "_start_draws", _fails)
+    runner.draw(handle)
+    monkeypatch.undo()
+    result = runner.collect(handle)
+    assert codes(result) == dict.fromkeys(range(3), "out_of_memory")
+    again = runner.collect(runner.launch(plan(3, step_id=1)))
+    assert len(again.tokens) == 3
+
+
+def _fails(*_, **__):
+    raise MemoryError
