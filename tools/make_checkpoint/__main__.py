@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, help="share embedding and head")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where numbers are drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-size", type=_num_bytes, default="2GB")
     return parser
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                 _shape(args),
                 dtype=args.dtype,
                 seed=args.seed,
+                device=args.device,
                 max_shard_bytes=args.max_shard_size,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             )

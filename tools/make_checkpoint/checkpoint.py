@@ -16,6 +16,7 @@ def make_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = 2 << 30,
     on_progress: Progress = lambda done, total: None,  # noqa: ARG005 - the names document the type
+    device: str = "cpu",
 ) -> Path:
     """Write a random checkpoint.
 
@@ -26,6 +27,7 @@ def make_checkpoint(
         seed: the same seed and shape give the same bytes.
         max_shard_bytes: limit of a weights file.
         on_progress: told of bytes of weights.
+        device: where the numbers are drawn: `cpu`, or `cuda`, which is many times faster.
 
     Returns:
         `folder`.
@@ -42,6 +44,12 @@ def make_checkpoint(
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     plans = list(tensor_plans(shape))
     write_weights(
-        folder, plans, dtype_name=dtype, seed=seed, max_shard_bytes=max_shard_bytes, on_progress=on_progress
+        folder,
+        plans,
+        dtype_name=dtype,
+        seed=seed,
+        max_shard_bytes=max_shard_bytes,
+        on_progress=on_progress,
+        device=device,
     )
     return folder

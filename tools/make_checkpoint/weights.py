@@ -47,23 +47,29 @@ def _header(plans: list[TensorPlan], *, word: str, item_bytes: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(plan: TensorPlan, *, dtype: torch.dtype, seed: int) -> Iterator[bytes]:
-    generator = torch.Generator().manual_seed(seed)
+def _pieces(plan: TensorPlan, *, dtype: torch.dtype, seed: int, device: str) -> Iterator[bytes]:
+    generator = torch.Generator(device).manual_seed(seed)
     for start in range(0, plan.num_elements, PIECE_ELEMENTS):
         count = min(PIECE_ELEMENTS, plan.num_elements - start)
-        piece = torch.full((count,), plan.mean)
+        piece = torch.full((count,), plan.mean, device=device)
         if plan.std:
             piece.normal_(plan.mean, plan.std, generator=generator)
-        yield piece.to(dtype).view(torch.uint8).numpy().tobytes()
+        yield piece.to(dtype).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _write_shard(
-    file: BinaryIO, plans: list[TensorPlan], *, dtype_name: str, seeds: dict[str, int], done: int
+    file: BinaryIO,
+    plans: list[TensorPlan],
+    *,
+    dtype_name: str,
+    seeds: dict[str, int],
+    done: int,
+    device: str,
 ) -> Iterator[int]:
     word, dtype = DTYPES[dtype_name]
     file.write(_header(plans, word=word, item_bytes=dtype.itemsize))
     for plan in plans:
-        for piece in _pieces(plan, dtype=dtype, seed=seeds[plan.name]):
+        for piece in _pieces(plan, dtype=dtype, seed=seeds[plan.name], device=device):
             file.write(piece)
             done += len(piece)
             yield done
@@ -77,6 +83,7 @@ def write_weights(
     seed: int,
     max_shard_bytes: int,
     on_progress: Progress,
+    device: str = "cpu",
 ) -> None:
     """Write all tensors.
 
@@ -87,6 +94,7 @@ def write_weights(
         seed: 0 or more.
         max_shard_bytes: limit of a shard.
         on_progress: told after each piece.
+        device: where the numbers are drawn; each kind draws others from one seed.
     """
     item_bytes = DTYPES[dtype_name][1].itemsize
     seeds = {plan.name: seed * 1_000_003 + i for i, plan in enumerate(plans)}
@@ -97,7 +105,8 @@ def write_weights(
     done = 0
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as file:
-            for written in _write_shard(file, shard, dtype_name=dtype_name, seeds=seeds, done=done):
+            pieces = _write_shard(file, shard, dtype_name=dtype_name, seeds=seeds, done=done, device=device)
+            for written in pieces:
                 done = written
                 on_progress(done, total)
     if len(shards) > 1:

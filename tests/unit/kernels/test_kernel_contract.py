@@ -13,6 +13,7 @@ from penstock.kernels.quantization import Activations, Method, Quantization
 from penstock.kernels.reference.quantize import quantize_dequantize, round_rows
 from penstock.kernels.registry import HOMES
 from tests.unit.kernels.attention_case import make_case, poison
+from tests.unit.kernels.device_home import on_test_device
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """A few roundings of values of order 1: float32 keeps 24 bits, bfloat16 8."""
@@ -21,7 +22,8 @@ EXACT = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
 
 def build(home: str) -> ops.KernelSet:
-    return HOMES[home].build(DEFAULT_OPTIONS)
+    made = HOMES[home].build(DEFAULT_OPTIONS)
+    return on_test_device(made) if home == "triton" else made
 
 
 @pytest.fixture(

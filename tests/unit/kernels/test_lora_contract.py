@@ -8,6 +8,7 @@ from penstock.kernels import ops
 from penstock.kernels.adapters import AdapterRows, LoraSite, LoraSites, LowRankPair
 from penstock.kernels.options import DEFAULT_OPTIONS
 from penstock.kernels.registry import HOMES
+from tests.unit.kernels.device_home import on_test_device
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """As in the contract of the other operations: a few roundings of values of order 1."""
@@ -40,7 +41,8 @@ def make_pair(site: LoraSite, *, rank: int, seed: int) -> LowRankPair:
 
 def test_each_row_gets_its_own_adapter_and_ranks_may_differ(home: tuple[str, torch.dtype]) -> None:
     name, dtype = home
-    kernels, sites = HOMES[name].build(DEFAULT_OPTIONS), make_sites()
+    made = HOMES[name].build(DEFAULT_OPTIONS)
+    kernels, sites = on_test_device(made) if name == "triton" else made, make_sites()
     # Rows 0-2 use the first adapter, 3 none, 4-15 the second (more than a tile), 16 the third, the rest none.
     pairs = [
         {site.index: make_pair(site, rank=rank, seed=10 * rank + site.index) for site in sites.sites}

@@ -1,0 +1,1 @@
+"""What is checked and measured on a machine with a CUDA device: `python -m benchmarks.device`."""
