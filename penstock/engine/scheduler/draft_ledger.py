@@ -16,11 +16,11 @@ It chooses no lengths: that is `drafting`'s, which asks it first. Pure; constant
 from dataclasses import dataclass
 from typing import Final
 
-PAID_IN: Final = 0.015
+PAID_IN: Final = 0.01
 """Share of a plain step's time that drafts may lose."""
-ATTEMPT: Final = 6.0
+ATTEMPT: Final = 4.0
 """Credit, in plain steps, at the beginning and of every further attempt."""
-MAX_CREDIT: Final = 24.0
+MAX_CREDIT: Final = 12.0
 """What was won may be lost again up to here: luck comes in runs, and a few bad steps end nothing."""
 MAX_LOSS: Final = 4.0
 """Most that a bad step counts for, if the next one is better: a pause of the machine is nobody's fault."""
