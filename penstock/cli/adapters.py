@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from penstock.core.errors import InvalidParameterError, NotFoundError, StartupError
+from penstock.core.errors import InvalidParameterError, StartupError, no_such_adapter
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, ModelClient
 from penstock.core.tokens import AdapterReport
@@ -102,9 +102,7 @@ class ServedAdapters:
     async def _unload(self, name: str) -> AdapterReport:
         async with self._one_at_a_time:
             if not self._catalog.has_adapter(name):
-                raise NotFoundError(
-                    f"lora_name is {name!r:.140}, there is no such adapter", param="lora_name"
-                )
+                raise no_such_adapter(name)
             self._catalog.remove_adapter(ModelName(name))
             return await self._engine.unload_adapter(name)
 

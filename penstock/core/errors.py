@@ -133,3 +133,8 @@ class UnsupportedModelError(StartupError):
 
     default_code = "unsupported_model"
     exit_code = 3
+
+
+def no_such_adapter(name: str) -> NotFoundError:
+    """The refusal of a LoRA adapter's name that nobody has loaded."""
+    return NotFoundError(f"lora_name is {name!r:.140}, there is no such adapter", param="lora_name")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from penstock.core.errors import InvalidParameterError, NotFoundError, PenstockError, StartupError
+from penstock.core.errors import InvalidParameterError, PenstockError, StartupError, no_such_adapter
 from penstock.core.tokens import AdapterReport, EngineRequest
 from penstock.engine.config import LoraConfig, LoraModule
 from penstock.engine.lora.adapter import LoraLimits, read_adapter
@@ -191,7 +191,7 @@ class AdapterHost:
             NotFoundError: no such name.
         """
         if name not in self._registry:
-            raise NotFoundError(f"lora_name is {name!r:.140}, there is no such adapter", param="lora_name")
+            raise no_such_adapter(name)
         version = self.store.version(self._registry.get(name).revision)
         return AdapterReport(
             name=name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from penstock.core.errors import InvalidParameterError, NotFoundError
+from penstock.core.errors import InvalidParameterError, NotFoundError, no_such_adapter
 
 MAX_ADAPTERS: Final = 16_384
 """Names; beyond it an adapter is refused."""
@@ -91,7 +91,7 @@ class AdapterRegistry:
             NotFoundError: no such name.
         """
         if name not in self._versions:
-            raise NotFoundError(f"lora_name is {name!r:.140}, there is no such adapter", param="lora_name")
+            raise no_such_adapter(name)
         return self._versions.pop(name)
 
     def has_revision(self, revision: str) -> bool:

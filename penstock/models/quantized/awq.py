@@ -24,7 +24,13 @@ from torch import Tensor
 from penstock.models.checkpoint import Checkpoint
 from penstock.models.config import ConfigReader
 from penstock.models.quantized.grid import Grid, GridMatrix
-from penstock.models.quantized.packing import check_divides, read_scales, read_words, stored_bytes
+from penstock.models.quantized.packing import (
+    check_divides,
+    read_group_size,
+    read_scales,
+    read_words,
+    stored_bytes,
+)
 
 ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output of each of a word's values, counted from the lowest bits."""
@@ -93,7 +99,5 @@ def read_awq(reader: ConfigReader) -> Awq:
     """
     reader.supported("bits", (BITS,), reader.supported("w_bit", (BITS,), BITS))
     reader.supported("version", ("gemm", "GEMM"), "gemm")
-    size = reader.integer("group_size", reader.integer("q_group_size", 128, low=-1), low=-1)
-    if size in {0, 1}:
-        raise reader.wrong("group_size", "-1, or a whole number from 2")
-    return Awq(group_size=None if size == -1 else size)
+    older = reader.integer("q_group_size", 128, low=-1)
+    return Awq(group_size=read_group_size(reader, default=older))

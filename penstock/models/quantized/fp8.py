@@ -23,8 +23,8 @@ from penstock.core.errors import CheckpointError
 from penstock.models.checkpoint import Checkpoint
 from penstock.models.config import ConfigReader
 from penstock.models.quantized.packing import FLOATS, read_scales, stored_bytes, wrong_data
+from penstock.models.quantized.scheme import WEIGHT
 
-WEIGHT: Final = ".weight"
 STATIC_INPUTS: Final = (".input_scale", ".activation_scale")
 """Of inputs that others round; here they are not."""
 

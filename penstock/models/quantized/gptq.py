@@ -27,6 +27,7 @@ from penstock.models.quantized.grid import Grid, GridMatrix
 from penstock.models.quantized.packing import (
     WORD_BITS,
     check_divides,
+    read_group_size,
     read_scales,
     read_words,
     stored_bytes,
@@ -122,7 +123,4 @@ def read_gptq(reader: ConfigReader) -> Gptq:
     reader.supported("is_marlin_format", (False,), False)
     reader.supported("pack_dtype", ("int32",), "int32")
     reader.refuse("dynamic", unless={})
-    size = reader.integer("group_size", low=-1)
-    if size in {0, 1}:
-        raise reader.wrong("group_size", "-1, or a whole number from 2")
-    return Gptq(bits=bits, group_size=None if size == -1 else size, zero_offset=int(layout == "gptq"))
+    return Gptq(bits=bits, group_size=read_group_size(reader), zero_offset=int(layout == "gptq"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from penstock.core.errors import CheckpointError
 from penstock.models.checkpoint import Checkpoint
+from penstock.models.config import ConfigReader
 
 WORD_BITS: Final = 32
 FLOATS: Final = ("F16", "BF16", "F32")
@@ -70,6 +71,18 @@ def read_scales(files: Checkpoint, name: str, *, shape: tuple[int, ...]) -> Tens
     if not torch.isfinite(tensor).all():
         raise wrong_data(files, name, "holds infinity or NaN")
     return tensor
+
+
+def read_group_size(reader: ConfigReader, *, default: int | None = None) -> int | None:
+    """`group_size` of a `quantization_config`: inputs that share a scale, None for all of a weight.
+
+    Raises:
+        CheckpointError: it is out of range, or missing where there is no default.
+    """
+    size = reader.integer("group_size", default, low=-1)
+    if size in {0, 1}:
+        raise reader.wrong("group_size", "-1, or a whole number from 2")
+    return None if size == -1 else size
 
 
 def check_divides(size: int, into: int, *, module: str, what: str) -> None:

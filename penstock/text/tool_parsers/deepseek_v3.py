@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from penstock.text.cursor import MalformedError, Reading
+from penstock.text.cursor import Reading
 from penstock.text.tool_parsers.lark import LarkWriter
 from penstock.text.tool_parsers.parser import ToolParser
 
@@ -13,7 +13,6 @@ END_ALL: Final = "<\uff5ctool\u2581calls\u2581end\uff5c>"
 BEGIN: Final = "<\uff5ctool\u2581call\u2581begin\uff5c>"
 END: Final = "<\uff5ctool\u2581call\u2581end\uff5c>"
 SEPARATOR: Final = "<\uff5ctool\u2581sep\uff5c>"
-_WORD: Final = re.compile(r"[a-zA-Z0-9_-]*")
 
 
 class DeepseekV3Parser(ToolParser):
@@ -51,18 +50,14 @@ class DeepseekV3Parser(ToolParser):
         if marker == BEGIN_ALL:
             yield from cursor.skip_space()
             yield from cursor.expect(BEGIN)
-        name = yield from cursor.take(_WORD, num_chars_max=64)
+        name = yield from self._take_name()
         yield from cursor.expect(SEPARATOR)
         if (yield from cursor.peek()) != "{":
-            name = yield from cursor.take(_WORD, num_chars_max=64)
+            name = yield from self._take_name()
             yield from cursor.skip_space()
             yield from cursor.match_any(("```json", "```"))
             yield from cursor.skip_space()
-        if (yield from cursor.peek()) != "{":
-            raise MalformedError("arguments are an object")
-        self._announce(name)
-        yield from self._copy_json(self._argue)
-        self._end_call()
+        yield from self._read_call_of(name)
 
 
 class DeepseekV31Parser(DeepseekV3Parser):

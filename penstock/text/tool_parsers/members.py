@@ -1,14 +1,11 @@
 """The arguments of a schema one by one, for formats that spell each by itself (`pythonic`, `qwen3_coder`)."""
 
-import re
 from collections.abc import Mapping
-from typing import Final
 
 import msgspec
 
 from penstock.core.errors import InvalidParameterError
-
-_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}\Z")
+from penstock.core.tools import NAME
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +36,7 @@ def members_of(schema: Mapping[str, object]) -> list[Member]:
     required = frozenset(listed if isinstance(listed, list) else ())
     shared = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
     for name in properties:
-        if not _NAME.match(name):
+        if not NAME.match(name):
             raise InvalidParameterError(
                 f"tools holds the argument {name[:64]!a}, this model's format of calls cannot spell it",
                 param="tools",

@@ -4,13 +4,12 @@ Older models write `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, newe
 `[TOOL_CALLS]name{...}` or `[TOOL_CALLS]name[ARGS]{...}`, again for each call.
 """
 
-import re
 import secrets
 import string
 from collections.abc import Mapping
 from typing import Final
 
-from penstock.text.cursor import MalformedError, Reading
+from penstock.text.cursor import Reading
 from penstock.text.tool_parsers.json_calls import JsonToolParser
 from penstock.text.tool_parsers.lark import LarkWriter
 
@@ -19,7 +18,6 @@ CALL_ID: Final = "[CALL_ID]"
 ARGS: Final = "[ARGS]"
 NUM_ID_CHARS: Final = 9
 """The model's templates refuse ids of any other length."""
-_WORD: Final = re.compile(r"[a-zA-Z0-9_-]*")
 _ALPHABET: Final = string.ascii_letters + string.digits
 
 
@@ -65,13 +63,9 @@ class MistralParser(JsonToolParser):
 
     def _named(self) -> Reading[None]:
         cursor = self.cursor
-        name = yield from cursor.take(_WORD, num_chars_max=64)
+        name = yield from self._take_name()
         if (yield from cursor.match(CALL_ID)):
-            yield from cursor.take(_WORD, num_chars_max=64)
+            yield from self._take_name()
         yield from cursor.match(ARGS)
         yield from cursor.skip_space()
-        if (yield from cursor.peek()) != "{":
-            raise MalformedError("arguments are an object")
-        self._announce(name)
-        yield from self._copy_json(self._argue)
-        self._end_call()
+        yield from self._read_call_of(name)

@@ -29,6 +29,9 @@ MAX_HELD_CHARS: Final = 16_384
 """Most that is held back: a call whose arguments come before its name, or a value that is converted whole."""
 MAX_GAP_CHARS: Final = 64
 """Blanks before and between calls that are taken for the format, not for content."""
+NAME_CHARS: Final = re.compile(r"[a-zA-Z0-9_-]*")
+MAX_NAME_CHARS: Final = 64
+"""Of a tool or an argument, as in `core.tools`."""
 MAX_CALLS: Final = 128
 """Calls in one answer; what looks like more is content."""
 
@@ -285,6 +288,22 @@ class ToolParser(ABC):
             self.cursor.drop()
         else:
             self._give_up()
+
+    def _take_name(self) -> Reading[str]:
+        """Take a name that is not quoted; perhaps none."""
+        return (yield from self.cursor.take(NAME_CHARS, num_chars_max=MAX_NAME_CHARS))
+
+    def _read_call_of(self, name: str) -> Reading[None]:
+        """Take the arguments of a call whose name came before, a JSON object.
+
+        Raises:
+            MalformedError: they are none, or there is no such tool.
+        """
+        if (yield from self.cursor.peek()) != "{":
+            raise MalformedError("arguments are an object")
+        self._announce(name)
+        yield from self._copy_json(self._argue)
+        self._end_call()
 
     def _read_string(self, *, num_chars_max: int = MAX_HELD_CHARS) -> Reading[str]:
         """Take a JSON string and decode it.

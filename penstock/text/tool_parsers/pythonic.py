@@ -17,7 +17,6 @@ from penstock.text.tool_parsers.parser import ToolParser
 START: Final = "<|python_start|>"
 END: Final = "<|python_end|>"
 MAX_DEPTH: Final = 32
-_NAME: Final = re.compile(r"[a-zA-Z0-9_-]*")
 _NUMBER: Final = re.compile(r"[0-9a-zA-Z+\-._]*")
 _WORDS: Final = {
     "True": "true",
@@ -77,7 +76,7 @@ class PythonicParser(ToolParser):
     def _call(self) -> Reading[None]:
         """Announced behind the first `name=`, so that other Python is told from a call."""
         cursor = self.cursor
-        name = yield from cursor.take(_NAME, num_chars_max=64)
+        name = yield from self._take_name()
         if name not in self.schemas:
             raise MalformedError("no tool of the request has this name")
         yield from cursor.expect("(")
@@ -99,7 +98,7 @@ class PythonicParser(ToolParser):
         self._end_call()
 
     def _key(self) -> Reading[str]:
-        key = yield from self.cursor.take(_NAME, num_chars_max=64)
+        key = yield from self._take_name()
         yield from self.cursor.skip_space()
         yield from self.cursor.expect("=")
         if not key:

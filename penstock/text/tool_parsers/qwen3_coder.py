@@ -19,7 +19,6 @@ CLOSE: Final = "</tool_call>"
 FUNCTION: Final = "<function="
 PARAMETER: Final = "<parameter="
 _ENDS: Final = ("\n</parameter>", "</parameter>")
-_NAME: Final = re.compile(r"[a-zA-Z0-9_-]*")
 _KEY: Final = re.compile(r"[^<>\n]*")
 _LINE_END: Final = re.compile(r"[\r\n]*")
 _PYTHON: Final = {"True": "true", "False": "false", "None": "null"}
@@ -60,7 +59,7 @@ class Qwen3CoderParser(ToolParser):
         if marker == OPEN:
             yield from cursor.skip_space()
             yield from cursor.expect(FUNCTION)
-        name = yield from cursor.take(_NAME, num_chars_max=64)
+        name = yield from self._take_name()
         yield from cursor.expect(">")
         self._announce(name)
         properties = self.schemas[name].get("properties")
