@@ -99,6 +99,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("native_bfloat16", "kernels native, bfloat16"),
     _engine("int8", "quantization int8"),
     _engine("int4", "quantization int4"),
+    _engine("fp8", "quantization fp8"),
     _engine("gptq", "quantized checkpoint (GPTQ)"),
     _engine("gguf", "GGUF checkpoint (Q8_0)"),
     _engine("kv_int8", "kv_cache_dtype int8 (on the native kernels)"),
@@ -219,7 +220,21 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         words=("tensor_parallel_size", "enable_lora"),
         reason="adapters are not shared among ranks",
     ),
-    RefusedPair(first="int8", second="int4", words=("int8", "int4"), reason="weights are rounded in one way"),
+    *(
+        RefusedPair(
+            first=first, second=second, words=(first, second), reason="weights are rounded in one way"
+        )
+        for first, second in (("int8", "int4"), ("int8", "fp8"), ("int4", "fp8"))
+    ),
+    *(
+        RefusedPair(
+            first=first,
+            second=second,
+            words=("native", "fp8"),
+            reason="the native kernels have no weights in fp8",
+        )
+        for first, second in (("native_bfloat16", "fp8"), ("fp8", "kv_int8"))
+    ),
     RefusedPair(
         first="ngram",
         second="draft_model",

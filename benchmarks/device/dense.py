@@ -24,7 +24,7 @@ from penstock.kernels import ops
 from penstock.kernels.adapters import AdapterRows, LoraSites, LowRankPair
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
-from penstock.kernels.reference.quantize import quantize_dequantize, round_rows
+from penstock.kernels.reference.quantize import quantize_dequantize, round_inputs
 from penstock.kernels.registry import HOMES
 
 COLD_BYTES: Final = 256 << 20
@@ -42,6 +42,7 @@ FORMATS: Final = {
     "int8, rounded inputs": Quantization(method="int8"),
     "int4": Quantization(method="int4", activations="bf16"),
     "int4, rounded inputs": Quantization(method="int4"),
+    "fp8, rounded inputs": Quantization(method="fp8"),
 }
 
 
@@ -108,7 +109,7 @@ def _product(
     ]
     x = bench.rand(rows, inputs)
     meant = dense.float() if rule.method == "none" else quantize_dequantize(dense, rule)
-    seen = round_rows(x) if rule.quantizes_activations else x.float()
+    seen = round_inputs(x, rule) if rule.quantizes_activations else x.float()
     error = _error(ops.linear(kernels, x, first), seen @ meant.t())
     return Case(
         name=name,

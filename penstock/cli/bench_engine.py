@@ -35,7 +35,7 @@ from penstock.kernels.ops import KernelSet
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.registry import select_kernels
 
-Quantization = Annotated[Literal["none", "int8", "int4"], Parameter(help="Of the weights.")]
+Quantization = Annotated[Literal["none", "int8", "int4", "fp8"], Parameter(help="Of the weights.")]
 GroupSize = Annotated[int, setting("Inputs that share a scale in int4: 32, 64 or 128.")]
 Activations = Annotated[
     Literal["int8", "bf16"], Parameter(help="Inputs of quantized products, rounded to int8 or not.")

@@ -89,7 +89,7 @@ def run(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    quantization: Literal["none", "int8", "int4"] = "none",
+    quantization: Literal["none", "int8", "int4", "fp8"] = "none",
     max_num_seqs: Annotated[
         int, setting("Most sequences in one step.", allowed=Range(low=1, high=4096))
     ] = 64,

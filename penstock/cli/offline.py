@@ -158,7 +158,7 @@ class LLM:
         kernels: `auto`, `native`, `eager`, `reference` or `triton`.
         device: `auto` (CUDA where it can be used, else the CPU), `cpu` or `cuda`.
         enforce_eager: on a CUDA device, run every step launch by launch: no recorded graphs.
-        quantization: None, `none`, `int8` or `int4`: how weights of products are rounded at load.
+        quantization: None, `none`, `int8`, `int4` or `fp8`: how weights of products are rounded at load.
         quantization_group_size: inputs that share a scale in int4: 32, 64 or 128.
         quantization_activations: `int8` rounds the inputs of quantized products too; `bf16` does not.
         kv_cache_dtype: `auto`, `bfloat16`, `int8` or `fp8`.
@@ -204,7 +204,7 @@ class LLM:
         kernels: Literal["auto", "native", "eager", "reference", "triton"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
         enforce_eager: bool = False,
-        quantization: Literal["none", "int8", "int4"] | None = None,
+        quantization: Literal["none", "int8", "int4", "fp8"] | None = None,
         quantization_group_size: int = 128,
         quantization_activations: Literal["int8", "bf16"] = "int8",
         kv_cache_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = "auto",

@@ -69,15 +69,19 @@ class ServeSettings:
         setting("Where the model computes; auto takes CUDA where torch sees a device and Triton is there."),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4"],
-        setting("Round the weights of products at load: int8 has a scale an output, int4 one a group."),
+        Literal["none", "int8", "int4", "fp8"],
+        setting(
+            "Round the weights of products at load: int8 and fp8 have a scale an output, int4 one a group."
+        ),
     ] = "none"
     quantization_group_size: Annotated[
         Literal[32, 64, 128], setting("Inputs that share a scale in int4.")
     ] = 128
     quantization_activations: Annotated[
         Literal["int8", "bf16"],
-        setting("Round the inputs of quantized products to int8 too (faster), or keep them in bfloat16."),
+        setting(
+            "Round the inputs of quantized products too, to int8 or fp8 (faster), or keep them in bfloat16."
+        ),
     ] = "int8"
     kv_cache_dtype: Annotated[
         Literal["auto", "bfloat16", "int8", "fp8"],

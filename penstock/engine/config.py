@@ -11,7 +11,7 @@ from penstock.core.errors import StartupError
 DTYPES: Final = ("auto", "float32", "bfloat16")
 DEVICES: Final = ("auto", "cpu", "cuda")
 KERNELS: Final = ("auto", "native", "reference", "eager", "triton")
-QUANTIZATIONS: Final = ("none", "int8", "int4")
+QUANTIZATIONS: Final = ("none", "int8", "int4", "fp8")
 QUANTIZATION_GROUP_SIZES: Final = (32, 64, 128)
 DEFAULT_GROUP_SIZE: Final = 128
 QUANTIZATION_ACTIVATIONS: Final = ("int8", "bf16")
@@ -172,7 +172,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization_group_size: int = 128
     """Inputs that share a scale in int4: 32, 64 or 128."""
     quantization_activations: str = "int8"
-    """`int8` rounds the inputs of quantized products too, with a scale a token; `bf16` does not."""
+    """`int8` rounds the inputs of quantized products too, with a scale a token (under fp8 to fp8); `bf16`
+    does not."""
     device: str = "auto"
     """`auto` (CUDA where torch sees a device and Triton is installed, else the CPU), `cpu` or `cuda`."""
     enforce_eager: bool = False
@@ -295,8 +296,8 @@ def _check_quantization(config: EngineConfig) -> None:
     _one_of("quantization_group_size", str(size), tuple(map(str, QUANTIZATION_GROUP_SIZES)))
     if config.quantization == "none" and config.quantization_activations != "int8":
         raise StartupError(
-            f"quantization_activations is {config.quantization_activations!r}, which needs quantization int8 "
-            "or int4",
+            f"quantization_activations is {config.quantization_activations!r}, which needs quantization "
+            "int8, int4 or fp8",
             param="quantization_activations",
         )
     if config.quantization != "int4" and size != DEFAULT_GROUP_SIZE:

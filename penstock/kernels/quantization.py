@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-Method: TypeAlias = Literal["none", "int8", "int4"]
+Method: TypeAlias = Literal["none", "int8", "int4", "fp8"]
 Activations: TypeAlias = Literal["int8", "bf16"]
 
-METHODS: Final = ("none", "int8", "int4")
+METHODS: Final = ("none", "int8", "int4", "fp8")
 GROUP_SIZES: Final = (32, 64, 128)
 ACTIVATIONS: Final = ("int8", "bf16")
 
@@ -16,15 +16,16 @@ class Quantization:
     """How the weights of linear layers, experts and the head are kept; the rest stays as it is."""
 
     method: Method = "none"
-    """int8: a scale an output; int4: a scale an output and `group_size` inputs."""
+    """int8: a scale an output; int4: a scale an output and `group_size` inputs; fp8: an output, as e4m3."""
     group_size: int = 128
     """Inputs that share a scale in int4."""
     activations: Activations = "int8"
-    """int8: the input of a quantized product is rounded too, with a scale a token; bf16: it is not."""
+    """int8: the input of a quantized product is rounded too, with a scale a token, under fp8
+    to fp8; bf16: it is not."""
 
     @property
     def quantizes_activations(self) -> bool:
-        """True if the inputs of products are int8."""
+        """True if the inputs of products are rounded."""
         return self.method != "none" and self.activations == "int8"
 
     def __str__(self) -> str:

@@ -69,6 +69,8 @@ def _refuse_native(options: KernelOptions) -> str | None:
         return missing
     if options.kv_cache_dtype == "fp8":
         return "kv_cache_dtype fp8 is not kept by it"
+    if options.quantization.method == "fp8":
+        return "quantization fp8 is for the kernels triton, eager and reference"
     from penstock.kernels.cpu.emission import layout_refusal  # needs the extension module
 
     return layout_refusal(block_size=options.block_size, head_dim=options.head_dim)

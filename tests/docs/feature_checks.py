@@ -464,7 +464,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
 }
 
 
-OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", "gptq", "gguf", "lora", "kv_fp8", *NATIVE})
+OTHER_TOKENS = frozenset({"sliding_window", "int8", "int4", "fp8", "gptq", "gguf", "lora", "kv_fp8", *NATIVE})
 """Another model, or another rounding of it: what is said may differ from what is said without."""
 ROUNDED = frozenset({"eager_bfloat16", *NATIVE})
 """Where a token may also depend on the batch."""

@@ -280,7 +280,7 @@ def _config(path: Path, features: frozenset[str], *, draft: Path) -> EngineConfi
         model_path=str(path),
         dtype="bfloat16" if is_native or "eager_bfloat16" in features else "float32",
         kernels=kernels,
-        quantization=_all_of(features, {"int8": "int8", "int4": "int4"}, "none"),
+        quantization=_all_of(features, {"int8": "int8", "int4": "int4", "fp8": "fp8"}, "none"),
         deterministic="deterministic" in features,
         num_threads=1,
         tensor_parallel_size=2 if "tensor_parallel" in features else 1,

@@ -9,6 +9,8 @@ from torch import Tensor
 from penstock.kernels.quantization import Quantization
 
 INT8_MAX = 127
+FP8_MAX = 448
+"""The largest number of e4m3 without infinities."""
 INT4_MIN, INT4_MAX = -8, 7
 KV_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """What the largest number of a key or value becomes."""
@@ -84,18 +86,36 @@ def dequantize_int4(values: Tensor, scales: Tensor, *, in_features: int) -> Tens
     return grouped.flatten(1)[:, :in_features]
 
 
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale a row, `max|w| / 448`; weights and inputs alike.
+
+    Args:
+        weight: [O, I].
+
+    Returns:
+        Values [O, I] float8_e4m3fn, to the nearest even, and scales [O] float32.
+    """
+    wide = weight.float()
+    largest = wide.abs().amax(dim=1)
+    factors = torch.where(largest > 0, FP8_MAX / largest, 0.0)
+    return (wide * factors[:, None]).to(torch.float8_e4m3fn), largest / FP8_MAX
+
+
 def quantize_dequantize(weight: Tensor, quantization: Quantization) -> Tensor:
     """What a quantized weight stands for.
 
     Args:
         weight: [O, I].
-        quantization: int8 or int4.
+        quantization: any but none.
 
     Returns:
         [O, I] float32.
     """
     if quantization.method == "int8":
         return dequantize_int8(*quantize_int8(weight))
+    if quantization.method == "fp8":
+        values, scales = quantize_fp8(weight)
+        return values.float() * scales[:, None]
     assert quantization.method == "int4", quantization
     values, scales = quantize_int4(weight, group_size=quantization.group_size)
     return dequantize_int4(values, scales, in_features=weight.shape[1])
@@ -130,3 +150,19 @@ def round_rows(x: Tensor) -> Tensor:
     largest = wide.abs().amax(dim=1, keepdim=True)
     factors = torch.where(largest > 0, INT8_MAX / largest, 0.0)
     return (wide * factors).round() * (largest / INT8_MAX)
+
+
+def round_inputs(x: Tensor, quantization: Quantization) -> Tensor:
+    """Inputs as a product with rounded inputs sees them.
+
+    Args:
+        x: [T, I].
+        quantization: of the product's weight.
+
+    Returns:
+        [T, I] float32.
+    """
+    if quantization.method != "fp8":
+        return round_rows(x)
+    values, scales = quantize_fp8(x)
+    return values.float() * scales[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.kernels.ops import LinearWeight
 from penstock.kernels.quantization import Quantization
-from penstock.kernels.reference.quantize import quantize_dequantize, round_rows
+from penstock.kernels.reference.quantize import quantize_dequantize, round_inputs
 from penstock.kernels.rounded import RoundedWeight
 
 
@@ -41,8 +41,8 @@ class PlainLinear:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """The input as the product sees it: of x's dtype, or float32 where activations are int8."""
-        return round_rows(x) if self.quantization.quantizes_activations else x
+        """The input as the product sees it: of x's dtype, or float32 where activations are rounded."""
+        return round_inputs(x, self.quantization) if self.quantization.quantizes_activations else x
 
 
 def prepare_plain(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from triton import cdiv, next_power_of_2
 
+from penstock.kernels.quantization import Method
+from penstock.kernels.reference.quantize import FP8_MAX, INT8_MAX
 from penstock.kernels.triton import products
 from penstock.kernels.triton.launch import INTERPRETED, num_processors
 from penstock.kernels.triton.weights import Format, TritonLinear
@@ -31,6 +33,10 @@ MAX_ROW_OUTPUTS: Final = 256 if INTERPRETED.value else 8
 """Outputs of one program for a single row; the interpreter, which pays for each program, takes more."""
 ROW_TILE: Final = 512 * MAX_ROW_OUTPUTS
 """Weights that such a program reads at once: 32 a thread."""
+SCALED_STEP: Final = 16
+"""Whole multiples of it are the sizes that torch's product of fp8 matrices takes."""
+HOPPER: Final = (9, 0)
+"""Compute capability from which that product has a scale for each row and output."""
 FINISH_OUTPUTS: Final = 512
 """Outputs of one program that adds chunks."""
 
@@ -94,23 +100,26 @@ def choose_tiling(num_rows: int, weight: TritonLinear, *, is_deterministic: bool
     )
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as int8 with a scale each, by the rule of `reference.quantize.round_rows`.
+def round_rows(x: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+    """Rows with a scale each, by the rule of `reference.quantize.round_inputs`.
 
     Args:
         x: [T, I].
+        method: of the weight that they are multiplied with.
 
     Returns:
-        [T, I] int8 and [T] float32.
+        [T, I] int8 or, for fp8, float8_e4m3fn, and [T] float32.
     """
     num_rows, width = x.shape
-    out = torch.empty(num_rows, width, dtype=torch.int8, device=x.device)
+    dtype, limit = (torch.float8_e4m3fn, FP8_MAX) if method == "fp8" else (torch.int8, INT8_MAX)
+    out = torch.empty(num_rows, width, dtype=dtype, device=x.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     block = next_power_of_2(width)
     if num_rows:
         products.round_rows_kernel[(num_rows,)](
-            x, out, scales, x.stride(0), width, BLOCK=block, num_warps=max(1, min(16, block // 512))
-        )
+            x, out, scales, x.stride(0), width,
+            LIMIT=float(limit), BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
     return out, scales
 
 
@@ -174,7 +183,9 @@ def multiply(x: Tensor, weight: TritonLinear, *, is_deterministic: bool, dtype: 
     if not out.numel():
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    x, x_scales = round_rows(x) if weight.quantization.quantizes_activations else (x, x)
+    x, x_scales = (
+        round_rows(x, weight.quantization.method) if weight.quantization.quantizes_activations else (x, x)
+    )
     if x.shape[0] == 1 and not is_deterministic:
         _multiply_row(x, x_scales, weight, out)
     else:
@@ -183,8 +194,37 @@ def multiply(x: Tensor, weight: TritonLinear, *, is_deterministic: bool, dtype: 
     return out
 
 
+def _serves_scaled(x: Tensor, weight: TritonLinear) -> bool:
+    """True if torch's own product of two fp8 matrices takes these: Hopper or later, sizes in whole 16s."""
+    return (
+        weight.format is Format.FP8
+        and weight.quantization.quantizes_activations
+        and x.device.type == "cuda"
+        and x.dtype == torch.bfloat16
+        and weight.in_features % SCALED_STEP == weight.out_features % SCALED_STEP == 0
+        and torch.cuda.get_device_capability(x.device) >= HOPPER
+    )
+
+
+def _multiply_scaled(x: Tensor, weight: TritonLinear) -> Tensor:
+    """By torch's product of two fp8 matrices with a scale a row and a scale an output."""
+    assert weight.scales is not None
+    rounded, scales = round_rows(x, "fp8")
+    out: Tensor = torch._scaled_mm(  # noqa: SLF001  there is no public name for it
+        rounded,
+        weight.values.t(),
+        scale_a=scales[:, None],
+        scale_b=weight.scales[None, :],
+        out_dtype=x.dtype,
+    )
+    return out if weight.bias is None else out.add_(weight.bias)
+
+
 def linear(x: Tensor, weight: TritonLinear, *, is_deterministic: bool) -> Tensor:
     """As `ops.linear`."""
-    if weight.format is Format.DENSE and x.shape[0] != 1 and not is_deterministic:
-        return functional.linear(x, weight.values, weight.bias)
+    if x.shape[0] > 1 and not is_deterministic:
+        if weight.format is Format.DENSE:
+            return functional.linear(x, weight.values, weight.bias)
+        if _serves_scaled(x, weight):
+            return _multiply_scaled(x if x.stride(1) == 1 else x.contiguous(), weight)
     return multiply(x, weight, is_deterministic=is_deterministic, dtype=x.dtype)

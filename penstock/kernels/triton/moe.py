@@ -440,7 +440,7 @@ def _run_gated(x: Tensor, pairs: PairOrder, tables: LayerTables, *, num_pairs: i
             "gate and up of an expert are quantized in different ways, which kernels triton cannot multiply"
         )
     hidden = torch.empty(num_pairs, gate.out_features, dtype=x.dtype, device=x.device)
-    x, scales = round_rows(x) if gate.quantization.quantizes_activations else (x, x)
+    x, scales = round_rows(x, gate.quantization.method) if gate.quantization.quantizes_activations else (x, x)
     _gated_kernel[(pairs.block_experts.shape[0], cdiv(gate.out_features, 64))](
         x, scales, pairs.order, pairs.block_experts, *_pointers(tables.gate), *_pointers(tables.up),
         hidden, gate.out_features, x.stride(0), gate.values.stride(0),
@@ -452,7 +452,9 @@ def _run_gated(x: Tensor, pairs: PairOrder, tables: LayerTables, *, num_pairs: i
 def _run_down(hidden: Tensor, pairs: PairOrder, weights: Tensor, table: ExpertTable) -> Tensor:
     down = table.first
     parts = torch.empty(hidden.shape[0], down.out_features, dtype=torch.float32, device=hidden.device)
-    hidden, scales = round_rows(hidden) if down.quantization.quantizes_activations else (hidden, hidden)
+    scales = hidden
+    if down.quantization.quantizes_activations:
+        hidden, scales = round_rows(hidden, down.quantization.method)
     outputs = 128 if pairs.rows == 128 else 64
     _down_kernel[(pairs.block_experts.shape[0], cdiv(down.out_features, outputs))](
         hidden, scales, pairs.order, pairs.block_experts, *_pointers(table), weights, parts,

@@ -19,6 +19,7 @@ from penstock.kernels.triton.weights import Format
 DENSE = tl.constexpr(int(Format.DENSE))
 INT8 = tl.constexpr(int(Format.INT8))
 INT4 = tl.constexpr(int(Format.INT4))
+FP8 = tl.constexpr(int(Format.FP8))
 ROWS_IN_TURN = tl.constexpr(8)
 """Tiles above each other that are computed before the next column of tiles: their rows stay in the cache."""
 
@@ -38,20 +39,26 @@ def _sum_wide(
     acc: tl.tensor,
     start: tl.tensor,
     FORMAT: tl.constexpr,
+    IS_ROUNDED: tl.constexpr,
     IN: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """Activations as they are: an integer weight becomes one of their dtype, which is exact."""
+    """Float activations: a weight in fewer bits becomes one of their dtype, which is exact, and fp8 bfloat16.
+
+    Products of fp8 itself would be summed with fewer digits than a float32 has.
+    """
     for k in range(0, CHUNK, BLOCK_K):
         ks = start + k + tl.arange(0, BLOCK_K)
         x_mask, w_mask = row_mask, col_mask
         if not IS_EVEN:
             x_mask, w_mask = row_mask & (ks < IN)[None, :], col_mask & (ks < IN)[:, None]
-        x_tile = tl.load(x_rows + ks[None, :], mask=x_mask, other=0)
-        w_tile = tl.load(w_cols + ks[:, None], mask=w_mask, other=0)
-        if FORMAT == INT8:
+        x_tile = tl.load(x_rows + ks[None, :], mask=x_mask, other=0.0)
+        w_tile = tl.load(w_cols + ks[:, None], mask=w_mask, other=0.0)
+        if IS_ROUNDED:
+            x_tile = x_tile.to(tl.float32).to(tl.bfloat16)
+        if FORMAT != DENSE:
             w_tile = w_tile.to(tl.float32).to(x_tile.dtype)
         acc = dot(x_tile, w_tile, acc)
     return acc
@@ -153,14 +160,14 @@ def sum_chunk(
     """A tile's sum over the inputs [start, start + CHUNK), without the scales of whole rows and outputs.
 
     Args:
-        x_rows: [M, 1] pointers to rows of the input; of int8 if IS_ROUNDED.
+        x_rows: [M, 1] pointers to rows of the input; of int8 or fp8 if IS_ROUNDED.
         row_mask: [M, 1] which of them there are.
         w_cols: [1, N] pointers to rows of the weight.
         scale_cols: [1, N] pointers to the scales of their groups; read for int4 alone.
         col_mask: [1, N] which of them there are.
         start: first input.
         FORMAT: of the weight.
-        IS_ROUNDED: the input is rounded to integers.
+        IS_ROUNDED: the input is rounded.
         IN: inputs of the whole weight.
         GROUP: inputs that share a scale in int4.
         CHUNK: inputs to sum, whole blocks of BLOCK_K.
@@ -173,17 +180,19 @@ def sum_chunk(
         [M, N] float32.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if IS_ROUNDED else tl.float32)
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if IS_ROUNDED and FORMAT != FP8 else tl.float32)
     if FORMAT == INT4:
         acc = _sum_int4(
             x_rows, row_mask, w_cols, scale_cols, col_mask, acc, zeros, start,
             IS_ROUNDED, IN, GROUP, CHUNK, BLOCK_K // 2,
         )  # fmt: skip
-    elif IS_ROUNDED:
+    elif IS_ROUNDED and FORMAT == INT8:
         whole = _sum_integers(x_rows, row_mask, w_cols, col_mask, zeros, start, IN, CHUNK, BLOCK_K, IS_EVEN)
         acc = whole.to(tl.float32)
     else:
-        acc = _sum_wide(x_rows, row_mask, w_cols, col_mask, acc, start, FORMAT, IN, CHUNK, BLOCK_K, IS_EVEN)
+        acc = _sum_wide(
+            x_rows, row_mask, w_cols, col_mask, acc, start, FORMAT, IS_ROUNDED, IN, CHUNK, BLOCK_K, IS_EVEN
+        )
     return acc
 
 
@@ -204,7 +213,7 @@ def finish(
     """What is left to do with a whole sum [M, N]: the rows' scales, the outputs' scales, the bias."""
     if IS_ROUNDED:
         total *= tl.load(x_scales + rows, mask=row_mask, other=0.0)
-    if FORMAT == INT8:
+    if FORMAT == INT8 or FORMAT == FP8:  # noqa: PLR1714, SIM109  a tuple is no constant to the compiler
         total *= tl.load(w_scales + cols, mask=col_mask, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)
@@ -319,8 +328,8 @@ def _row_wide(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, IN, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)[None, :]
-        x_part = tl.load(x + ks, mask=ks < IN, other=0).to(tl.float32)
-        w_tile = tl.load(w_cols + ks, mask=col_mask & (ks < IN), other=0).to(tl.float32)
+        x_part = tl.load(x + ks, mask=ks < IN, other=0.0).to(tl.float32)
+        w_tile = tl.load(w_cols + ks, mask=col_mask & (ks < IN), other=0.0).to(tl.float32)
         acc += w_tile * x_part
     return tl.sum(acc, axis=1)
 
@@ -409,9 +418,15 @@ def row_kernel(
 
 @triton.jit
 def round_rows_kernel(
-    x: tl.tensor, out: tl.tensor, scales: tl.tensor, stride: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
+    x: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    width: tl.tensor,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """A row as int8 and its scale, `max|x| / 127`; a row that is not finite keeps a scale of NaN."""
+    """A row as int8 or fp8 and its scale, `max|x| / LIMIT`; a row that is not finite has a scale of NaN."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     wide = tl.load(x + row * stride + cols, mask=cols < width, other=0.0).to(tl.float32)
@@ -421,8 +436,12 @@ def round_rows_kernel(
     largest = tl.max(tl.abs(wide), axis=0)
     # Smaller ones would have a factor beyond the largest float32; they round to 0.
     has_size = largest > 1e-36
-    factor = tl.where(has_size, tl.div_rn(127.0, tl.where(has_size, largest, 1.0)), 0.0)
-    rounded = (wide * factor + ROUNDER) - ROUNDER
-    scale = tl.where(num_lost > 0, float("nan"), tl.div_rn(largest, 127.0))
-    tl.store(out + row * width + cols, rounded.to(tl.int8), mask=cols < width)
+    factor = tl.where(has_size, tl.div_rn(LIMIT, tl.where(has_size, largest, 1.0)), 0.0)
+    scaled = wide * factor
+    if out.dtype.element_ty == tl.int8:
+        rounded = ((scaled + ROUNDER) - ROUNDER).to(tl.int8)
+    else:
+        rounded = narrow(scaled, out.dtype.element_ty)
+    scale = tl.where(num_lost > 0, float("nan"), tl.div_rn(largest, LIMIT))
+    tl.store(out + row * width + cols, rounded, mask=cols < width)
     tl.store(scales + row, scale)

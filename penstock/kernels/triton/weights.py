@@ -4,6 +4,7 @@
 dense  values [O, I] of the model's dtype
 int8   values [O, I] int8                       scales [O] float32
 int4   values [O, padded I / 2] uint8           scales [O, G] float16
+fp8    values [O, I] float8_e4m3fn              scales [O] float32
 ```
 
 Two inputs share a byte of int4, a `half` apart, so that a block of bytes is two blocks of neighbouring
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from penstock.kernels.ops import LinearWeight
 from penstock.kernels.quantization import Quantization
-from penstock.kernels.reference.quantize import INT4_MIN, quantize_int4, quantize_int8
+from penstock.kernels.reference.quantize import INT4_MIN, quantize_fp8, quantize_int4, quantize_int8
 from penstock.kernels.rounded import RoundedWeight
 
 
@@ -35,9 +36,10 @@ class Format(IntEnum):
     DENSE = 0
     INT8 = 1
     INT4 = 2
+    FP8 = 3
 
 
-FORMATS: Final = {"none": Format.DENSE, "int8": Format.INT8, "int4": Format.INT4}
+FORMATS: Final = {"none": Format.DENSE, "int8": Format.INT8, "int4": Format.INT4, "fp8": Format.FP8}
 MAX_HALF: Final = 64
 """Inputs in one product of an int4 block: enough to keep the tensor cores busy."""
 
@@ -106,6 +108,11 @@ def prepare(weight: Tensor, bias: Tensor | None, *, quantization: Quantization) 
         values = weight if weight.stride(1) == 1 else weight.contiguous()
         return TritonLinear(
             values=values, scales=None, bias=bias, in_features=weight.shape[1], quantization=quantization
+        )
+    if quantization.method == "fp8":
+        values, scales = quantize_fp8(weight)
+        return TritonLinear(
+            values=values, scales=scales, bias=bias, in_features=weight.shape[1], quantization=quantization
         )
     if quantization.method == "int8":
         values, scales = quantize_int8(weight)

@@ -10,7 +10,7 @@ from penstock.kernels import ops
 from penstock.kernels.batch import KvShape, KvSlab
 from penstock.kernels.options import DEFAULT_OPTIONS
 from penstock.kernels.quantization import Activations, Method, Quantization
-from penstock.kernels.reference.quantize import quantize_dequantize, round_rows
+from penstock.kernels.reference.quantize import quantize_dequantize, round_inputs, round_rows
 from penstock.kernels.registry import HOMES
 from tests.unit.kernels.attention_case import make_case, poison
 from tests.unit.kernels.device_home import on_test_device
@@ -174,6 +174,26 @@ def test_linear_multiplies_by_what_the_quantized_weight_stands_for(
     x, weight = rand(7, 160, dtype=dtype), rand(40, 160, dtype=dtype, seed=1) / 12
     prepared = ops.prepare_linear(kernels, weight, quantization=quantization)
     rounded = round_rows(x) if activations == "int8" else x
+    expected = rounded.double() @ quantize_dequantize(weight, quantization).double().t()
+    got = ops.linear(kernels, x, prepared)
+    torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+@pytest.mark.parametrize(
+    "home",
+    [(name, dtype) for name, home in HOMES.items() if name != "native" for dtype in home.dtypes],
+    ids=str,
+    indirect=True,
+)
+def test_linear_multiplies_by_fp8_weights(
+    kernels: ops.KernelSet, dtype: torch.dtype, activations: Activations
+) -> None:
+    """In every home but the native one, which refuses them at start."""
+    quantization = Quantization(method="fp8", activations=activations)
+    x, weight = rand(7, 160, dtype=dtype), rand(40, 160, dtype=dtype, seed=1) / 12
+    prepared = ops.prepare_linear(kernels, weight, quantization=quantization)
+    rounded = round_inputs(x, quantization) if activations == "int8" else x
     expected = rounded.double() @ quantize_dequantize(weight, quantization).double().t()
     got = ops.linear(kernels, x, prepared)
     torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

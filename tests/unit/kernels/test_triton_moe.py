@@ -69,6 +69,7 @@ def test_of_equal_experts_the_first_is_chosen() -> None:
         Quantization(method="int8"),
         Quantization(method="int4", group_size=32, activations="bf16"),
         Quantization(method="int4", group_size=32, activations="int8"),
+        Quantization(method="fp8"),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.kernels.reference.dense import linear_wide
-from penstock.kernels.reference.quantize import quantize_int4, quantize_int8, round_rows
+from penstock.kernels.reference.quantize import quantize_fp8, quantize_int4, quantize_int8, round_rows
 from penstock.kernels.reference.weights import prepare_plain
 from penstock.kernels.rounded import RoundedWeight
 from penstock.kernels.triton import linear, weights
@@ -26,6 +26,8 @@ RULES = [
         for size, activations in product((32, 128), ("int8", "bf16"))
     ),
     Quantization(method="int4", group_size=64, activations="bf16"),
+    Quantization(method="fp8", activations="int8"),
+    Quantization(method="fp8", activations="bf16"),
 ]
 ROUNDING = 1e-2
 """One rounding to bfloat16 of values up to about 4; the sums before it run in float32 or int32."""
@@ -113,8 +115,12 @@ def test_int4_packing_by_hand() -> None:
 
 def test_rounded_rows_are_those_of_the_rule() -> None:
     x = rand(5, 300) * torch.tensor([[1.0], [1e-3], [1e4], [0.0], [1.0]]).bfloat16()
-    values, scales = linear.round_rows(x)
+    values, scales = linear.round_rows(x, "int8")
     assert torch.equal(values.float() * scales[:, None], round_rows(x))
+    values, scales = linear.round_rows(x, "fp8")
+    expected, expected_scales = quantize_fp8(x)
+    assert torch.equal(values.float(), expected.float())
+    assert torch.equal(scales, expected_scales)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy tells of the NaN that is wanted
