@@ -3,6 +3,7 @@
 A message names the field, what was sent and the limit. The library's text never leaves the server.
 """
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Final, NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ from pydantic_core import ErrorDetails
 from penstock.core.errors import InvalidParameterError
 
 M = TypeVar("M", bound=BaseModel)
+_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _MAX_PATH_CHARS: Final = 200
 
 
@@ -110,6 +112,13 @@ def _parts(error: ErrorDetails, *, data: object) -> list[str]:
     return parts
 
 
+def _shown(error: ErrorDetails) -> str:
+    """The value; a short word in place of one of a few words is told as it is."""
+    value = error["input"]
+    is_word = isinstance(value, str) and _WORD.fullmatch(value) is not None
+    return f'"{value}"' if is_word and error["type"] == "literal_error" else describe(value)
+
+
 def _path(error: ErrorDetails, *, data: object) -> str:
     return ascii(".".join(_parts(error, data=data))[:_MAX_PATH_CHARS])[1:-1]
 
@@ -125,9 +134,7 @@ def _raise(error: ErrorDetails, *, data: object) -> NoReturn:
     where = path or "the body"
     if error["loc"][-1:] == ("[key]",):
         where = f"the key of {where}"
-    raise InvalidParameterError(
-        f"{where} is {describe(error['input'])}, it must be {_limit(error)}", param=path or None
-    )
+    raise InvalidParameterError(f"{where} is {_shown(error)}, it must be {_limit(error)}", param=path or None)
 
 
 def validate(data: object, *, model: type[M]) -> M:

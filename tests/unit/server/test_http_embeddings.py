@@ -100,3 +100,13 @@ async def test_a_large_request_has_a_bounded_number_of_inputs_in_the_engine():
         assert model.num_open == 256
         model.resume.set()
         assert len((await task).json()["data"]) == 300
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [("encoding_format", "int8", '"float" or "base64"'), ("pooling_type", "cls", '"mean" or "last"')],
+)
+async def test_a_wrong_word_is_told_with_the_words_there_are(field, value, limit):
+    async with bench() as b:
+        reply = await b.http.post(PATH, json={"input": "a", field: value})
+    assert reply.json()["error"]["message"] == f'{field} is "{value}", it must be {limit}'
