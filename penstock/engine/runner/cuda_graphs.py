@@ -18,6 +18,7 @@ of them at most.
 The runner calls it. `Recorder` is the seam to CUDA; `CudaRecorder` has not run on a device yet.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.runner.device_batch import LastDrawn, tensors_of, with_tensors
+from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.scheduler.plan import ScheduledSequence
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
 from penstock.kernels.transfer import ALIGNMENT, fill, host_buffer, indices, not_finite, views_like
@@ -37,6 +39,8 @@ FIRST_LENGTH: Final = 1024
 LENGTH_FACTOR: Final = 4
 RECORD_AT_START_S: Final = 5.0
 """Of the time until the engine is ready, for recordings."""
+log = logging.getLogger("penstock.engine.runner")
+
 PAD_LENGTH: Final = 1
 """Context of a row that nobody owns."""
 
@@ -95,6 +99,7 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], None]) -> Replayable:
         """As `Recorder.record`: once without recording, so that kernels are compiled and workspaces made."""
+        torch.cuda.empty_cache()  # as the recording does: else what it frees would be subtracted
         before = torch.cuda.memory_reserved(self._device)
         aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
         aside.wait_stream(torch.cuda.current_stream(self._device))
@@ -158,6 +163,8 @@ class DecodeGraphs:
     device: torch.device
     recorder: Recorder
     _made: dict[Rung, _Recording] = field(default_factory=dict)
+    _failed: set[Rung] = field(default_factory=set)
+    """Those that could not be recorded, for want of memory."""
     _missed: dict[Rung, int] = field(default_factory=dict)
     """Steps that ran launch by launch for want of a rung."""
 
@@ -211,10 +218,20 @@ class DecodeGraphs:
             example: any step on the host, for the slabs and the layers' groups.
         """
         lengths, rows = length_ladder(self.limits.max_model_len), row_ladder(self.limits.max_num_seqs)
-        missing = [Rung(*pair) for pair in product(lengths, rows) if Rung(*pair) not in self._made]
+        known = self._made.keys() | self._failed
+        missing = [Rung(*pair) for pair in product(lengths, rows) if Rung(*pair) not in known]
         if not missing:
             return False
-        self._record(max(missing, key=lambda rung: self._missed.get(rung, 0)), example)
+        rung = max(missing, key=lambda each: self._missed.get(each, 0))
+        try:
+            self._record(rung, example)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning(
+                "no memory to record decode steps of %d rows: they run launch by launch", rung.num_rows
+            )
+            self._failed.add(rung)
         return True
 
     def record_at_start(self, example: ForwardBatch, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -294,11 +311,10 @@ def padded(batch: ForwardBatch, *, rung: Rung, limits: GraphLimits) -> ForwardBa
 
 
 def _padded_group(group: AttentionBatch, *, rung: Rung, limits: GraphLimits) -> AttentionBatch:
-    num, known = len(group.seq_lens), group.block_tables.shape[1]
-    tables = torch.full(
-        (rung.num_rows, -(-rung.length // limits.block_size)), limits.scratch_block, dtype=torch.int32
-    )
-    tables[:num, :known] = group.block_tables
+    num, width = len(group.seq_lens), -(-rung.length // limits.block_size)
+    tables = torch.full((rung.num_rows, width), limits.scratch_block, dtype=torch.int32)
+    known = min(width, group.block_tables.shape[1])  # tables have room for more than the step needs
+    tables[:num, :known] = group.block_tables[:, :known]
     missing = rung.num_rows - num
     return AttentionBatch(
         query_start_loc=torch.arange(rung.num_rows + 1, dtype=torch.int32),

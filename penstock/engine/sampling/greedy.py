@@ -41,9 +41,9 @@ class GreedySampler:
         )
         vocab = part.shape[1]
         highest = part.amax(dim=1)
-        ids = torch.arange(vocab, device=part.device)
+        ids = torch.arange(vocab, dtype=torch.int32, device=part.device)
         # Not argmax, which may name any of several equals on a device.
-        tokens = torch.where(part == highest[:, None], ids, vocab - 1).amin(dim=1)
+        tokens = torch.where(part == highest[:, None], ids, vocab - 1).amin(dim=1).long()
         status = torch.where(highest.isfinite(), int(DrawStatus.DRAWN), int(DrawStatus.NOT_FINITE))
         nothing = torch.zeros_like(tokens)
         return torch.stack([tokens, status, nothing, nothing], dim=1).double()

@@ -164,3 +164,17 @@ def test_the_start_records_for_a_bounded_time_and_memory_is_told(recorded):
     assert runner.buffer_bytes >= bytes_before + 2000
     graphs.clear()
     assert graphs.rungs == []
+
+
+def test_a_rung_without_memory_is_given_up_and_its_steps_run_launch_by_launch(recorded):
+    runner, _, graphs = recorded
+
+    def fail(run):
+        raise MemoryError
+
+    graphs.recorder.record = fail
+    assert runner.record_next()
+    assert graphs.rungs == []
+    assert step(runner, seq(1, [3], 0, [1]), new_sequences=[new(1)]) == {1: 4}
+    while runner.record_next():
+        pass

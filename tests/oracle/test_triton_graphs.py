@@ -1,0 +1,73 @@
+"""A recorded decode step on the Triton kernels, interpreted: launches that know a rung's lengths alone."""
+
+from pathlib import Path
+
+import torch
+
+from penstock.core.params import SamplingParams
+from penstock.engine.kv.cache_groups import make_cache_layout
+from penstock.engine.runner.cuda_graphs import DecodeGraphs, GraphLimits
+from penstock.engine.runner.runner import Runner
+from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence, StepPlan
+from penstock.kernels.devices import CPU
+from penstock.models.loader import load_model
+from tests.oracle.checkpoints import tiny_checkpoint
+
+
+class Again:
+    """Records nothing and launches everything anew at each replay, with the arguments of the recording."""
+
+    num_bytes = 0
+
+    def __init__(self, run=None):
+        self.run = run
+
+    def record(self, run):
+        run()
+        return Again(run)
+
+    def replay(self):
+        self.run()
+
+
+def sequence(seq_id, token_ids, start, tables):
+    return ScheduledSequence(seq_id, token_ids, start, tables, (SampleSpec(seq_id, 0),))
+
+
+def test_a_padded_step_of_a_rung_draws_what_the_same_step_draws_alone(tmp_path: Path) -> None:
+    """Grouped heads and a window, with lengths on the host that are those of no sequence."""
+    loaded = load_model(
+        tiny_checkpoint("mistral", tmp_path), dtype="float32", kernels="triton", max_model_len=48
+    )
+    layout = make_cache_layout(loaded.model.layer_windows)
+
+    def make(pool):
+        limits = GraphLimits(
+            max_num_seqs=2, max_model_len=48, block_size=16, scratch_block=pool.scratch_block
+        )
+        return DecodeGraphs(model=loaded.model, limits=limits, device=CPU, recorder=Again())
+
+    runner = Runner(loaded, layout=layout, num_blocks=16, block_size=16, make_graphs=make)
+    tables = [
+        tuple([8 * group + 2 * row, 8 * group + 2 * row + 1] for group in range(len(layout.groups)))
+        for row in range(2)
+    ]
+    prompts = [sequence(1, [5, 9, 4], 0, tables[0]), sequence(2, list(range(3, 20)), 0, tables[1])]
+    new = [
+        NewSequence(seq_id=i, params=SamplingParams(temperature=0.0), seed=0, prompt_token_ids=[])
+        for i in (1, 2)
+    ]
+    first = {
+        t.seq_id: t.token_id
+        for t in runner.collect(
+            runner.launch(StepPlan(step_id=1, sequences=prompts, new_sequences=new))
+        ).tokens
+    }
+    decodes = [sequence(1, [first[1]], 3, tables[0]), sequence(2, [first[2]], 17, tables[1])]
+    with torch.inference_mode():
+        alone = runner._forward(decodes).logits
+        assert runner.record_next(), "the rung that was missed"
+        replayed = runner._forward(decodes).logits
+    assert runner._graphs.rungs == list(runner._graphs._missed) == [(48, 2)]
+    assert replayed.data_ptr() == runner._graphs._made[48, 2].output.logits.data_ptr()
+    torch.testing.assert_close(replayed, alone)
