@@ -206,7 +206,7 @@ async def test_a_wrong_field_is_a_400_that_names_it(change, param):
         ({"logit_bias": {"7": 101}}, "logit_bias.7 is 101, it must be at most 100.0"),
         ({"metadata": {"My-Key": 1}}, "metadata.My-Key is 1, it must be a string"),
         ({"echo": True}, "echo is true, it must be false"),
-        ({"service_tier": "x"}, 'service_tier is a string of 1 characters, it must be "auto" or "default"'),
+        ({"service_tier": "x"}, 'service_tier is "x", it must be "auto" or "default"'),
         ({"max_tokens": -1}, "max_tokens is -1, it must be at least 1"),
         ({"max_tokens": 0}, "max_tokens is 0, it must be at least 1"),
         ({"top_k": -2}, "top_k is -2, it must be at least -1"),
