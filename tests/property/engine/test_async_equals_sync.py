@@ -81,6 +81,26 @@ class Faults:
         self._raise_if("sample", seq_ids)
 
 
+class Shortage(Faults):
+    """Now and then there is no memory for a pass, or for draws; alone everybody gets what it needs."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__("", ())
+        self._rng = random.Random(seed)
+        self.num_times = 0
+
+    def _try(self, seq_ids: Sequence[SequenceId], chance: float) -> None:
+        if self._rng.random() < chance and (len(seq_ids) > 1 or self.num_times % 3 == 0):
+            self.num_times += 1
+            raise torch.OutOfMemoryError("a shortage of the test")
+
+    def before_forward(self, seq_ids: Sequence[SequenceId]) -> None:
+        self._try(seq_ids, 0.2)
+
+    def before_sample(self, seq_ids: Sequence[SequenceId]) -> None:
+        self._try(seq_ids, 0.1)
+
+
 def make_core(folder: Path, *, is_async: bool, faults: Faults | None = None, **options: Any) -> EngineCore:
     limits = {"max_num_seqs": 5, "max_num_batched_tokens": 24, "step_time_target_ms": 10_000.0, **options}
     model = limits.pop("model", "model")
@@ -232,3 +252,12 @@ def test_who_fails_fails_alone_though_it_is_in_two_steps(folder: Path, kind: str
     assert {key: one for key, one in got.items() if key[0] not in failed} == {
         key: one for key, one in expected.items() if key[0] not in failed
     }
+
+
+@pytest.mark.parametrize("seed", [8, 9])
+def test_who_lacks_memory_is_computed_again_and_says_the_same(folder: Path, seed: int) -> None:
+    requests = make_requests(seed, 14)
+    expected = run(make_core(folder, is_async=False), requests)
+    shortage = Shortage(seed)
+    assert run(make_core(folder, is_async=True, faults=shortage), requests) == expected
+    assert shortage.num_times > 3
