@@ -5,8 +5,9 @@ The engine runs in a thread of this process. What this version does not have is 
 
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeGuard, TypeVar
@@ -15,7 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from penstock.cli.feed import num_in_flight, with_patience, with_room
+from penstock.cli.feed import with_room
 from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
 from penstock.cli.model_source import ModelSource, find_draft, find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
@@ -31,7 +32,6 @@ from penstock.cli.pooled import (
 )
 from penstock.cli.refused import REFUSED_OPTIONS, refuse
 from penstock.cli.structured_outputs import StructuredOutputsParams, grammars_of
-from penstock.cli.workers import work_off
 from penstock.core.errors import (
     EngineDeadError,
     EngineError,
@@ -526,22 +526,21 @@ class LLM:
 
     async def _answer_all(self, requests: list[GenerateRequest], *, show: bool) -> list[RequestOutput]:
         """Keep the engine's queue filled until every request has its output."""
-        results: dict[int, RequestOutput] = {}
         with OfflineProgress(len(requests), show=show) as progress:
+            return await answer_each(
+                requests,
+                partial(answer_whole, self._model.service),
+                max_num_seqs=self.info.max_num_seqs,
+                recover=_recovered,
+                on_result=progress.advance,
+            )
 
-            async def work(item: tuple[int, GenerateRequest]) -> None:
-                index, request = item
-                try:
-                    results[index] = await with_patience(lambda: answer_whole(self._model.service, request))
-                except (EngineDeadError, NotReadyError) as error:
-                    if not results:
-                        raise
-                    results[index] = _unanswered(request, error)
-                progress.advance(results[index])
 
-            num_workers = min(len(requests), num_in_flight(max_num_seqs=self.info.max_num_seqs))
-            await work_off(enumerate(requests), work, num_workers=num_workers)
-        return [results[index] for index in range(len(requests))]
+def _recovered(request: GenerateRequest, error: PenstockError, results: Sized) -> RequestOutput:
+    """What answers there are are given though the engine has died meanwhile; without any it is an error."""
+    if not results or not isinstance(error, EngineDeadError | NotReadyError):
+        raise error
+    return _unanswered(request, error)
 
 
 async def answer_whole(service: TextService, request: GenerateRequest) -> RequestOutput:

@@ -1,12 +1,12 @@
 """The offline API's requests that generate nothing, and what they return; named as vLLM's users know them."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from penstock.cli.feed import num_in_flight, with_patience
 from penstock.cli.workers import work_off
-from penstock.core.errors import InvalidParameterError
+from penstock.core.errors import InvalidParameterError, PenstockError
 from penstock.core.pooled import pairs_of_texts
 
 Request = TypeVar("Request")
@@ -88,19 +88,43 @@ def _texts(value: object, *, name: str) -> list[str]:
     return [str(text) for text in texts]
 
 
+def _as_it_is(_request: object, error: PenstockError, _results: object) -> NoReturn:
+    raise error
+
+
+def _untold(_result: object) -> None:
+    """Nobody follows."""
+
+
 async def answer_each(
-    requests: Sequence[Request], ask: Callable[[Request], Awaitable[Result]], *, max_num_seqs: int
+    requests: Sequence[Request],
+    ask: Callable[[Request], Awaitable[Result]],
+    *,
+    max_num_seqs: int,
+    recover: Callable[[Request, PenstockError, Sized], Result] = _as_it_is,
+    on_result: Callable[[Result], None] = _untold,
 ) -> list[Result]:
     """Every answer, in the order of the requests, with the engine's queue kept filled.
 
+    Args:
+        requests: any number.
+        ask: for one answer.
+        max_num_seqs: of the engine.
+        recover: makes an answer of an error, given what there is so far, or raises.
+        on_result: told of each answer as it comes.
+
     Raises:
-        PenstockError: the first that a request met; the others are cancelled.
+        PenstockError: the first that `recover` raised; the other requests are cancelled.
     """
     results: dict[int, Result] = {}
 
     async def work(item: tuple[int, Request]) -> None:
         index, request = item
-        results[index] = await with_patience(lambda: ask(request))
+        try:
+            results[index] = await with_patience(lambda: ask(request))
+        except PenstockError as error:
+            results[index] = recover(request, error, results)
+        on_result(results[index])
 
     num_workers = min(len(requests), num_in_flight(max_num_seqs=max_num_seqs))
     await work_off(enumerate(requests), work, num_workers=num_workers)

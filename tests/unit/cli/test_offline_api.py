@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from penstock import LLM, SamplingParams
-from penstock.cli import offline
+from penstock.cli import offline, pooled
 from penstock.cli.feed import MAX_PROMPTS, num_in_flight, with_room
 from penstock.cli.outputs import RequestOutput
 from penstock.core.errors import (
@@ -206,7 +206,7 @@ def test_one_row_of_a_file_may_hold_so_many_prompts() -> None:
 
 def test_many_seats_and_many_prompts_overflow_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """More requests wait at once than a server lets wait."""
-    monkeypatch.setattr(offline, "with_patience", lambda ask: ask())
+    monkeypatch.setattr(pooled, "with_patience", lambda ask: ask())
     seats = {"max_num_seqs": 400, "max_num_batched_tokens": 400, "num_kv_blocks": 64}
     with LLM(**seats, max_model_len=32, num_threads=1) as llm:  # type: ignore[arg-type]  # plain numbers
         prompts = [{"prompt_token_ids": [5, 6]}] * 1600
