@@ -275,6 +275,7 @@ def _join(
         draft=draft,
         adapters=adapters,
         faults=faults,
+        graph_bytes=budget.graphs if budget else None,
         is_alone=started is None,
     )
     ranks = _ranks(runner, loaded, limits=limits, started=started, num_blocks=num_blocks)
@@ -321,6 +322,7 @@ def _make_runner(
     draft: Draft | None,
     adapters: AdapterHost | None,
     faults: FaultPoints | None,
+    graph_bytes: int | None = None,
     is_alone: bool = True,
 ) -> Runner:
     return Runner(
@@ -335,12 +337,14 @@ def _make_runner(
         make_drafter=None
         if draft is None
         else partial(draft.drafter, num_blocks=num_blocks, block_size=config.kv.block_size),
-        make_graphs=_graphs_maker(config, loaded),
+        make_graphs=_graphs_maker(config, loaded, max_bytes=graph_bytes),
         is_alone=is_alone,
     )
 
 
-def _graphs_maker(config: EngineConfig, loaded: LoadedModel) -> Callable[[KvPool], DecodeGraphs] | None:
+def _graphs_maker(
+    config: EngineConfig, loaded: LoadedModel, *, max_bytes: int | None
+) -> Callable[[KvPool], DecodeGraphs] | None:
     """Makes the recordings of decode steps, where there is a device to record and nobody forbids it."""
     if loaded.device.type != "cuda" or config.enforce_eager or config.tensor_parallel_size > 1:
         return None  # several ranks would have to record at the same time
@@ -356,6 +360,7 @@ def _graphs_maker(config: EngineConfig, loaded: LoadedModel) -> Callable[[KvPool
             ),
             device=loaded.device,
             recorder=CudaRecorder(loaded.device),
+            max_bytes=max_bytes,
         )
 
     return make

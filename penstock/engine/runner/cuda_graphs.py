@@ -3,7 +3,8 @@
 A recording holds addresses, grids and sizes, so it is made for a *rung*: a number of rows and a length up to
 which contexts may go. A step of decodes takes the smallest rung that holds it; rows that are missing are
 filled with one-token contexts on the scratch block. Its inputs lie in one buffer that belongs to the rung, so
-that they arrive in one transfer, and what the pass gives lies where the recording put it until the next step.
+that they arrive in one transfer. All rungs leave what they give in the same tensors, as large as the largest
+step: to keep the logits of each apart would take gigabytes.
 
 ```
 rows     1  2  4  8 16 24 32 .. 64  80 .. 256  288 ..  max_num_seqs
@@ -85,7 +86,7 @@ class Recorder(Protocol):
         ...
 
     def record(self, run: Callable[[], None]) -> Replayable:
-        """Record what `run` launches; `run` may be called more than once for that."""
+        """Record what `run` launches, after a call of it that is not recorded."""
         ...
 
 
@@ -115,7 +116,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassOutput:
-    """What a pass leaves; views that the next pass of the same rung writes over."""
+    """What a pass leaves; views that the next pass writes over."""
 
     hidden: Tensor
     """[rows, hidden_size]"""
@@ -123,6 +124,11 @@ class PassOutput:
     """[rows, scores] float32"""
     bad_rows: Tensor
     """[rows] bool"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all three."""
+        return self.hidden.nbytes + self.logits.nbytes + self.bad_rows.nbytes
 
     def first(self, num_rows: int) -> "PassOutput":
         """Without the rows that nobody owns."""
@@ -141,7 +147,6 @@ class _Recording:
     batch: ForwardBatch
     """Over views of `buffer`."""
     launches: Replayable | None = None
-    output: PassOutput | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +167,10 @@ class DecodeGraphs:
     limits: GraphLimits
     device: torch.device
     recorder: Recorder
+    max_bytes: int | None = None
+    """No recording is begun beyond it."""
+    _output: PassOutput | None = None
+    """[max_num_seqs, ...]: of every rung; None before the first recording."""
     _made: dict[Rung, _Recording] = field(default_factory=dict)
     _failed: set[Rung] = field(default_factory=set)
     """Those that could not be recorded, for want of memory."""
@@ -171,7 +180,8 @@ class DecodeGraphs:
     @property
     def num_bytes(self) -> int:
         """Bytes of the recordings' memory and of their inputs."""
-        return self.recorder.num_bytes + sum(each.buffer.nbytes for each in self._made.values())
+        inputs = sum(each.buffer.nbytes for each in self._made.values())
+        return self.recorder.num_bytes + inputs + (self._output.num_bytes if self._output else 0)
 
     @property
     def rungs(self) -> list[Rung]:
@@ -199,7 +209,7 @@ class DecodeGraphs:
         if rung is None:
             return None
         made = self._made.get(rung)
-        if made is None or made.launches is None or made.output is None:
+        if made is None or made.launches is None or self._output is None:
             self._missed[rung] = self._missed.get(rung, 0) + 1
             return None
         self._send(made, padded(batch, rung=rung, limits=self.limits))
@@ -209,7 +219,7 @@ class DecodeGraphs:
             drawn = last.tokens.index_select(0, places[len(targets) :])
             made.batch.token_ids.index_copy_(0, places[: len(targets)], drawn)
         made.launches.replay()
-        return made.output.first(len(sequences))
+        return self._output.first(len(sequences))
 
     def record_next(self, example: ForwardBatch) -> bool:
         """Make the recording that was missed most often, else the next of the ladder; False if all are there.
@@ -220,7 +230,7 @@ class DecodeGraphs:
         lengths, rows = length_ladder(self.limits.max_model_len), row_ladder(self.limits.max_num_seqs)
         known = self._made.keys() | self._failed
         missing = [Rung(*pair) for pair in product(lengths, rows) if Rung(*pair) not in known]
-        if not missing:
+        if not missing or (self.max_bytes is not None and self.num_bytes >= self.max_bytes):
             return False
         rung = max(missing, key=lambda each: self._missed.get(each, 0))
         try:
@@ -261,10 +271,24 @@ class DecodeGraphs:
             # A batch of its own each time: what kernels work out for one must be part of the recording.
             hidden = self.model.forward(with_tensors(made.batch, views))
             logits = self.model.logits(hidden)
-            made.output = PassOutput(hidden=hidden, logits=logits, bad_rows=not_finite(hidden))
+            output = self._output_like(hidden, logits).first(rung.num_rows)
+            output.hidden.copy_(hidden)
+            output.logits.copy_(logits)
+            output.bad_rows.copy_(not_finite(hidden))
 
         made.launches = self.recorder.record(run)
         self._made[rung] = made
+
+    def _output_like(self, hidden: Tensor, logits: Tensor) -> PassOutput:
+        """What all rungs write to; made in the first run, which is not recorded."""
+        if self._output is None:
+            rows = self.limits.max_num_seqs
+            self._output = PassOutput(
+                hidden=hidden.new_zeros(rows, hidden.shape[1]),
+                logits=logits.new_zeros(rows, logits.shape[1]),
+                bad_rows=torch.zeros(rows, dtype=torch.bool, device=hidden.device),
+            )
+        return self._output
 
     def _send(self, made: _Recording, batch: ForwardBatch) -> None:
         staged = host_buffer(made.buffer.nbytes, device=self.device)

@@ -510,7 +510,11 @@ class Runner:
     ) -> tuple[Sequence[ForwardPass], list[SequenceFailure]]:
         if not self._is_alone:
             return [self._forward_once(sequences)], []
-        done = isolate(sequences, attempt=self._forward, on_error=self._shed_if_short)
+
+        def attempt(part: Sequence[ScheduledSequence]) -> ForwardPass:
+            return self._forward(part, may_replay=part is sequences)
+
+        done = isolate(sequences, attempt=attempt, on_error=self._shed_if_short)
         self._refuse_engine_fault(done.culprits, num_sequences=len(sequences))
         failures = [
             _failure(seq_id, error=culprit.error, place="model")
@@ -527,12 +531,17 @@ class Runner:
                 f"a pass over several ranks failed and cannot be repeated: {type(error).__name__}"
             ) from error
 
-    def _forward(self, sequences: Sequence[ScheduledSequence]) -> ForwardPass:
-        """One pass of the model; repeatable (see the module)."""
+    def _forward(self, sequences: Sequence[ScheduledSequence], *, may_replay: bool = False) -> ForwardPass:
+        """One pass of the model; repeatable (see the module).
+
+        Args:
+            sequences: what to compute.
+            may_replay: it is the only pass of its step, as a recording's outputs last until the next one.
+        """
         if self._faults:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
         batch = self._inputs.build(sequences, adapters=self._adapters)
-        if self._graphs:
+        if self._graphs and may_replay:
             output = self._graphs.replay(batch, sequences=sequences, last=self._last_on_device)
             if output is not None:
                 return self._replayed(sequences, output)

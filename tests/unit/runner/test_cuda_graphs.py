@@ -178,3 +178,42 @@ def test_a_rung_without_memory_is_given_up_and_its_steps_run_launch_by_launch(re
     assert step(runner, seq(1, [3], 0, [1]), new_sequences=[new(1)]) == {1: 4}
     while runner.record_next():
         pass
+
+
+def test_a_step_in_parts_replays_nothing_since_the_parts_would_share_their_outputs(monkeypatch):
+    monkeypatch.setattr(FakeLoaded, "is_queued_by_default", True)
+
+    class SecondFails:
+        def before_forward(self, seq_ids):
+            if 2 in seq_ids:
+                raise ValueError
+
+        def after_logits(self, logits, seq_ids):
+            pass
+
+        def before_sample(self, seq_ids):
+            pass
+
+    def make(model, pool):
+        limits = GraphLimits(
+            max_num_seqs=8, max_model_len=100, block_size=4, scratch_block=pool.scratch_block
+        )
+        return DecodeGraphs(model=model, limits=limits, device=CPU, recorder=FakeRecorder())
+
+    runner, _ = make_runner(make_graphs=make, faults=SecondFails())
+    while runner.record_next():
+        pass
+    three = [seq(1, [3], 0, [1]), seq(2, [5], 0, [2]), seq(3, [7], 0, [4])]
+    plan = StepPlan(step_id=1, sequences=three, new_sequences=[new(1), new(2), new(3)])
+    result = runner.collect(runner.launch(plan))
+    assert {token.seq_id: token.token_id for token in result.tokens} == {1: 4, 3: 8}
+    assert [failure.seq_id for failure in result.failures] == [2]
+    assert all(not each.num_replays for each in runner._graphs.recorder.made)
+
+
+def test_recording_ends_where_its_memory_does(recorded):
+    runner, _, graphs = recorded
+    assert runner.record_next()
+    graphs.max_bytes = graphs.num_bytes
+    assert not runner.record_next()
+    assert len(graphs.rungs) == 1
