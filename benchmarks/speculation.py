@@ -31,6 +31,7 @@ from penstock.core.tokens import EngineRequest
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig, SpeculativeConfig
 from penstock.engine.core import EngineCore
+from penstock.models.embedded_model import embedded_draft_path, embedded_path
 from tools.embedded.instructions import make_conversation
 from tools.make_checkpoint.checkpoint import make_checkpoint
 from tools.make_checkpoint.shapes import SHAPES
@@ -41,7 +42,10 @@ SCALE: Final = 0.235
 """Of what each later layer adds to the residual: gives the acceptance below."""
 TEMPERATURE: Final = 0.5
 ACCEPTANCE: Final = (0.78, 0.82)
-BARS: Final = {"batch 1": 1.7, "prompt lookup": 2.0, "batch 64": 0.98}
+BARS: Final = {"batch 1": 1.7, "prompt lookup": 2.0, "batch 64": 0.98, "embedded draft": 0.98}
+"""The last one is the worst case: a draft nearly as dear as the model, whose steps take a millisecond."""
+MAX_PROMPT_ID: Final = 4000
+EMBEDDED_TOKENS: Final = 400
 RECORD_TOKENS: Final = (120, 180)
 RESIDUAL: Final = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
@@ -148,7 +152,7 @@ def requests(*, num: int, max_tokens: int, seed: int) -> list[EngineRequest]:
     return [
         EngineRequest(
             request_id=RequestId(f"r{i}"),
-            prompt_token_ids=[rng.randrange(VOCAB - 8) for _ in range(32)],
+            prompt_token_ids=[rng.randrange(MAX_PROMPT_ID) for _ in range(32)],
             params=SamplingParams(**{**_fields(params), "seed": seed * 1000 + i}),
         )
         for i in range(num)
@@ -186,6 +190,13 @@ def compare(
         ),
         "answers_equal": True,
     }
+
+
+def embedded_draft(*, rounds: int, seed: int) -> dict[str, Any]:
+    """The embedded model beside its own draft, one answer at a time."""
+    config = SpeculativeConfig(method="draft_model", model=str(embedded_draft_path()))
+    plain, drafting = make_core(embedded_path(), None), make_core(embedded_path(), config)
+    return compare(plain, drafting, num=1, max_tokens=EMBEDDED_TOKENS, rounds=rounds, seed=seed)
 
 
 def _guesses_a_run(runs: Sequence[Decoded]) -> float:
@@ -284,11 +295,13 @@ def main() -> int:
     options = parser.parse_args()
     results = earlier_parts() if options.only else {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        if options.only != "prompt lookup":
+        if options.only not in {"prompt lookup", "embedded draft"}:
             results |= measure_pair(Path(folder), options)
         if options.only in (None, "prompt lookup"):
             num_records = 2 if options.tiny else 6
             results["prompt lookup"] = prompt_lookup(num_records=num_records, rounds=min(2, options.rounds))
+        if options.only in (None, "embedded draft"):
+            results["embedded draft"] = embedded_draft(rounds=options.rounds, seed=options.seed)
     ok = all(results[name]["ratio"] >= bar for name, bar in BARS.items() if name in results)
     if "batch 1" in results:
         ok &= ACCEPTANCE[0] <= results["batch 1"]["acceptance"] <= ACCEPTANCE[1]
