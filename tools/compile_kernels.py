@@ -213,15 +213,17 @@ class AttentionCase:
     window: int | None = None
     softcap: float | None = None
     is_deterministic: bool = False
+    lengths: tuple[tuple[int, int], ...] = ((1, 32768), (300, 300))
+    """New tokens and tokens in all of the sequences, each a step: a decode far into a text, a prompt."""
 
     def run(self) -> None:
-        """A decode far into a text, a guess of three tokens, and a prompt."""
+        """Each step writes and attends."""
         kernels = TritonKernels(KernelOptions(is_deterministic=self.is_deterministic))
         kv = KvShape(block_size=16, num_kv_heads=2, head_dim=self.head_dim, dtype=self.kept)
         slab = ops.make_slab(kernels, kv, num_blocks=2)
         shape = ops.AttentionShape(scale=self.head_dim**-0.5, window=self.window, softcap=self.softcap)
-        for lengths in ([(1, 32768)], [(3, 3000)], [(300, 300)]):
-            batch = _batch(lengths, block_size=16)
+        for lengths in self.lengths:
+            batch = _batch([lengths], block_size=16)
             num_rows = sum(batch.query_lens_host)
             query = torch.zeros(num_rows, 2 * self.group, self.head_dim, dtype=self.dtype)
             new = torch.zeros(num_rows, 2, self.head_dim, dtype=self.dtype)
@@ -231,6 +233,7 @@ class AttentionCase:
 
 ATTENTION: Final = (
     AttentionCase(name="attention, Llama"),
+    AttentionCase(name="attention, guesses", lengths=((3, 3000), (16, 3000))),
     AttentionCase(name="attention, head size 64, 7 to 1", head_dim=64, group=7),
     AttentionCase(name="attention, head size 96", head_dim=96, group=1),
     AttentionCase(name="attention, head size 256, window, cap", head_dim=256, window=4096, softcap=50.0),

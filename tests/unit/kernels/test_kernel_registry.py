@@ -1,6 +1,7 @@
 """The registry chooses what can run and refuses the rest by name."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from penstock.core.errors import StartupError
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.registry import HOMES, runnable, select_kernels
+from penstock.kernels.triton import availability
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,23 @@ def test_what_a_home_does_not_serve_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(StartupError, match=words):
         select_kernels(name, device="cpu", dtype=dtype, options=options)
+
+
+def test_the_triton_home_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package, a device, or the interpreter that stands in for one."""
+    home = HOMES["triton"]
+    assert (
+        home.why_not(device="cpu", dtype=torch.bfloat16, options=DEFAULT_OPTIONS) is None
+    )  # interpreted here
+    plain = replace(home, devices=availability.usable_devices({}))
+    reason = plain.why_not(device="cpu", dtype=torch.bfloat16, options=DEFAULT_OPTIONS)
+    assert reason == "it does not run on cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(StartupError, match="triton: there is no CUDA device"):
+            select_kernels("triton", device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(StartupError, match="triton: triton is not installed"):
+        select_kernels("triton", device="cpu", dtype=torch.bfloat16)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_with_what_is(
