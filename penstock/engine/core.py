@@ -152,7 +152,8 @@ class EngineCore:
         if self.adapters is not None:
             self.adapters.poll()
         plan = self.scheduler.schedule()
-        if self.adapters is not None and self.adapters.is_busy and not plan.has_work and not self.under_way:
+        is_idle = not any(each.has_work for each in (plan, *(step.plan for step in self.under_way)))
+        if self.adapters is not None and self.adapters.is_busy and is_idle:
             self.adapters.wait(ADAPTER_WAIT_S)
         launched_s = time.perf_counter()
         return LaunchedStep(plan=plan, handle=self.ranks.launch(plan), launched_s=launched_s)
