@@ -250,17 +250,18 @@ class LLM:
         self._thread = LoopThread()
         template = None if chat_template is None else Path(chat_template)
         self._local: LocalModel | None = None
+        self._is_put_away = False
+        self._open = partial(
+            open_local_model,
+            source,
+            config,
+            events=self.totals,
+            chat_template=template,
+            reading=ReadingConfig(**{name: given[name] for name in READING_ARGUMENTS}),
+            pooling=PoolingConfig(score_yes_token=score_yes_token, score_no_token=score_no_token),
+        )
         try:
-            self._local = self._thread.run(
-                open_local_model(
-                    source,
-                    config,
-                    events=self.totals,
-                    chat_template=template,
-                    reading=ReadingConfig(**{name: given[name] for name in READING_ARGUMENTS}),
-                    pooling=PoolingConfig(score_yes_token=score_yes_token, score_no_token=score_no_token),
-                )
-            )
+            self._local = self._thread.run(self._open())
         except BaseException:
             self._thread.close()
             raise
@@ -272,6 +273,8 @@ class LLM:
 
     @property
     def _model(self) -> LocalModel:
+        if self._is_put_away:
+            raise NotReadyError("this LLM is sleeping, call wake_up()", code="sleeping")
         if self._local is None:
             raise StartupError("this LLM has been closed")
         return self._local
@@ -288,8 +291,37 @@ class LLM:
         """End the engine's thread and give the memory back; safe to call twice."""
         if self._local is not None:
             self._thread.run(self._local.close())
+        if self._local is not None or self._is_put_away:
             self._thread.close()
-            self._local = None
+        self._local, self._is_put_away = None, False
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True between `sleep` and `wake_up`."""
+        return self._is_put_away or (self._local is not None and self._local.engine.is_sleeping)
+
+    def sleep(self, level: Literal[1, 2] = 1) -> None:
+        """Give memory back until `wake_up`; until then calls raise `NotReadyError`.
+
+        Args:
+            level: 1 gives the KV pool back and moves weights from a device to host memory; 2 gives everything
+                back, and the model is loaded again by `wake_up`.
+        """
+        if level not in {1, 2}:
+            raise InvalidParameterError(f"level is {level!r:.20}, it must be 1 or 2", param="level")
+        if level == 1 and not self._is_put_away:
+            self._thread.run(self._model.engine.sleep(1))
+        elif level == 2 and not self._is_put_away:
+            self._thread.run(self._model.close())
+            self._local, self._is_put_away = None, True
+
+    def wake_up(self) -> None:
+        """Be ready again; nothing if it does not sleep."""
+        if self._is_put_away:
+            self._local = self._thread.run(self._open())
+            self._is_put_away = False
+        else:
+            self._thread.run(self._model.engine.wake_up())
 
     def generate(
         self,

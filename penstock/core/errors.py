@@ -9,7 +9,7 @@ PenstockError
 |   +-- PayloadTooLargeError     send less (413)
 +-- CapacityError         wait and try again (429, 503 with Retry-After)
 |   +-- QueueFullError           the queue is at its limit (429)
-|   +-- NotReadyError            loading, draining or restarting (503)
+|   +-- NotReadyError            loading, draining, restarting or sleeping (503)
 +-- EngineError           ours: the fault is in the server (500, 503)
 |   +-- GenerateError            this request failed, others are unharmed (500)
 |   +-- EngineDeadError          the engine process died; it restarts by itself (503)
@@ -91,7 +91,7 @@ class QueueFullError(CapacityError):
 
 
 class NotReadyError(CapacityError):
-    """The model is loading, draining or restarting; retry later or elsewhere."""
+    """The model is loading, draining, restarting or sleeping; retry later or elsewhere."""
 
     default_code = "not_ready"
 

@@ -148,6 +148,33 @@ class EngineAdmin(Protocol):
         """Every request in the engine, at most 10,000."""
         ...
 
+    @property
+    def is_sleeping(self) -> bool:
+        """True from the order to sleep until the engine is awake again."""
+        ...
+
+    async def sleep(self, level: int) -> None:
+        """Give memory back until `wake_up`; returns when it has been given. Asleep already: nothing more.
+
+        Args:
+            level: 1 keeps the weights, in host memory; requests in the engine wait and go on afterwards.
+                2 ends the engine process; requests that have produced tokens end with `NotReadyError`.
+
+        Raises:
+            InvalidParameterError: this engine cannot sleep at that level.
+            NotReadyError: it is loading or restarting, or did not fall asleep in time.
+        """
+        ...
+
+    async def wake_up(self) -> None:
+        """Be ready for requests again; nothing if it does not sleep.
+
+        Raises:
+            NotReadyError: it did not wake up in time.
+            StartupError: after level 2, the engine cannot start any more.
+        """
+        ...
+
 
 class AdapterAdmin(Protocol):
     """An operator's orders about the LoRA adapters of one model, used by `server/admin`."""

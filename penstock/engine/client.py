@@ -27,13 +27,17 @@ from penstock.engine.wire import (
     LoadAdapter,
     Output,
     Refused,
+    Sleep,
     Submit,
     ToEngine,
     UnloadAdapter,
+    WakeUp,
 )
 
 ANSWER_TIMEOUT_S: Final = 10.0
 """An operator's question waits for the running step at most this long."""
+SLEEP_TIMEOUT_S: Final = 120.0
+"""The step under way ends, and memory goes to the host or comes back, within this time."""
 LOAD_TIMEOUT_S: Final = 120.0
 """An adapter is read and prepared within this time."""
 
@@ -164,6 +168,23 @@ class StreamTable:
         return await self._order(
             lambda question_id: UnloadAdapter(question_id, name), timeout_s=ANSWER_TIMEOUT_S
         )
+
+    async def sleep(self) -> None:
+        """Let the engine give its memory back; returns when it has. Too late is as good as not at all."""
+        try:
+            self._check(await self._send_question(Sleep, timeout_s=SLEEP_TIMEOUT_S))
+        except NotReadyError:
+            self._send(WakeUp(next(self._question_ids)))
+            raise
+
+    async def wake_up(self) -> None:
+        """Undo `sleep`; returns when requests can be computed."""
+        self._check(await self._send_question(WakeUp, timeout_s=SLEEP_TIMEOUT_S))
+
+    @staticmethod
+    def _check(answer: Answer) -> None:
+        if answer.error is not None:
+            raise info_to_error(answer.error)
 
     async def _order(self, make: Callable[[int], ToEngine], *, timeout_s: float) -> AdapterReport:
         answer = await self._send_question(make, timeout_s=timeout_s)

@@ -36,7 +36,7 @@ from penstock.engine.runner.runner import StepHandle
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.settlement import StepOutput
-from penstock.observe.memory import resident_bytes
+from penstock.observe.memory import resident_bytes, settle
 
 ADAPTER_WAIT_S: Final = 0.002
 """How long a step without work waits for an adapter that is being read, before it looks again."""
@@ -175,6 +175,27 @@ class EngineCore:
         masks = self.masks.fill(step.plan, self.scheduler.constraints, void=void)
         self.ranks.draw(step.handle, masks=masks, void=void)
         self.under_way.append(step)
+
+    def pause(self) -> None:
+        """Let what runs go back into the queue with the next steps; see `fall_asleep`."""
+        self.scheduler.pause()
+
+    def fall_asleep(self) -> StepOutput | None:
+        """Give memory back, once the scheduler is quiet: all KV is lost, requests wait for `wake_up`.
+
+        Returns:
+            What the step under way still gave.
+        """
+        output = self._settle()
+        self.kv.drop_cache()
+        self.ranks.sleep()
+        settle()
+        return output
+
+    def wake_up(self) -> None:
+        """Take the memory again and go on."""
+        self.ranks.wake_up()
+        self.scheduler.resume()
 
     def requests(self) -> list[RequestReport]:
         """Every request, waiting and running."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from penstock.core.error_info import error_to_info, info_to_error
-from penstock.core.errors import EngineDeadError, NotReadyError
+from penstock.core.errors import EngineDeadError, InvalidParameterError, NotReadyError, PenstockError
 from penstock.core.ids import ModelName
 from penstock.core.ports import EngineEvents
 from penstock.core.tokens import (
@@ -64,6 +64,8 @@ class InProcessEngine:
         self._channel = _QueueChannel(self._deliver)
         self._table = StreamTable(name=name, events=events, send=self._channel.inbox.put)
         self._stop_reason: str | None = None
+        self.is_sleeping = False
+        """See `EngineAdmin`."""
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
         self._thread.start()
 
@@ -74,14 +76,35 @@ class InProcessEngine:
 
     @property
     def not_ready_reason(self) -> str | None:
-        """None, or `closed` or `dead`."""
-        return self._stop_reason
+        """None, or `sleeping`, `closed` or `dead`."""
+        return self._stop_reason or ("sleeping" if self.is_sleeping else None)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
         """See `EngineClient`."""
         if self._stop_reason is not None:
             raise NotReadyError(f"the engine is {self._stop_reason}")
         return await self._table.submit(request)
+
+    async def sleep(self, level: int) -> None:
+        """See `EngineAdmin`; level 2 would end a process, which this engine does not have."""
+        if level != 1:
+            raise InvalidParameterError(
+                f"level is {level}, it must be 1 without an engine process", param="level"
+            )
+        if self.is_sleeping:
+            return
+        self.is_sleeping = True
+        try:
+            await self._table.sleep()
+        except PenstockError:
+            self.is_sleeping = False
+            raise
+
+    async def wake_up(self) -> None:
+        """See `EngineAdmin`."""
+        if self.is_sleeping:
+            await self._table.wake_up()
+            self.is_sleeping = False
 
     async def memory(self) -> MemoryReport:
         """See `EngineAdmin`."""

@@ -15,6 +15,8 @@ from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineRequest
 from penstock.engine.core import ADAPTER_WAIT_S, EngineCore
 from penstock.engine.lora.host import AdapterHost, LoadOrder
+from penstock.engine.scheduler.settlement import StepOutput
+from penstock.engine.sleep import Sleeper, SleepState
 from penstock.engine.wire import (
     Abort,
     Accepted,
@@ -28,10 +30,12 @@ from penstock.engine.wire import (
     Pong,
     Refused,
     Shutdown,
+    Sleep,
     Start,
     Submit,
     ToEngine,
     UnloadAdapter,
+    WakeUp,
 )
 
 log = logging.getLogger("penstock.engine")
@@ -60,6 +64,7 @@ class EngineLoop:
         self._core = core
         self._channel = channel
         self._stopped = False
+        self._sleeper = Sleeper(core)
         core.grammars.wake = channel.wake
 
     def run(self) -> None:
@@ -69,18 +74,49 @@ class EngineLoop:
             EngineDeadError: the runner cannot go on; the process must be restarted.
         """
         while not self._stopped:
-            is_idle = not self._core.has_work and not self._is_loading
-            for message in self._channel.receive(block=is_idle and not self._core.prepare()):
+            for message in self._channel.receive(block=self._is_idle()):
                 self._handle(message)
             for done in self._core.grammars.take_done():
                 self._channel.send(Grammar(done.outcome_word, done.compile_s))
                 self._answer_submit(done.request.request_id, partial(self._core.add_compiled, done))
             self._answer_orders()
-            if self._core.has_work and not self._stopped:
-                output = self._core.step()
-                self._channel.send(Output(output.deltas, output.stats))
+            if self._sleeper.has_work and not self._stopped:
+                self._tell(self._core.step())
+            self._rest()
         self._core.grammars.close()
         self._core.ranks.close()
+
+    def _is_idle(self) -> bool:
+        """True if there is nothing to do but to wait for messages."""
+        if self._sleeper.has_work or self._is_loading:
+            return False
+        return self._sleeper.state is SleepState.ASLEEP or not self._core.prepare()
+
+    def _tell(self, output: StepOutput) -> None:
+        self._channel.send(Output(output.deltas, output.stats))
+
+    def _rest(self) -> None:
+        """Fall asleep if it has come to that, and tell who asked; asleep, cancelled requests still end."""
+        if self._sleeper.state is SleepState.AWAKE:
+            return
+        last = self._sleeper.fall()
+        if last is not None:
+            self._tell(last)
+        for question_id in self._sleeper.take_asking():
+            self._channel.send(Answer(question_id))
+        deltas = self._core.scheduler.take_deltas()
+        if deltas:
+            self._channel.send(Output(deltas))
+
+    def _sleep(self, message: Sleep) -> None:
+        try:
+            self._sleeper.begin(message.question_id)
+        except PenstockError as error:
+            self._channel.send(Answer(message.question_id, error=error_to_info(error)))
+
+    def _wake_up(self, message: WakeUp) -> None:
+        for question_id in (*self._sleeper.wake_up(), message.question_id):
+            self._channel.send(Answer(question_id))
 
     @property
     def _is_loading(self) -> bool:
@@ -97,16 +133,30 @@ class EngineLoop:
                 self._channel.send(Pong())
             case Ask():
                 self._channel.send(self._answer(message))
-            case LoadAdapter():
-                self._load_adapter(message)
-            case UnloadAdapter():
-                self._unload_adapter(message)
+            case LoadAdapter() | UnloadAdapter() | Sleep() | WakeUp():
+                self._carry_out(message)
             case Shutdown():
                 self._stopped = True
             case Start():
                 raise AssertionError("Start is only valid as the first message")
 
+    def _carry_out(self, order: LoadAdapter | UnloadAdapter | Sleep | WakeUp) -> None:
+        match order:
+            case LoadAdapter():
+                self._load_adapter(order)
+            case UnloadAdapter():
+                self._unload_adapter(order)
+            case Sleep():
+                self._sleep(order)
+            case WakeUp():
+                self._wake_up(order)
+
     def _submit(self, request: EngineRequest) -> None:
+        try:
+            self._sleeper.refuse_requests()
+        except PenstockError as error:
+            self._channel.send(Refused(request.request_id, error_to_info(error)))
+            return
         if request.grammar is None:
             self._answer_submit(request.request_id, partial(self._core.add, request))
             return

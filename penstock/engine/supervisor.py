@@ -10,6 +10,8 @@
                                               (pause, spawn, repeat)
 ```
 
+`sleep(2)` ends the process of a READY engine on purpose: it is SLEEPING until `wake_up` makes it RESTARTING.
+
 When the process dies, requests that have produced a token end with `EngineDeadError` at once; the others
 are queued again, once, at the next engine. An engine that keeps dying is started again for ever, at most
 once in 30 s; what waits for it fails after five starts in vain.
@@ -21,14 +23,20 @@ import enum
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from penstock.core.error_info import info_to_error
-from penstock.core.errors import EngineDeadError, NotReadyError, PenstockError, StartupError
+from penstock.core.errors import (
+    EngineDeadError,
+    InvalidParameterError,
+    NotReadyError,
+    PenstockError,
+    StartupError,
+)
 from penstock.core.ids import ModelName
 from penstock.core.ports import Clock, EngineEvents
 from penstock.core.tokens import (
@@ -56,6 +64,10 @@ HEALTHY_S: Final = 60.0
 """An engine that served for this long has ended the row of failures."""
 CLOSE_TIMEOUT_S: Final = 2.0
 RETRY_AFTER_S: Final = 1.0
+SLEEP_RETRY_S: Final = 10.0
+"""For requests to a model that sleeps: an operator must wake it."""
+WAKE_TIMEOUT_S: Final = 600.0
+"""An engine is ready again within this time."""
 
 log = logging.getLogger("penstock.supervisor")
 
@@ -67,6 +79,7 @@ class EngineState(enum.StrEnum):
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
+    SLEEPING = "sleeping"
     CLOSED = "closed"
 
 
@@ -109,6 +122,12 @@ class SubprocessEngine:
         self._death = "died"
         self._supervisor: asyncio.Task[None] | None = None
         self._folder: Path | None = None
+        self._sleep_level = 0
+        """0 awake, or as `EngineAdmin.sleep`."""
+        self._is_moving_memory = False
+        """The engine is silent for as long as it takes."""
+        self._woken = asyncio.Event()
+        self._ready = asyncio.Event()
         self._adapters: dict[str, LoraModule] = {}
         """What the engine has loaded, for the next one after a restart."""
 
@@ -131,6 +150,8 @@ class SubprocessEngine:
             return self._state.value
         if self._is_draining:
             return "draining"
+        if self._sleep_level:
+            return "sleeping"
         if self._liveness.is_stuck(now_s=self._clock.monotonic()):
             return "stuck"
         return "queue_full" if self._queue_is_full() else None
@@ -209,6 +230,73 @@ class SubprocessEngine:
         self._refuse_unless_alive()
         return await self._table.requests()
 
+    # -- sleep ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_sleeping(self) -> bool:
+        """See `EngineAdmin`."""
+        return self._sleep_level > 0
+
+    async def sleep(self, level: int) -> None:
+        """See `EngineAdmin`."""
+        if level not in {1, 2}:
+            raise InvalidParameterError(f"level is {level}, it must be 1 or 2", param="level")
+        if self._sleep_level >= level:
+            return
+        self._refuse_unless_alive()
+        if level == 2:
+            await self._end_process()
+            return
+        self._sleep_level = 1
+        try:
+            await self._while_memory_moves(self._table.sleep())
+        except PenstockError:
+            self._sleep_level = 0
+            raise
+
+    async def wake_up(self) -> None:
+        """See `EngineAdmin`."""
+        if self._sleep_level == 2:
+            self._woken.set()
+            try:
+                await asyncio.wait_for(self._ready.wait(), WAKE_TIMEOUT_S)
+            except TimeoutError:
+                raise NotReadyError(
+                    f"the engine was not ready within {WAKE_TIMEOUT_S:g} s", retry_after_s=SLEEP_RETRY_S
+                ) from None
+        elif self._sleep_level == 1:
+            await self._while_memory_moves(self._table.wake_up())
+            self._sleep_level = 0
+
+    async def _while_memory_moves(self, order: Coroutine[None, None, None]) -> None:
+        self._is_moving_memory = True
+        try:
+            await order
+        finally:
+            self._is_moving_memory = False
+
+    async def _end_process(self) -> None:
+        """Level 2: all that the engine holds goes back at once, its context on a device too."""
+        assert self._process is not None
+        self._sleep_level = 2
+        self._state = EngineState.SLEEPING
+        self._woken.clear()
+        self._ready.clear()
+        self._table.fail_started(
+            NotReadyError("the model was put to sleep", code="sleeping", retry_after_s=SLEEP_RETRY_S)
+        )
+        self._send(Shutdown())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), CLOSE_TIMEOUT_S)
+        await self._process.close()
+
+    async def _start_again(self) -> None:
+        """Wait for `wake_up`, then for a new process; requests that waited are sent to it."""
+        await self._woken.wait()
+        self._state = EngineState.RESTARTING
+        self._num_failures = 1
+        await self._spawn_after_pause()
+
     # -- adapters ------------------------------------------------------------------------------------------
 
     async def adapters(self) -> Sequence[AdapterReport]:
@@ -248,6 +336,8 @@ class SubprocessEngine:
         self._refuse_unless_alive()
         if self._is_draining:
             raise NotReadyError("the model is draining", code="draining", retry_after_s=RETRY_AFTER_S)
+        if self._sleep_level:
+            raise NotReadyError("the model is sleeping", code="sleeping", retry_after_s=SLEEP_RETRY_S)
 
     def _queue_load(self) -> QueueLoad:
         """The queue as the engine last told it; a fast no, the engine has the last word.
@@ -323,6 +413,8 @@ class SubprocessEngine:
             # All that is in the table waited for this engine; from READY on new requests join it.
             self._table.resubmit()
             self._state = EngineState.READY
+            self._sleep_level = 0
+            self._ready.set()
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
 
@@ -339,6 +431,9 @@ class SubprocessEngine:
             watchdog = asyncio.create_task(self._watch(self._process), name="engine-watchdog")
             code = await self._process.wait()
             watchdog.cancel()
+            if self._state is EngineState.SLEEPING:
+                await self._start_again()
+                continue
             if self._state is EngineState.CLOSED or not await self._replace(code):
                 return
 
@@ -346,6 +441,8 @@ class SubprocessEngine:
         """Ping once a second; kill an engine that has been silent for too long."""
         while True:
             await asyncio.sleep(liveness.PING_INTERVAL_S)
+            if self._is_moving_memory:
+                continue
             if self._liveness.is_hung(now_s=self._clock.monotonic()):
                 log.error("the engine was silent for %.0f s, it is killed", self._liveness.silence_max_s)
                 self._death = "hung"

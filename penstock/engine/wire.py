@@ -66,6 +66,18 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
     name: str
 
 
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Put running requests back into the queue and give memory back; answered by `Answer` when asleep."""
+
+    question_id: int
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag="wake_up"):
+    """Undo `Sleep`; answered by `Answer` when awake."""
+
+    question_id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the process; requests in flight are dropped, the API side has told their clients."""
 
@@ -117,7 +129,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """Answer to `Ask` and to orders; exactly one field is set."""
+    """Answer to `Ask` and to orders; at most one field is set."""
 
     question_id: int
     memory: MemoryReport | None = None
@@ -132,7 +144,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     error: ErrorInfo
 
 
-ToEngine = Start | Submit | Abort | Ping | Ask | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Start | Submit | Abort | Ping | Ask | LoadAdapter | UnloadAdapter | Sleep | WakeUp | Shutdown
 FromEngine = Loading | Started | Accepted | Refused | Grammar | Output | Pong | Answer | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

@@ -4,7 +4,7 @@ It is not opened without a key. Requests whose Host header is not one of ours ar
 cannot reach it by rebinding its own name to this machine.
 """
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from fastapi import FastAPI
 from pydantic import Field
@@ -190,6 +190,53 @@ async def unload_adapter(call: Call) -> Reply:
     return json_reply(_entry(model, await admin.unload(body.lora_name)))
 
 
+class SleepRequest(WireModel):
+    """Body or query of `POST /admin/sleep`."""
+
+    level: Literal[1, 2] = Field(
+        default=1, description="1 keeps the weights in host memory; 2 ends the engine process."
+    )
+
+
+class SleepAnswer(AnswerModel):
+    """Answer of the routes that put models to sleep and wake them."""
+
+    is_sleeping: bool
+
+
+def sleep_from_query(query: dict[str, object]) -> object:
+    """Query to fields: the level is a number."""
+    level = query.get("level")
+    return {**query, "level": int(level)} if isinstance(level, str) and level in {"1", "2"} else query
+
+
+def _sleep_answer(call: Call) -> Reply:
+    return json_reply(
+        SleepAnswer(is_sleeping=any(admin.is_sleeping for admin in call.services.admins.values()))
+    )
+
+
+async def sleep(call: Call) -> Reply:
+    """Let every engine give its memory back."""
+    body = call.body
+    assert isinstance(body, SleepRequest)
+    for admin in call.services.admins.values():
+        await admin.sleep(body.level)
+    return _sleep_answer(call)
+
+
+async def wake_up(call: Call) -> Reply:
+    """Let every engine take its memory again."""
+    for admin in call.services.admins.values():
+        await admin.wake_up()
+    return _sleep_answer(call)
+
+
+async def is_sleeping(call: Call) -> Reply:
+    """Say whether an engine sleeps."""
+    return _sleep_answer(call)
+
+
 _SERVING: Final[tuple[Route, ...]] = (
     Route(
         path="/admin/memory",
@@ -204,6 +251,30 @@ _SERVING: Final[tuple[Route, ...]] = (
         access=Access.ADMIN,
         serve=requests,
         document=Document(summary="Requests in the engines", answer=RequestsAnswer),
+    ),
+    Route(
+        path="/admin/sleep",
+        methods=("POST",),
+        access=Access.ADMIN,
+        serve=sleep,
+        body=SleepRequest,
+        from_query=sleep_from_query,
+        takes_query=True,
+        document=Document(summary="Give memory back", answer=SleepAnswer, also=(503,)),
+    ),
+    Route(
+        path="/admin/wake_up",
+        methods=("POST",),
+        access=Access.ADMIN,
+        serve=wake_up,
+        document=Document(summary="Take memory again and serve", answer=SleepAnswer, also=(503,)),
+    ),
+    Route(
+        path="/admin/is_sleeping",
+        methods=("GET",),
+        access=Access.ADMIN,
+        serve=is_sleeping,
+        document=Document(summary="Whether an engine sleeps", answer=SleepAnswer),
     ),
     Route(
         path="/admin/adapters",

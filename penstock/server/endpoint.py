@@ -177,7 +177,7 @@ class Endpoint(Response):
         )
 
     async def _body(self, model: type[BaseModel], scope: Scope, receive: Receive) -> BaseModel:
-        takes_query = "GET" in self._route.methods
+        takes_query = "GET" in self._route.methods or self._route.takes_query
         query = read_query(scope) if takes_query else {}
         if scope["method"] == "GET":
             return validate(self._route.from_query(query), model=model)
@@ -185,7 +185,7 @@ class Endpoint(Response):
         services = self._services
         raw = await read_body(scope, receive, limits=services.limits, budget=services.budget)
         try:
-            if query and not raw:
+            if not raw and (query or self._route.takes_query):
                 return validate(self._route.from_query(query), model=model)
             if query:
                 raise InvalidParameterError("fields are in the query and in the body, use one of them")

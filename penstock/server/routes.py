@@ -65,5 +65,7 @@ class Route:
     from_json: Callable[[object], object] = field(default=unchanged)
     """Turns parsed JSON into what `body` validates; refuses fields by name."""
     from_query: Callable[[dict[str, object]], object] = field(default=from_query_unchanged)
+    takes_query: bool = False
+    """A POST may bring its fields in the query in place of a body, or none at all."""
     counts_as_work: bool = False
     """Asks a model: refused while loading or draining, waited for at shutdown."""

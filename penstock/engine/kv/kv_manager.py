@@ -411,6 +411,13 @@ class KvManager:
         copies, self._copies = self._copies, []
         return copies
 
+    def drop_cache(self) -> None:
+        """Forget all that is cached; the pool's memory is about to be cleared."""
+        assert self.pool.num_owned == 0, "somebody holds blocks"
+        while self.pool.num_cached:
+            self.tree.evict_oldest()
+        self.pool.take_blocks_to_zero()
+
     def take_blocks_to_zero(self) -> list[int]:
         """Freed blocks that may hold NaN; clears the list."""
         return self.pool.take_blocks_to_zero()

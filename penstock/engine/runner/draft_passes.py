@@ -10,6 +10,7 @@ from penstock.engine.kv.cache_groups import CacheGroupSpec, CacheLayout
 from penstock.engine.runner.device_batch import on_device
 from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
+from penstock.engine.runner.stored_weights import StoredWeights
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.plan import BlockCopy, ScheduledSequence
 from penstock.kernels.ops import kv_block
@@ -69,6 +70,7 @@ class ModelPasses:
         )
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._draft = draft
+        self._weights = StoredWeights(draft.model)
 
     @property
     def buffer_bytes(self) -> int:
@@ -84,6 +86,16 @@ class ModelPasses:
         ends = batch.groups[0].query_start_loc[1:].long()
         taken = hidden if len(ends) == len(hidden) else hidden.index_select(0, ends - 1)
         return on_host(self._draft.model.logits(taken))
+
+    def release(self) -> None:
+        """See `DraftPasses`."""
+        self._weights.put_aside()
+        self._pool.release()
+
+    def restore(self) -> None:
+        """See `DraftPasses`."""
+        self._weights.bring_back()
+        self._pool.restore()
 
     def move_blocks(self, *, copies: Sequence[BlockCopy], zeroed: Sequence[int]) -> None:
         """See `DraftPasses`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from penstock.engine.kv.cache_groups import CacheLayout
+from penstock.engine.runner.memory import release_pages
 from penstock.engine.scheduler.plan import BlockCopy
 from penstock.kernels.batch import KvBlock, KvShape, KvSlab
 from penstock.kernels.devices import CPU
@@ -63,6 +64,7 @@ class KvPool:
         self.scratch_block = num_blocks
         storage = (num_blocks + 1, layout.num_slabs, KEYS_AND_VALUES, *block.shape)
         self._storage = _zeros(storage, dtype=block.dtype, device=device)
+        self._num_bytes = self._storage.nbytes
         self.bytes_per_block = self._storage.nbytes // (num_blocks + 1)
         self.slabs = tuple(
             KvSlab(keys=self._storage[:, slab, 0], values=self._storage[:, slab, 1], shape=shape)
@@ -73,6 +75,22 @@ class KvPool:
     def storage(self) -> torch.Tensor:
         """[num_blocks + 1, *block]: all of a block in one piece, for whoever copies whole blocks."""
         return self._storage
+
+    def release(self) -> None:
+        """Give the memory back until `restore`; what was in it is lost.
+
+        On a CPU its pages are handed back to the kernel, and come again as zeros when they are touched.
+        """
+        if self._storage.device.type == "cpu":
+            release_pages(self._storage)
+        else:
+            self._storage.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Take the memory again, all zeros: a slot that is masked still must be finite."""
+        if self._storage.device.type != "cpu":
+            self._storage.untyped_storage().resize_(self._num_bytes)
+            self._storage.zero_()
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy on write: `dst` becomes equal to `src` in all layers. No block is both in one call."""

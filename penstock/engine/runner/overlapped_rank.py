@@ -96,6 +96,19 @@ class OverlappedRank:
         """See `RankGroup`."""
         return self._results.pop(handle.plan.step_id).result()
 
+    @property
+    def can_sleep(self) -> bool:
+        """See `RankGroup`."""
+        return self._rank.can_sleep
+
+    def sleep(self) -> None:
+        """See `RankGroup`."""
+        self._submit(self._rank.sleep).result()
+
+    def wake_up(self) -> None:
+        """See `RankGroup`."""
+        self._submit(self._rank.wake_up).result()
+
     def close(self) -> None:
         """See `RankGroup`."""
         self._submit(self._rank.close).result()

@@ -45,6 +45,19 @@ class RankGroup(Protocol):
         """Wait for the step and answer; called once per handle, in the order of the launches."""
         ...
 
+    @property
+    def can_sleep(self) -> bool:
+        """True if `sleep` gives back what every rank holds."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until `wake_up`; no step is under way, all KV is lost."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take it again, before the next plan."""
+        ...
+
     def close(self) -> None:
         """Let go of threads and processes; called once, when no further step comes."""
         ...
@@ -84,6 +97,19 @@ class LocalRank:
     def collect(self, handle: StepHandle) -> StepResult:
         """See `RankGroup`."""
         return self.runner.collect(handle)
+
+    @property
+    def can_sleep(self) -> bool:
+        """See `RankGroup`."""
+        return True
+
+    def sleep(self) -> None:
+        """See `RankGroup`."""
+        self.runner.sleep()
+
+    def wake_up(self) -> None:
+        """See `RankGroup`."""
+        self.runner.wake_up()
 
     def close(self) -> None:
         """See `RankGroup`."""

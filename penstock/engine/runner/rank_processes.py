@@ -185,6 +185,19 @@ class SeveralRanks:
         """See `RankGroup`."""
         return self._first.collect(handle)
 
+    @property
+    def can_sleep(self) -> bool:
+        """See `RankGroup`."""
+        return False
+
+    def sleep(self) -> None:
+        """See `RankGroup`; `engine/sleep` has refused it: the other ranks would keep what they hold."""
+        raise AssertionError("ranks in several processes sleep by ending")
+
+    def wake_up(self) -> None:
+        """See `RankGroup`."""
+        raise AssertionError("ranks in several processes sleep by ending")
+
     def close(self) -> None:
         """See `RankGroup`."""
         self._first.close()

@@ -50,6 +50,7 @@ from penstock.engine.runner.kv_pool import KvPool
 from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.runner.pooling import PoolPart, Pools, overflowing, pool
 from penstock.engine.runner.prompt_scores import prompt_logprobs
+from penstock.engine.runner.stored_weights import StoredWeights
 from penstock.engine.runner.warmup import (
     StepPeaks,
     WarmUpLimits,
@@ -201,7 +202,9 @@ class Runner:
         self._last_on_device = LastDrawn()
         """Where it lies, where they are under way on a device."""
         self._queue = self._make_queue() if loaded.is_queued else None
+        self._make_graphs = make_graphs
         self._graphs = None if make_graphs is None else make_graphs(self._pool)
+        self._weights = StoredWeights(loaded.model)
 
     def _make_queue(self) -> DeviceDraws:
         return DeviceDraws(
@@ -576,6 +579,28 @@ class Runner:
         return self._look_at(
             sequences, hidden=output.hidden, ends=ends, logits=logits, bad_rows=output.bad_rows
         )
+
+    def sleep(self) -> None:
+        """Give memory back until `wake_up`: KV is lost, weights on a device go to host memory.
+
+        No step may be under way. The offload tier stays: it is host memory.
+        """
+        self._graphs = None  # they hold addresses
+        self._last_on_device = LastDrawn()
+        self._pool.release()
+        self._weights.put_aside()
+        if self._drafter:
+            self._drafter.release()
+        if self._memory is not None:
+            self._memory.empty_cache()
+
+    def wake_up(self) -> None:
+        """Take it again; decode steps are recorded anew as the engine finds time."""
+        self._weights.bring_back()
+        self._pool.restore()
+        if self._drafter:
+            self._drafter.restore()
+        self._graphs = None if self._make_graphs is None else self._make_graphs(self._pool)
 
     def record_next(self) -> bool:
         """Record one more kind of decode step, while there is nothing else to do; False if none is left."""

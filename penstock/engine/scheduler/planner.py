@@ -67,6 +67,8 @@ class Planner:
         self._adapters = adapters
         self._pressure = pressure
         self._last_step_id = 0
+        self.is_paused = False
+        """Requests that run go back to their places in the queue, and nobody starts."""
 
     def plan(self, *, is_ahead: bool = False) -> Planned:
         """Plan the next step; it counts as under way from here on.
@@ -79,6 +81,9 @@ class Planner:
         """
         draft = StepDraft(num_tokens_left=self._pressure.budget, is_ahead=is_ahead)
         self._end_loads(draft)
+        if self.is_paused:
+            self._put_all_back(draft)
+            return self._finish_plan(draft)
         if self._pressure.is_high:
             self._shed(draft)
         if self._roster.must_recheck_paths:
@@ -286,6 +291,12 @@ class Planner:
                 self._kv.drop_copies_to(seq.blocks)
         draft.num_promised_blocks = None
         self._roster.requeue(group, taint=taint)
+
+    def _put_all_back(self, draft: StepDraft) -> None:
+        """Not counted as preemption: it is nobody's fault, and protects nobody."""
+        for group in list(self._roster.running):
+            if group.state is GroupState.RUNNING and not group.is_busy:
+                self._put_back(draft, group)
 
     def _restart_contaminated(self, draft: StepDraft) -> None:
         """Recompute groups that share blocks which a failed sequence computed; not counted as preemption.

@@ -79,6 +79,11 @@ class Roster:
         return bool(self._groups or self._closing or self._deltas or self.transfers.are_under_way)
 
     @property
+    def is_quiet(self) -> bool:
+        """True if no request holds blocks and nothing is being copied."""
+        return not len(self.running) and not self._closing and not self.transfers.are_under_way
+
+    @property
     def num_waiting(self) -> int:
         """Requests that are not running."""
         return len(self._groups) - len(self.running)

@@ -257,6 +257,21 @@ class Scheduler:
         """What there is to tell when no step has ended."""
         return self._settlement.output_of_no_step()
 
+    # -- pauses --------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Let requests that run go back into the queue with the next steps, and start nobody."""
+        self._planner.is_paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._planner.is_paused = False
+
+    @property
+    def is_quiet(self) -> bool:
+        """True if no request holds blocks and nothing is being copied."""
+        return self._roster.is_quiet
+
     # -- figures -------------------------------------------------------------------------------------------
 
     @property

@@ -77,6 +77,14 @@ class DraftPasses(Protocol):
         """Copy and clear blocks."""
         ...
 
+    def release(self) -> None:
+        """Give memory back until `restore`; all KV is lost."""
+        ...
+
+    def restore(self) -> None:
+        """Take it again."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class DraftText:
@@ -202,6 +210,15 @@ class DraftModel:
         self._passes.move_blocks(copies=copies, zeroed=zeroed)
         for block_id in (*zeroed, *(copy.dst for copy in copies)):
             self._marks[block_id] = UNMARKED
+
+    def release(self) -> None:
+        """See `RunnerProposer`."""
+        self._passes.release()
+        self._marks = array("q", [UNMARKED]) * len(self._marks)
+
+    def restore(self) -> None:
+        """See `RunnerProposer`."""
+        self._passes.restore()
 
     def warm_up(self, sequences: Sequence[ScheduledSequence]) -> None:
         """Run a pass like this one."""

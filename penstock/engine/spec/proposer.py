@@ -45,6 +45,14 @@ class RunnerProposer(Protocol):
         """What the step does to blocks before it computes."""
         ...
 
+    def release(self) -> None:
+        """Give memory back until `restore`; all KV is lost, and every sequence begins anew."""
+        ...
+
+    def restore(self) -> None:
+        """Take it again."""
+        ...
+
     def fill(self, sequences: Sequence[ScheduledSequence]) -> Guesses:
         """Guess for every sequence whose drafts are unknown; notes the tokens of all."""
         ...

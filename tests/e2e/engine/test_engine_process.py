@@ -106,6 +106,42 @@ async def test_after_sigkill_started_requests_fail_and_fresh_ones_are_served_by_
     assert events.reasons == ["died"]
 
 
+async def test_an_engine_that_was_put_to_sleep_refuses_and_answers_the_same_when_it_is_woken(
+    engine: SubprocessEngine, events: Restarts
+) -> None:
+    """Level 1 in the same process, level 2 by ending it; what has no token yet waits for the next one."""
+
+    async def answer(name: str) -> list[int]:
+        stream = await engine.generate(request(name, max_tokens=5))
+        return [token for delta in [d async for d in stream] for token in delta.token_ids]
+
+    expected, pid = await answer("first"), engine.pid
+    started = await engine.generate(request("started"))
+    await anext(started)
+    await engine.sleep(1)
+    assert (engine.is_sleeping, engine.not_ready_reason) == (True, "sleeping")
+    with pytest.raises(NotReadyError, match="sleeping"):
+        await engine.generate(request("refused"))
+    await engine.sleep(2)  # deeper: what has begun ends
+    with pytest.raises(NotReadyError, match="put to sleep"):
+        async for _ in started:
+            pass
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(NotReadyError, match="sleeping"):
+        await engine.generate(request("refused too"))
+    await engine.wake_up()
+    assert engine.not_ready_reason is None
+    assert engine.pid != pid
+    await engine.sleep(1)
+    await engine.wake_up()
+    await engine.wake_up()  # awake already
+    assert await answer("again") == expected
+    assert events.reasons == []  # it neither died nor hung
+    with pytest.raises(InvalidParameterError, match="level is 3"):
+        await engine.sleep(3)
+
+
 async def test_a_stopped_engine_is_detected_killed_and_replaced(
     engine: SubprocessEngine, events: Restarts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,3 +292,19 @@ def test_what_cannot_be_embedded_or_scored_is_refused_by_name(llm: LLM, ask, par
     with pytest.raises(InvalidParameterError) as caught:
         ask(llm)
     assert caught.value.param == param
+
+
+def test_a_model_that_slept_says_the_same() -> None:
+    with LLM(max_num_seqs=2, max_model_len=64, num_kv_blocks=16, num_threads=1) as own:
+        expected = own.generate("Once", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        for level in (1, 2):
+            own.sleep(level)
+            assert own.is_sleeping
+            with pytest.raises(NotReadyError, match="sleeping"):
+                own.generate("Once", GREEDY, use_tqdm=False)
+            own.wake_up()
+            assert not own.is_sleeping
+            assert own.generate("Once", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+        with pytest.raises(InvalidParameterError, match="level is 3"):
+            own.sleep(3)
+        own.sleep(2)  # and closed asleep

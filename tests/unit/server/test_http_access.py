@@ -31,6 +31,8 @@ BODIES = {
     "/stream": {"prompt": "hi"},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "a"},
     "/v1/unload_lora_adapter": {"lora_name": "a"},
+    "/admin/sleep": {"level": 1},
+    "/admin/wake_up": {},
 }
 MATRIX = [
     (listener, route, method, kind)
