@@ -16,9 +16,9 @@ def is_interpreted(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get(INTERPRET_VARIABLE) == "1"
 
 
-def usable_devices() -> tuple[str, ...]:
+def usable_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Torch device types that the kernels can work on, whether there is one or not."""
-    return ("cuda", "cpu") if is_interpreted() else ("cuda",)
+    return ("cuda", "cpu") if is_interpreted(environ) else ("cuda",)
 
 
 def why_missing() -> str | None:

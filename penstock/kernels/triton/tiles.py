@@ -97,7 +97,8 @@ def short_tile(heads: Heads, *, max_new: int) -> Tile:
     block_m = max(heads.min_block_m, power_of_two(max_new * heads.group))
     if heads.itemsize == 4:
         return _float32_tile(heads, block_m=block_m)
-    return Tile(block_m=block_m, block_n=_keys_of_a_stage(heads), num_warps=4, num_stages=5)
+    num_stages = 5 if block_m <= 32 else 3  # 64 rows and five stages spill
+    return Tile(block_m=block_m, block_n=_keys_of_a_stage(heads), num_warps=4, num_stages=num_stages)
 
 
 def long_tile(heads: Heads) -> Tile:
