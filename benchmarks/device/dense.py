@@ -3,8 +3,9 @@
 The bound of a kernel is the larger of its bytes over the copy bandwidth and its operations over the bf16
 peak, both measured just before. Calls go round through copies that together are larger than the cache, as one
 recorded graph, so that no launch is waited for. Every result is compared with plain float32 products first; a
-case whose result is wrong fails the run. Cases are in order of weight: when the time is up, the rest is left
-out and counted. Run by `python -m benchmarks.device dense`, or alone: `python -m benchmarks.device.dense`.
+case whose result is wrong fails the run, and so does a row of --deterministic that has other bits alone than
+in a batch. Cases are in order of weight: when the time is up, the rest is left out and counted. Run by
+`python -m benchmarks.device dense`, or alone: `python -m benchmarks.device.dense`.
 """
 
 import argparse
@@ -120,12 +121,66 @@ def _product(
     )
 
 
+def _library(bench: Bench, part: str) -> Case:
+    """The same product of a single row by torch, to see which of the two should serve it."""
+    outputs, inputs = (bench.size(each) for each in LARGE[part])
+    weights = [
+        bench.rand(outputs, inputs, scale=inputs**-0.5) for _ in range(bench.copies(2 * outputs * inputs))
+    ]
+    x = bench.rand(1, inputs)
+    return Case(
+        name=f"8b {part}, bf16, 1 row, by torch",
+        calls=[lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights],  # type: ignore[misc]  # bound early
+        num_bytes=weights[0].nbytes,
+        num_flops=2.0 * outputs * inputs,
+        error=_error(torch.nn.functional.linear(x, weights[0]), x.float() @ weights[0].float().t()),
+    )
+
+
+SLICES: Final = ((0, 1), (63, 64), (5, 70), (64, 300), (299, 300))
+"""Rows that are computed again without the others, of 300."""
+
+
+def unequal_rows(bench: Bench) -> list[str]:
+    """What --deterministic promises: forms of weights whose rows have other bits alone than among 300."""
+    found = []
+    kernels, inputs, outputs = bench.home(deterministic=True), bench.size(4096), bench.size(4096)
+    for word, rule in {"bf16": NO_QUANTIZATION, **FORMATS}.items():
+        weight = ops.prepare_linear(kernels, bench.rand(outputs, inputs), quantization=rule)
+        x = bench.rand(300, inputs)
+        whole = ops.linear(kernels, x, weight)
+        if any(not torch.equal(ops.linear(kernels, x[a:b], weight), whole[a:b]) for a, b in SLICES):
+            found.append(word)
+    x, router = bench.rand(300, inputs), bench.rand(8, inputs)
+    experts, shape = _small_experts(bench, kernels, inputs), ops.MoeShape(top_k=2, renormalize=True)
+    whole = ops.moe(kernels, x, router, experts, shape)
+    if any(not torch.equal(ops.moe(kernels, x[a:b], router, experts, shape), whole[a:b]) for a, b in SLICES):
+        found.append("experts")
+    return found
+
+
+def _small_experts(bench: Bench, kernels: ops.KernelSet, inputs: int) -> list[ops.ExpertWeights]:
+    inner = bench.size(768)
+
+    def prepared(*shape: int) -> ops.LinearWeight:
+        return ops.prepare_linear(kernels, bench.rand(*shape, scale=shape[1] ** -0.5))
+
+    return [
+        ops.ExpertWeights(
+            gate=prepared(inner, inputs), up=prepared(inner, inputs), down=prepared(inputs, inner)
+        )
+        for _ in range(8)
+    ]
+
+
 def _products(bench: Bench) -> Iterator[Callable[[], Case]]:
     for model, shapes in (("8b", LARGE), ("1b", SMALL)):
         for part, shape in (*shapes.items(), ("head", HEADS[model])):
             yield lambda model=model, part=part, shape=shape: _product(  # type: ignore[misc]  # bound early
                 bench, f"{model} {part}, bf16, 1 row", shape, rows=1, rule=NO_QUANTIZATION
             )
+    for part in LARGE:
+        yield lambda part=part: _library(bench, part)  # type: ignore[misc]  # bound early
     for rows in (1, 16, 256):
         for word, rule in FORMATS.items():
             for part in ("gate", "down"):
@@ -327,6 +382,8 @@ def run(bench: Bench, *, limit_s: float) -> dict[str, Any]:
     began_s, rows, left_out = time.monotonic(), [], 0
     bandwidth, peak = ceilings(bench)
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {peak / 1e12:.0f} TFLOP/s")
+    unequal = unequal_rows(bench)
+    print(f"rows with other bits alone than in a batch: {', '.join(unequal) or 'none'}")
     for make in cases(bench):
         if time.monotonic() - began_s > limit_s:
             left_out += 1
@@ -337,7 +394,13 @@ def run(bench: Bench, *, limit_s: float) -> dict[str, Any]:
         print(f"{row['name']:44} {row['us']:10.1f} us  fraction {row['fraction']:6.3f}{word}", flush=True)
         if not bench.is_dry:
             torch.cuda.empty_cache()
-    return {"copy_bytes_per_s": bandwidth, "bf16_flops_per_s": peak, "rows": rows, "left_out": left_out}
+    return {
+        "copy_bytes_per_s": bandwidth,
+        "bf16_flops_per_s": peak,
+        "unequal_rows": unequal,
+        "rows": rows,
+        "left_out": left_out,
+    }
 
 
 def main() -> int:
@@ -357,7 +420,7 @@ def main() -> int:
     (options.out / "dense_kernels.json").write_text(text, encoding="utf-8")
     if found["left_out"]:
         print(f"{found['left_out']} cases were left out: the time was up")
-    return 0 if all(row["is_right"] for row in found["rows"]) else 1
+    return 0 if all(row["is_right"] for row in found["rows"]) and not found["unequal_rows"] else 1
 
 
 if __name__ == "__main__":
