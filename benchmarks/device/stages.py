@@ -84,10 +84,11 @@ def _pytest(setup: Setup, *arguments: str) -> Outcome:
 
 
 def kernels(setup: Setup) -> Outcome:
-    """The contract of every kernel on the device itself."""
+    """The contract of every kernel on the device itself; attention's splits, rounded caches and bits too."""
     only = ("-k", "triton and rms_norm") if setup.is_dry else ("-k", "triton")
     contracts = [f"tests/unit/kernels/test_{name}_contract.py" for name in ("kernel", "lora")]
-    return _pytest(setup, *contracts, *only)
+    more = "tests/unit/kernels_triton/test_paged_attention_triton.py"
+    return _pytest(setup, *contracts, more, *only)
 
 
 def families(setup: Setup) -> Outcome:

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention and its cache, interpreted: rounded caches, splits, bits that are a row's own."""
+"""The Triton kernels of attention and its cache: rounded caches, splits, bits that are a row's own."""
 
 import random
 from dataclasses import replace
@@ -15,9 +15,10 @@ from penstock.kernels.reference.kernel_set import ReferenceKernels
 from penstock.kernels.triton import attention, kv_write, tiles
 from penstock.kernels.triton.kernel_set import TritonKernels
 from tests.unit.kernels.attention_case import AttentionCase, make_case
+from tests.unit.kernels.device_home import on_test_device
 
-FAST = TritonKernels()
-FIXED = TritonKernels(KernelOptions(is_deterministic=True))
+FAST = on_test_device(TritonKernels())
+FIXED = on_test_device(TritonKernels(KernelOptions(is_deterministic=True)))
 REFERENCE = ReferenceKernels()
 ROUNDED = (torch.int8, torch.float8_e4m3fn)
 MIXED = [(1, 70), (6, 6), (34, 80), (3, 33)]
