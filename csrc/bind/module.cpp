@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "lists.h"
 #include "penstock/linear.h"
 #include "penstock/pool.h"
 #include "penstock/program.h"
@@ -52,15 +53,6 @@ std::vector<Program::External> externals_of(const ExternalList& list) {
     for (const auto& [address, row_bytes] : list)
         externals.push_back({reinterpret_cast<std::byte*>(address), row_bytes});
     return externals;
-}
-
-using AdapterList = std::vector<std::tuple<std::int64_t, std::int64_t, std::shared_ptr<Adapter>>>;  // first row, rows, whose
-
-std::vector<AdapterRows> adapter_rows_of(const AdapterList& list) {
-    std::vector<AdapterRows> rows;
-    for (const auto& [first_row, num_rows, adapter] : list)
-        rows.push_back({first_row, num_rows, adapter->sites.data()});
-    return rows;
 }
 
 void run(Program& program, std::int64_t num_rows, const ExternalList& externals,
@@ -157,6 +149,7 @@ NB_MODULE(_native, m) {
     bind_dense(m);
     bind_lora(m);
     bind_sampling(m);
+    bind_decode_pass(m);  // after the sampler and the programs, which it takes
     bind_probes(m);
 }
 

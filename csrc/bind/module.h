@@ -15,6 +15,7 @@ void bind_attention(nb::module_& m);
 void bind_dense(nb::module_& m);
 void bind_lora(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_decode_pass(nb::module_& m);
 void bind_probes(nb::module_& m);
 
 }  // namespace penstock

@@ -23,6 +23,8 @@ from penstock.kernels.cpu.kernel_set import NativeKernels
 from penstock.kernels.cpu.recorder import TRACE_ROWS, Recorder, TorchCalls
 from penstock.kernels.cpu.single_calls import has_whole_rows, layer_kv, padded_rows
 from penstock.kernels.cpu.tape import Tape
+from penstock.kernels.cpu.weights import NATIVE_DTYPES
+from penstock.models.decode_pass import DecodePass, DecodePrograms
 from penstock.models.interface import CausalLM, ModelConfig
 
 FLOAT_BYTES: Final = 4
@@ -237,6 +239,41 @@ class RecordedModel:
         if rows:
             self._run(self._logits, rows, externals, [], [])
         return out
+
+    @property
+    def is_profiled(self) -> bool:
+        """True while operations are timed, which `decode_pass` knows nothing of."""
+        return self._op_seconds is not None
+
+    def decode_pass(self, batch: ForwardBatch) -> DecodePass:
+        """Both programs as one call over the memory of `batch`, which the result keeps alive.
+
+        What a run reads is what stands in the batch's tensors then; adapters are told at each run.
+        """
+        if batch.layer_slabs is not self._slabs:
+            self._bind(batch)
+        rows, hidden_size = batch.token_ids.shape[0], self.config.shape.hidden_size
+        hidden = padded_rows(rows, hidden_size, self._dtype)
+        logits = self._buffers.take(rows, self._num_scores)
+        native = _native.DecodePass(
+            num_rows=rows,
+            token_ids=(batch.token_ids.data_ptr(), batch.token_ids.itemsize),
+            positions=(batch.positions.data_ptr(), batch.positions.itemsize),
+            hidden=_place_of(hidden),
+            hidden_dtype=NATIVE_DTYPES[self._dtype],
+            hidden_cols=hidden_size,
+            logits=_place_of(logits),
+            logits_cols=self._num_scores,
+            groups=attention_inputs(batch.groups),
+        )
+        base = self._adapted if self._is_deterministic else self._forward  # as in `forward`
+        programs = DecodePrograms(base=base, adapted=self._adapted, head=self._logits)
+        return DecodePass(
+            native, programs, logits=logits, kept=(batch, hidden), note_seconds=self._note_seconds
+        )
+
+    def _note_seconds(self, seconds: float) -> None:
+        self.program_seconds += seconds
 
     def _run(
         self,

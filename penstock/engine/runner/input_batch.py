@@ -146,20 +146,8 @@ class InputBatchBuilder:
         costs some tens of microseconds; a decode step of one sequence is where that counts. The pass before
         has read its batch when the next is built.
         """
-        starts = [seq.start for seq in sequences]
-        num_blocks = [start // self._block_size + 1 for start in starts]
-        shape = (len(starts), -(-max(num_blocks) // COLUMNS_STEP) * COLUMNS_STEP)
-        decodes = self._decodes
-        if decodes is None or decodes.shape != shape:
-            decodes = self._decodes = DecodeArrays(shape, num_groups=self._num_groups)
-        decodes.token_ids[:] = [seq.token_ids[0] for seq in sequences]
-        decodes.positions[:] = starts
-        seq_lens = tuple(start + 1 for start in starts)
-        decodes.seq_lens[:] = seq_lens
-        for group_idx, table in enumerate(decodes.tables):
-            rows = [seq.block_tables[group_idx] for seq in sequences]
-            decodes.slots[group_idx][:] = _decode_slots(rows, starts, self._block_size)
-            table.write(rows, num_blocks=num_blocks)
+        decodes = self.fill_decodes(sequences)
+        seq_lens = tuple(seq.start + 1 for seq in sequences)
         token_ids, positions, query_start_loc, seq_lens_tensor, *slot_mappings = decodes.tensors
         return ForwardBatch(
             token_ids=token_ids,
@@ -179,6 +167,27 @@ class InputBatchBuilder:
             layer_slabs=self._layer_slabs,
             adapters=adapter_rows(sequences, adapters=adapters),
         )
+
+    def fill_decodes(self, sequences: Sequence[ScheduledSequence]) -> "DecodeArrays":
+        """The numbers of sequences with one token each; the same object while their shape is the same.
+
+        The tensors of the batch that `build` makes lie over these arrays: while the object is the same, a
+        batch made before holds the new numbers, but for `seq_lens_host` and the adapters.
+        """
+        starts = [seq.start for seq in sequences]
+        num_blocks = [start // self._block_size + 1 for start in starts]
+        shape = (len(starts), -(-max(num_blocks) // COLUMNS_STEP) * COLUMNS_STEP)
+        decodes = self._decodes
+        if decodes is None or decodes.shape != shape:
+            decodes = self._decodes = DecodeArrays(shape, num_groups=self._num_groups)
+        decodes.token_ids[:] = [seq.token_ids[0] for seq in sequences]
+        decodes.positions[:] = starts
+        decodes.seq_lens[:] = [start + 1 for start in starts]
+        for group_idx, table in enumerate(decodes.tables):
+            rows = [seq.block_tables[group_idx] for seq in sequences]
+            decodes.slots[group_idx][:] = _decode_slots(rows, starts, self._block_size)
+            table.write(rows, num_blocks=num_blocks)
+        return decodes
 
 
 def adapter_rows(

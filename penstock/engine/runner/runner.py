@@ -40,6 +40,7 @@ from penstock.engine.bisection import Culprit, isolate
 from penstock.engine.kv.cache_groups import CacheLayout
 from penstock.engine.runner.copy_stream import CudaCopyStream
 from penstock.engine.runner.cuda_graphs import DecodeGraphs, PassOutput
+from penstock.engine.runner.decode_steps import DecodedStep, decode_steps
 from penstock.engine.runner.device_batch import LastDrawn, on_device
 from penstock.engine.runner.device_draws import DeviceDraws, QueuedPass, ReadPass, StartedDraws
 from penstock.engine.runner.device_memory import DeviceMemory, memory_of
@@ -73,6 +74,7 @@ from penstock.engine.scheduler.plan import (
     HostTraffic,
     PromptLogprobs,
     SampledToken,
+    SampleSpec,
     ScheduledSequence,
     SequenceFailure,
     StepPlan,
@@ -119,6 +121,8 @@ class ForwardPass:
     """Of sound sequences."""
     pools: Sequence[PoolPart] = ()
     """Of sound sequences."""
+    drawn: Sequence[SampleSpec] | None = None
+    """Whose tokens were drawn with the pass, without masks; None if nothing was."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -205,6 +209,7 @@ class Runner:
         self._make_graphs = make_graphs
         self._graphs = None if make_graphs is None else make_graphs(self._pool)
         self._weights = StoredWeights(loaded.model)
+        self._decodes = decode_steps(loaded, inputs=self._inputs, sampler=self._sampler)
 
     def _make_queue(self) -> DeviceDraws:
         return DeviceDraws(
@@ -468,7 +473,7 @@ class Runner:
             if self._drafter:
                 self._drafter.warm_up(plan.sequences)
             began_s = time.perf_counter()
-            handle = StepHandle(plan=plan, passes=[self._forward(plan.sequences)])
+            handle = StepHandle(plan=plan, passes=[self._forward(plan.sequences, may_replay=True)])
             self._start_draws(handle, masks=None, void=())
             self._read_draws(handle)
         time_s = time.perf_counter() - began_s
@@ -539,10 +544,15 @@ class Runner:
 
         Args:
             sequences: what to compute.
-            may_replay: it is the only pass of its step, as a recording's outputs last until the next one.
+            may_replay: it is the only pass of its step: outputs of a recording, or of a step of decodes as
+                one call, last until the next.
         """
         if self._faults:
             self._faults.before_forward([seq.seq_id for seq in sequences if seq.seq_id != CANARY])
+        elif self._decodes and may_replay:
+            decoded = self._decodes.run(sequences, adapters=self._adapters)
+            if decoded is not None:
+                return _decoded_pass(sequences, decoded)
         batch = self._inputs.build(sequences, adapters=self._adapters)
         if self._graphs and may_replay:
             output = self._graphs.replay(batch, sequences=sequences, last=self._last_on_device)
@@ -679,6 +689,10 @@ class Runner:
         self, done: ForwardPass, *, masks: MaskSource | None, void: Collection[SequenceId]
     ) -> list[Outcome]:
         """Every sequence of one pass: tokens, or failures."""
+        if self._decodes:
+            self._decodes.draws_ahead = masks is None
+        if done.drawn is not None and masks is None and not void and all(_soundness(done)):
+            return self._take_drawn(done.drawn)
         outcomes: list[Outcome] = []
         runs: list[DraftRun] = []
         row = 0
@@ -700,6 +714,12 @@ class Runner:
             return self._draw_all(rows, draws=draws, masks=masks)
 
         return outcomes + verify(runs, draw=draw, commit=self._sampler.commit)
+
+    def _take_drawn(self, specs: Sequence[SampleSpec]) -> list[Outcome]:
+        """What the pass itself drew."""
+        outcomes = self._sampler.prepared_outcomes(specs)
+        self._sampler.commit([each for each in outcomes if isinstance(each, SampledToken)])
+        return outcomes
 
     def _draft_run(self, seq: ScheduledSequence, *, row: int) -> DraftRun:
         """The draws of a sequence with drafts whose logits begin at `row`."""
@@ -761,6 +781,17 @@ def _native_sampler(kernels: KernelSet) -> NativeSampler | None:
 
     assert isinstance(kernels, NativeKernels)
     return NativeSampler(kernels.machine.pool, isa=kernels.machine.isa)
+
+
+def _decoded_pass(sequences: Sequence[ScheduledSequence], decoded: DecodedStep) -> ForwardPass:
+    ends = range(1, len(sequences) + 1)
+    return ForwardPass(
+        sequences=sequences,
+        ends=ends,
+        is_sound=_are_sound(decoded.bad_rows, ends),
+        logits=decoded.logits,
+        drawn=decoded.drawn,
+    )
 
 
 def _are_sound(bad_rows: Sequence[int], ends: Sequence[int]) -> list[bool]:

@@ -8,7 +8,7 @@ collected, and the next step may take its token from there.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.sampling.vocabulary import Doubles, Floats
 from penstock.engine.scheduler.constraint import Mask
+
+if TYPE_CHECKING:  # the extension is not there on every machine
+    from penstock.kernels.cpu import _native
 
 TOKEN: Final = 0
 STATUS: Final = 1
@@ -76,6 +79,27 @@ class HostSampler(Protocol):
         Raises:
             IndexError: a bias, ban or penalty names a token outside the vocabulary.
         """
+        ...
+
+    def prepare(
+        self, *, states: Sequence[SequenceState], output_idxs: list[int], vocab: int
+    ) -> "_native.PreparedDraws | None":
+        """The same draws from logits that are yet to come: draw i from row i of what a native pass computes.
+
+        Changes no state. Only the draws that were prepared last can be read, and once they have run.
+
+        Args:
+            states: as in `sample`; none is rare.
+            output_idxs: as there.
+            vocab: columns of the logits.
+
+        Returns:
+            For `DecodePass.run`; None if something may change the logits before the choice.
+        """
+        ...
+
+    def prepared_draws(self) -> Draws:
+        """What the draws that were prepared last have drawn."""
         ...
 
 

@@ -47,6 +47,8 @@ class NativeSampler:
 
         self._sampler = _native.TokenSampler(pool, isa)
         self._desk = _Desk(num_draws=FEW_DRAWS, num_top=0)
+        self._desk_ahead = _Desk(num_draws=FEW_DRAWS, num_top=0)
+        """Of draws that were prepared and are yet to be read."""
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +69,7 @@ class NativeSampler:
         assert logits.flags.c_contiguous, logits.strides
         assert not rows or 0 <= min(rows) <= max(rows) < len(logits), (rows, logits.shape)
         vocab = logits.shape[1]
-        desk = self._desk_with(rows, states=states, vocab=vocab)
+        desk = self._desk = _desk_with(self._desk, rows, states=states, vocab=vocab)
         desk.number_draws(output_idxs)
         edits = None
         if masks is not None or desk.may_edit:
@@ -83,18 +85,44 @@ class NativeSampler:
         )
         return desk.draws()
 
-    def _desk_with(self, rows: Sequence[int], *, states: Sequence[SequenceState], vocab: int) -> "_Desk":
-        """A desk with these draws on it; they lie there already where they are those of the call before."""
-        desk = self._desk
-        if desk.draws_taken != (rows, states, vocab):
-            num_top = [-1 if (n := state.params.logprobs) is None else min(n, vocab) for state in states]
-            most_top = max(num_top, default=0)
-            if len(states) > desk.num_draws or most_top > desk.num_top:
-                room = max(desk.num_draws, 2 ** (len(states) - 1).bit_length())
-                desk = self._desk = _Desk(num_draws=room, num_top=max(desk.num_top, most_top))
-            desk.take(rows, states=states, num_top=num_top)
-            desk.draws_taken = (list(rows), list(states), vocab)
-        return desk
+    def prepare(
+        self, *, states: Sequence[SequenceState], output_idxs: list[int], vocab: int
+    ) -> "_native.PreparedDraws | None":
+        """As `HostSampler.prepare`."""
+        from penstock.kernels.cpu import _native
+
+        rows = list(range(len(states)))
+        desk = self._desk_ahead = _desk_with(self._desk_ahead, rows, states=states, vocab=vocab)
+        if desk.may_edit:
+            return None
+        if desk.prepared is None:
+            desk.prepared = _native.PreparedDraws(
+                self._sampler,
+                vocab=vocab,
+                num_rows=len(states),
+                starts=desk.starts_address,
+                max_top=desk.num_top,
+                **desk.addresses,
+            )
+        desk.prepared.number(output_idxs)
+        return desk.prepared
+
+    def prepared_draws(self) -> Draws:
+        """As `HostSampler.prepared_draws`."""
+        return self._desk_ahead.draws()
+
+
+def _desk_with(desk: "_Desk", rows: Sequence[int], *, states: Sequence[SequenceState], vocab: int) -> "_Desk":
+    """A desk with these draws on it; they lie there already where they are those of the call before."""
+    if desk.draws_taken != (rows, states, vocab):
+        num_top = [-1 if (n := state.params.logprobs) is None else min(n, vocab) for state in states]
+        most_top = max(num_top, default=0)
+        if len(states) > desk.num_draws or most_top > desk.num_top:
+            room = max(desk.num_draws, 2 ** (len(states) - 1).bit_length())
+            desk = _Desk(num_draws=room, num_top=max(desk.num_top, most_top))
+        desk.take(rows, states=states, num_top=num_top)
+        desk.draws_taken = (list(rows), list(states), vocab)
+    return desk
 
 
 class _Desk:
@@ -107,6 +135,8 @@ class _Desk:
         """Rows, states and vocabulary of the draws whose numbers are in the arrays."""
         self.may_edit = False
         """True if something may change a row of theirs before the choice."""
+        self.prepared: _native.PreparedDraws | None = None
+        """These draws for a call that brings their logits later, once asked for."""
         self._num_top_of: list[int] = []
         self._starts: npt.NDArray[np.uint64] | None = None
         """[draws]: of their streams of random numbers; None if all are greedy."""
@@ -141,6 +171,12 @@ class _Desk:
         is_random = bool(self._numbers[0, :num].any())
         self._starts = stream_starts([state.seed for state in states]) if is_random else None
         self.may_edit = any(state.alters_logits(output_idx=0) for state in states)
+        self.prepared = None
+
+    @property
+    def starts_address(self) -> int:
+        """Of the starts of the streams of random numbers, 0 if all are greedy."""
+        return 0 if self._starts is None else self._starts.ctypes.data
 
     def number_draws(self, output_idxs: Sequence[int]) -> None:
         """Write the uniform numbers of these tokens of the answers; greedy draws read none."""
@@ -150,6 +186,10 @@ class _Desk:
     def draws(self) -> Draws:
         """What the extension wrote."""
         num = len(self._num_top_of)
+        # As a list made there: numpy's calls cost 10 us each after a pass over the weights.
+        tokens = self.prepared.tokens() if self.prepared and max(self._num_top_of) < 0 else None
+        if tokens is not None:
+            return Draws(statuses=[DrawStatus.DRAWN] * num, token_ids=tokens, logprobs=[None] * num)
         statuses = self._statuses[:num].tolist()
         logprobs: list[TokenLogprobs | None] = [None] * num
         for draw, (top, status) in enumerate(zip(self._num_top_of, statuses, strict=True)):

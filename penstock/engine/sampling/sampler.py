@@ -22,7 +22,7 @@ the rounding of float32 (see `native`); without one, here.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -45,6 +45,9 @@ from penstock.engine.scheduler.plan import (
     SampleSpec,
     SequenceFailure,
 )
+
+if TYPE_CHECKING:  # the extension is not there on every machine
+    from penstock.kernels.cpu import _native
 
 XTC_STREAM: Final = 0x5851F42D4C957F2D
 """Makes of a sequence's seed that of a second stream of numbers."""
@@ -122,6 +125,31 @@ class Sampler:
         # The usual case, one draw per row, must not copy the batch's logits.
         part = logits if rows == own_rows else logits[list(rows)]
         return self._sample_in_chunks(part, specs=specs, masks=masks)
+
+    def prepare(self, specs: Sequence[SampleSpec], *, vocab: int) -> "_native.PreparedDraws | None":
+        """What `sample` without masks would draw, spec i from row i of logits that a native pass will give.
+
+        Changes nothing; until they are read nothing else may be prepared.
+
+        Args:
+            specs: who draws.
+            vocab: columns of the logits.
+
+        Returns:
+            For the pass, after which `prepared_outcomes` reads them; None where `sample` must do it.
+        """
+        if self._native is None:
+            return None
+        states = [self._states[spec.seq_id] for spec in specs]
+        if any(state.is_rare for state in states):
+            return None
+        output_idxs = [spec.output_idx for spec in specs]
+        return self._native.prepare(states=states, output_idxs=output_idxs, vocab=vocab)
+
+    def prepared_outcomes(self, specs: Sequence[SampleSpec]) -> list[Outcome]:
+        """What the prepared draws of `specs` gave, as `sample` answers."""
+        assert self._native is not None, "somebody has prepared them"
+        return outcomes_of(self._native.prepared_draws(), specs=specs)
 
     def _sample_natively(
         self,

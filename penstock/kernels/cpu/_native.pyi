@@ -349,6 +349,68 @@ def rows_are_finite(
 ) -> None:
     """out: uint8 [num_rows], 0 where a value of the row is NaN or infinite, else 1; dtype: bf16 or f32."""
 
+# ---- a step of decodes
+
+class PreparedDraws:
+    """Draws whose numbers are there before their logits; arrays as `TokenSampler.sample` takes them."""
+
+    def __init__(
+        self,
+        sampler: TokenSampler,
+        *,
+        vocab: int,
+        num_rows: int,
+        starts: int,
+        rows: int,
+        temperatures: int,
+        top_k: int,
+        top_p: int,
+        min_p: int,
+        uniforms: int,
+        num_top: int,
+        max_top: int,
+        tokens: int,
+        statuses: int,
+        logprobs: int,
+        ranks: int,
+        top_ids: int,
+        top_logprobs: int,
+    ) -> None:
+        """starts: uint64 [num_rows] of the streams of random numbers, or the address 0 where all are greedy."""
+    def number(self, output_idxs: list[int]) -> None:
+        """Write the random numbers of these tokens of the answers; nothing where all are greedy."""
+    def tokens(self) -> list[int] | None:
+        """What was drawn; None unless every row gave a token."""
+
+class DecodePass:
+    """Layers, head, soundness and draws in one call, over memory that outlives it; see decode_pass.h."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        token_ids: tuple[int, int],
+        positions: tuple[int, int],
+        hidden: tuple[int, int],
+        hidden_dtype: DType,
+        hidden_cols: int,
+        logits: tuple[int, int],
+        logits_cols: int,
+        groups: list[AttentionInputs],
+    ) -> None:
+        """Pairs are (address, bytes from row to row)."""
+    def run(
+        self,
+        layers: Program,
+        head: Program,
+        adapters: list[tuple[int, int, Adapter]],
+        draws: PreparedDraws | None,
+    ) -> list[int]:
+        """The rows whose hidden values are NaN or infinite, rising."""
+    @property
+    def program_seconds(self) -> float:
+        """Of the last run, inside the two programs."""
+
 # ---- probes
 
 def read_bandwidth(pool: Pool, *, num_bytes: int, passes: int) -> float:
