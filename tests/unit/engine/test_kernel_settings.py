@@ -30,7 +30,7 @@ def test_what_is_no_affinity_is_refused(text: str) -> None:
         ({"quantization": "awq"}, "quantization is 'awq', it must be one of none, int8, int4"),
         ({"quantization": "int4", "quantization_group_size": 48}, "one of 32, 64, 128"),
         ({"quantization": "int8", "quantization_group_size": 32}, "needs quantization int4"),
-        ({"quantization_activations": "bf16"}, "needs quantization int8 or int4"),
+        ({"quantization_activations": "bf16"}, "needs quantization int8, int4 or fp8"),
         ({"quantization": "int8", "quantization_activations": "fp8"}, "one of int8, bf16"),
         ({"isa": "neon"}, "isa is 'neon'"),
         ({"kv": KvConfig(cache_dtype="fp4")}, "kv_cache_dtype is 'fp4'"),
