@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from penstock.engine.kv.host_tier import HostMove
-from penstock.engine.runner.copy_stream import CopyStream, Ticket
+from penstock.engine.runner.copy_stream import CopyStream, Ticket, pin
 from penstock.engine.scheduler.plan import NO_TRAFFIC, HostTraffic
 
 
@@ -61,12 +61,14 @@ class HostBlocks:
             stream: makes the copies; None copies here and now.
 
         Raises:
-            RuntimeError: so much memory cannot be pinned.
+            CudaError: so much memory cannot be pinned.
         """
         self._storage = storage
         shape = (num_slots, *storage.shape[1:])
         self._stream = stream
-        self._slots = torch.empty(shape, dtype=storage.dtype, pin_memory=storage.is_cuda)
+        self._slots = torch.empty(shape, dtype=storage.dtype)
+        if storage.is_cuda:
+            pin(self._slots, owner=self)
         self._bytes_per_block = storage[0].nbytes
         self._under_way: deque[_UnderWay] = deque()
         self._done = NO_TRAFFIC

@@ -65,7 +65,7 @@ class StoredWeights:
         return sum(kept.nbytes for kept in self._kept)
 
     def put_aside(self) -> None:
-        """Copy what lies on a device to pinned host memory and give the device's memory up."""
+        """Copy what lies on a device to host memory and give the device's memory up."""
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
             for tensor in tensors_in(self._model)
@@ -74,8 +74,7 @@ class StoredWeights:
         self._storages = list(storages.values())
         for storage in self._storages:
             flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            kept = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
-            self._kept.append(kept.copy_(flat))
+            self._kept.append(flat.to("cpu", copy=True))
             storage.resize_(0)
 
     def bring_back(self) -> None:

@@ -139,10 +139,10 @@ class Settlement:
             entry.seq_id: entry
             for entry in plan.sequences
             if (
-                entry.start != sequences[entry.seq_id].num_computed_tokens
+                (seq := sequences[entry.seq_id]).num_computed_tokens != entry.start
                 or (failures and _is_short_of_memory(entry, failures))
             )
-            and sequences[entry.seq_id].finish_reason is None
+            and seq.finish_reason is None
         }
 
     def _without_lost(self, result: StepResult, lost: Mapping[SequenceId, ScheduledSequence]) -> StepResult:
