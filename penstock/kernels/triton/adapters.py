@@ -11,6 +11,7 @@ Letters: T rows, I inputs, O outputs, R ranks, rounded up to a power of two.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 import torch
@@ -24,7 +25,7 @@ from penstock.kernels.transfer import upload
 from penstock.kernels.triton.launch import dot, inlined, narrow
 
 ALIGNMENT: Final = 16
-"""Elements; torch gives every tensor a multiple of it, and the kernels count on that to load wide."""
+"""Elements that matrices begin at a multiple of, so that the kernels load 16 bytes at once."""
 ROWS: Final = 16
 """Of a tile: the least that the matrix instructions take; most tiles of decodes have one."""
 CHUNK: Final = 1024
@@ -41,7 +42,7 @@ FIELDS: Final = tl.constexpr(4)
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TritonAdapter:
-    """Matrices on the device, by the number of their site."""
+    """Matrices on the device, by the number of their site; all lie in one piece of memory."""
 
     pairs: Mapping[int, LowRankPair]
     num_sites: int
@@ -49,8 +50,8 @@ class TritonAdapter:
     """[1] of the matrices' dtype."""
     places: Tensor = field(init=False)
     """[num_sites, FIELDS] int64 on the host; of sites without matrices all zero."""
-    address: int = field(init=False, default=0)
-    """Of the first matrix when `places` was made: weights may be moved while the engine sleeps."""
+    addresses: tuple[int, int] = field(init=False, default=(0, 0))
+    """Of matrices and anchor when `places` was made: they may be moved while the engine sleeps."""
 
     def __post_init__(self) -> None:
         self._find_places()
@@ -67,9 +68,13 @@ class TritonAdapter:
 
     def current_places(self) -> Tensor:
         """`places`, made anew if the matrices were moved."""
-        if self.pairs and next(iter(self.pairs.values())).a.data_ptr() != self.address:
+        if self._addresses_now() != self.addresses:
             self._find_places()
         return self.places
+
+    def _addresses_now(self) -> tuple[int, int]:
+        first = next((pair.a.data_ptr() for pair in self.pairs.values()), 0)
+        return first, self.anchor.data_ptr()
 
     def _distance(self, matrix: Tensor) -> int:
         distance, rest = divmod(matrix.data_ptr() - self.anchor.data_ptr(), matrix.element_size())
@@ -83,7 +88,7 @@ class TritonAdapter:
             bits = torch.tensor(pair.scale, dtype=torch.float32).view(torch.int32).item()
             found = (self._distance(pair.a), self._distance(pair.b), pair.rank, bits)
             self.places[site] = torch.tensor(found, dtype=torch.int64)
-        self.address = next((pair.a.data_ptr() for pair in self.pairs.values()), 0)
+        self.addresses = self._addresses_now()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,14 +154,18 @@ class Adapters:
         """As `ops.prepare_adapter`."""
         if dtype not in self._anchors:
             self._anchors[dtype] = torch.zeros(1, dtype=dtype, device=self._device)
+        matrices = [matrix for pair in pairs.values() for matrix in (pair.a, pair.b)]
+        ends = [*accumulate((cdiv(each.numel(), ALIGNMENT) * ALIGNMENT for each in matrices), initial=0)]
+        whole = torch.empty(ends[-1], dtype=dtype, device=self._device)
+        views = [
+            whole[start : start + each.numel()].view(each.shape).copy_(each)
+            for start, each in zip(ends, matrices, strict=False)
+        ]
         kept = {
-            site: LowRankPair(a=self._kept(pair.a, dtype), b=self._kept(pair.b, dtype), scale=pair.scale)
-            for site, pair in pairs.items()
+            site: LowRankPair(a=a, b=b, scale=pair.scale)
+            for (site, pair), a, b in zip(pairs.items(), views[::2], views[1::2], strict=True)
         }
         return TritonAdapter(pairs=kept, num_sites=num_sites, anchor=self._anchors[dtype])
-
-    def _kept(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty(matrix.shape, dtype=dtype, device=self._device).copy_(matrix)
 
     def staged(self, rows: tuple[AdapterRows, ...]) -> StagedRows:
         """The tables of a step, sent once; steps are told apart by their runs."""

@@ -104,6 +104,10 @@ class LayerTables:
     up: ExpertTable
     down: ExpertTable
 
+    def is_current(self) -> bool:
+        """False if weights were moved since."""
+        return self.gate.is_current() and self.up.is_current() and self.down.is_current()
+
 
 class ExpertTables:
     """Tables by layer, made when the layer first computes: in the warm-up, before any graph is captured."""
@@ -119,7 +123,7 @@ class ExpertTables:
         """
         key = triton_weight(experts[0].gate)
         tables = self._tables.get(key)
-        if tables is None or not tables.gate.is_current():
+        if tables is None or not tables.is_current():
             tables = LayerTables(
                 gate=_make_table([triton_weight(each.gate) for each in experts]),
                 up=_make_table([triton_weight(each.up) for each in experts]),

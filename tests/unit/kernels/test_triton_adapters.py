@@ -64,10 +64,15 @@ def test_matrices_that_were_moved_are_found_again() -> None:
     x, y = rand(2, INPUTS, seed=1), rand(2, OUTPUTS, seed=2)
     before = run(kernels, x, y, site, [(0, 2, weights)])
     assert isinstance(weights, TritonAdapter)
-    pair = weights.pairs[0]
-    weights.pairs = {0: LowRankPair(a=pair.a.clone(), b=pair.b.clone(), scale=pair.scale)}
-    pair.a.fill_(7.0)
+    storage = weights.pairs[0].a.untyped_storage()
+    kept = torch.empty(0, dtype=torch.uint8).set_(storage).clone()
+    storage.resize_(0)
+    taken = torch.full_like(kept, 7)  # so that the matrices come to lie elsewhere
+    storage.resize_(kept.nbytes)
+    torch.empty(0, dtype=torch.uint8).set_(storage).copy_(kept)
+    weights.anchor = torch.zeros_like(weights.anchor)
     assert torch.equal(run(kernels, x, y, site, [(0, 2, weights)]), before)
+    del taken
 
 
 def test_a_step_without_matrices_launches_nothing() -> None:
