@@ -41,6 +41,7 @@ def environment() -> dict[str, Any]:
     """Machine, commit and versions."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = commit or os.environ.get("PENSTOCK_COMMIT", "")  # a copy of the tree that is no repository
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
