@@ -88,6 +88,7 @@ class Rig:
         failures: dict[int, str] | None = None,
         step_time_s: float = 0.01,
         host_traffic: HostTraffic = NO_TRAFFIC,
+        num_out_of_memory: int = 0,
         void: Container[int] = (),
     ) -> StepOutput:
         """Apply a plan with the given outcome; nothing is drawn for `void` sequences."""
@@ -106,6 +107,7 @@ class Rig:
             failures=[SequenceFailure(seq_id, code, "injected") for seq_id, code in failures.items()],
             step_time_s=step_time_s,
             host_traffic=host_traffic,
+            num_out_of_memory=num_out_of_memory,
         )
         self.clock.advance(step_time_s)
         output = self.scheduler.apply(plan, result)
