@@ -33,6 +33,7 @@ from penstock.kernels.batch import AttentionBatch, KvShape
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.triton.kernel_set import TritonKernels
+from penstock.kernels.triton.sampling import DrawRequest, Edits, draw_tokens
 
 HOPPER: Final = 90
 CUOBJDUMP: Final = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -275,6 +276,37 @@ def _moe(kernels: TritonKernels) -> None:
         ops.moe(kernels, torch.zeros(num_rows, 256, dtype=BFLOAT16), router, experts, shape)
 
 
+def _sampling(dtype: torch.dtype) -> None:
+    """Every launch, at the largest vocabulary of a family."""
+    vocab, num_draws = 151_936, 4
+    longs, words = torch.zeros(num_draws, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    edits = Edits(
+        rows=longs,
+        mask_of=longs,
+        masks=torch.zeros(1, vocab // 32, dtype=torch.int32),
+        offsets=torch.zeros(num_draws + 1, dtype=torch.int64),
+        ids=longs,
+        kinds=words,
+        biases=torch.zeros(1),
+        counts=torch.zeros(1),
+        penalties=torch.zeros(num_draws, 3),
+        most_tokens=1,
+    )
+    for num_top in (None, 0, 20):
+        request = DrawRequest(
+            rows=longs,
+            places=longs,
+            numbers=torch.zeros(5, num_draws, dtype=torch.float64),
+            edits=edits,
+            is_random=True,
+            has_top_k=True,
+            has_top_p=True,
+            has_min_p=True,
+            num_top=num_top,
+        )
+        draw_tokens(torch.zeros(num_draws, vocab, dtype=dtype), request)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Names and calls."""
     for attention in ATTENTION:
@@ -290,6 +322,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     ):
         yield f"linear, {quantization}", partial(_linear, kernels, quantization)
     yield "moe", partial(_moe, kernels)
+    for dtype in (FLOAT32, BFLOAT16):
+        yield f"sampling, {dtype}", partial(_sampling, dtype)
 
 
 def compile_all(*, only: str, is_frontend: bool, arch: int = HOPPER) -> list[Compiled]:

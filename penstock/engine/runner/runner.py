@@ -60,6 +60,7 @@ from penstock.engine.runner.warmup import (
     load_of,
     touched_blocks,
 )
+from penstock.engine.sampling.fast import DeviceSampler
 from penstock.engine.sampling.greedy import GreedySampler
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.sampling.native import NativeSampler
@@ -214,7 +215,7 @@ class Runner:
     def _make_queue(self) -> DeviceDraws:
         return DeviceDraws(
             self._sampler,
-            device_sampler=GreedySampler(),
+            device_sampler=_device_sampler(self._kernels),
             device=self._device,
             before_sample=self._faults.before_sample if self._faults else None,
             on_error=self._shed_if_short,
@@ -792,6 +793,16 @@ def _decoded_pass(sequences: Sequence[ScheduledSequence], decoded: DecodedStep) 
         logits=decoded.logits,
         drawn=decoded.drawn,
     )
+
+
+def _device_sampler(kernels: KernelSet) -> DeviceSampler:
+    """Who draws where the logits lie."""
+    if kernels.name != "triton":
+        return GreedySampler()
+    # Imported here: it needs triton, which is there if such kernels are.
+    from penstock.engine.sampling.device import TritonSampler
+
+    return TritonSampler()
 
 
 def _are_sound(bad_rows: Sequence[int], ends: Sequence[int]) -> list[bool]:

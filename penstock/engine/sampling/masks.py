@@ -15,3 +15,10 @@ class MaskSource(Protocol):
         The array is valid until the step is applied.
         """
         ...
+
+
+def joined(mask: Mask | None, allowed: Mask | None) -> Mask | None:
+    """The tokens that both allow."""
+    if mask is None or allowed is None:
+        return allowed if mask is None else mask
+    return mask[: len(allowed)] & allowed

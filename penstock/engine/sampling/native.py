@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from penstock.core.text import TokenLogprob, TokenLogprobs
 from penstock.engine.sampling.fast import Draws, DrawStatus
+from penstock.engine.sampling.masks import joined
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.sampling.uniform import stream_starts, uniforms_of
 from penstock.engine.sampling.vocabulary import Floats
@@ -219,7 +220,7 @@ class _Edits:
         self._arrays: list[npt.NDArray[np.generic]] = []
         self.of_rows: list[tuple[int, _native.RowEdits]] = []
         for draw, (state, output_idx) in enumerate(zip(states, output_idxs, strict=True)):
-            mask = _joined(None if masks is None else masks[draw], state.allowed_mask(vocab))
+            mask = joined(None if masks is None else masks[draw], state.allowed_mask(vocab))
             if mask is not None:
                 mask = np.ascontiguousarray(mask, dtype="<i4")
                 assert len(mask) * 32 >= vocab, (mask.shape, vocab)
@@ -254,10 +255,3 @@ class _Edits:
             return 0
         self._arrays.append(array)
         return array.ctypes.data
-
-
-def _joined(mask: Mask | None, allowed: Mask | None) -> Mask | None:
-    """The tokens that both allow."""
-    if mask is None or allowed is None:
-        return allowed if mask is None else mask
-    return mask[: len(allowed)] & allowed
