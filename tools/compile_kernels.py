@@ -296,7 +296,7 @@ def _sampling(dtype: torch.dtype) -> None:
         request = DrawRequest(
             rows=longs,
             places=longs,
-            numbers=torch.zeros(5, num_draws, dtype=torch.float64),
+            numbers=torch.zeros(6, num_draws, dtype=torch.float64),
             edits=edits,
             is_random=True,
             has_top_k=True,

@@ -76,11 +76,12 @@ class TritonSampler:
 
 
 def _numbers(states: Sequence[SequenceState], *, output_idxs: Sequence[int]) -> Doubles:
-    """[5, draws], as `DrawRequest.numbers`."""
-    numbers = np.zeros((5, len(states)))
+    """[6, draws], as `DrawRequest.numbers`."""
+    numbers = np.zeros((6, len(states)))
     numbers[:4] = np.array([state.draw_numbers for state in states]).T
     if numbers[0].any():
         numbers[4] = uniforms([state.seed for state in states], output_idxs=list(output_idxs))
+    numbers[5] = [state.params.logprobs is not None for state in states]
     return numbers
 
 

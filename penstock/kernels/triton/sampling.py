@@ -32,6 +32,7 @@ from penstock.kernels.triton import sampling_kernels as kernels
 TABLE_HEAD: Final = 4
 """Token, status, logprob, rank; the alternatives follow."""
 TOUCH_BLOCK: Final = 256
+TELL_BLOCK: Final = 16
 LANES: Final = kernels.LANES.value
 COLUMNS: Final = kernels.COLUMNS.value
 FEW: Final = kernels.FEW.value
@@ -74,7 +75,8 @@ class DrawRequest:
     places: Tensor
     """[draws] int64: which edit is its own, -1 for none."""
     numbers: Tensor
-    """[5, draws] float64: temperature (0 if greedy), top_k (0 for all), top_p, min_p, uniform number."""
+    """[6, draws] float64: temperature (0 if greedy), top_k (0 for all), top_p, min_p, uniform number, 1 where
+    logprobs are asked for."""
     edits: Edits | None
     is_random: bool
     """False if all are greedy."""
@@ -208,6 +210,7 @@ class _Drawing:
             self._logits.stride(0),
             self._num_columns,
             KEEPS_COLUMNS=self._has_candidates,
+            num_warps=8,
         )
         return columns
 
@@ -313,6 +316,7 @@ class _Drawing:
             self._vocab,
             self._logits.stride(0),
             self._num_columns,
+            num_warps=8,
         )
 
     def _pick(self) -> None:
@@ -332,24 +336,46 @@ class _Drawing:
             self._num_columns,
             self._num_splits,
             SPLITS=next_power_of_2(self._num_splits),
+            num_warps=8,
         )
 
     def _tell(self) -> Tensor:
-        desk, asked, number = self._desk, self._request.num_top is not None, self._num_draws
-        num_top, num_tiles = self._request.num_top or 0, cdiv(self._vocab, TILE) if asked else 1
+        """Token and status of each draw; logprobs are written over the zeros beside them."""
+        desk, number, num_top = self._desk, self._num_draws, self._request.num_top
+        width = TABLE_HEAD + 2 * (num_top or 0)
+        table = self._empty(number, width, dtype=torch.float64)
+        kernels.tell_kernel[(cdiv(number, TELL_BLOCK),)](
+            desk.tokens, desk.statuses, table, number, width, BLOCK=TELL_BLOCK
+        )
+        if num_top is not None:
+            self._tell_logprobs(table, num_top=num_top)
+        return table
+
+    def _tell_logprobs(self, table: Tensor, *, num_top: int) -> None:
+        desk, number, num_tiles = self._desk, self._num_draws, cdiv(self._vocab, TILE)
         room = next_power_of_2(num_top) if num_top else 0
         tops, sums = self._empty(2, number, num_tiles, dtype=torch.float32)
         ahead = self._empty(number, num_tiles, dtype=torch.int32)
         likeliest = self._empty(number, num_tiles, max(1, room), dtype=torch.int64)
-        logits, rows, stride = self._logits, self._request.rows, self._logits.stride(0)
-        if asked:
-            kernels.facts_kernel[(num_tiles, number)](
-                logits, rows, desk.tokens, tops, sums, ahead, likeliest, self._vocab, stride, NUM_TOP=room
-            )
-        table = self._empty(number, TABLE_HEAD + 2 * num_top, dtype=torch.float64)
-        kernels.tell_kernel[(number,)](
-            logits,
-            rows,
+        kernels.facts_kernel[(num_tiles, number)](
+            self._logits,
+            self._request.rows,
+            self._request.numbers,
+            desk.tokens,
+            tops,
+            sums,
+            ahead,
+            likeliest,
+            number,
+            self._vocab,
+            self._logits.stride(0),
+            NUM_TOP=room,
+            num_warps=8,
+        )
+        kernels.tell_logprobs_kernel[(number,)](
+            self._logits,
+            self._request.rows,
+            self._request.numbers,
             desk.tokens,
             desk.statuses,
             tops,
@@ -357,14 +383,11 @@ class _Drawing:
             ahead,
             likeliest,
             table,
-            stride,
+            number,
+            self._logits.stride(0),
             num_tiles,
             num_top,
-            ASKED=asked,
             NUM_TOP=room,
             TILES=next_power_of_2(num_tiles),
             KEYS=next_power_of_2(num_tiles * max(1, room)),
         )
-        return table
-
-

@@ -1,7 +1,7 @@
 """The kernels of `sampling`, in the order in which it launches them.
 
-A row is cut into splits of `LANES` by `COLUMNS` tokens, the same for every batch, so that neither neighbours
-nor the device change a sum: column j of a row of C columns holds the tokens j, j + C, j + 2 C, ... (the CDF of
+A row is cut into splits of `LANES` by `COLUMNS` tokens, the same for every batch, so that no neighbour
+changes a sum: column j of a row of C columns holds the tokens j, j + C, j + 2 C, ... (the CDF of
 a whole row runs down the columns, as in `engine/sampling/vocabulary`). No kernel adds to a number that
 another program adds to.
 
@@ -11,13 +11,13 @@ prefix of the sorted row, equal logits included, and no row is ever sorted.
 
 import triton
 import triton.language as tl
-from triton.language import standard
+from triton.language.standard import _elementwise_max, _elementwise_min, _sum_combine
 
 from penstock.kernels.triton.launch import INTERPRETED, bound, inlined
 
 DONE, CANDIDATES, SEARCH, PLAIN, FILTERED = (tl.constexpr(i) for i in range(5))
-"""What a draw still needs: nothing; a look at its best columns; a search in the whole row for the border of
-what is kept; one draw from the sums of its splits; the same after those sums were taken of kept tokens only."""
+"""What a draw still needs: nothing; its best columns; a search in the whole row for the border of
+what is kept; one draw from the sums of its splits; the same after those were summed over kept tokens only."""
 DRAWN, NOT_FINITE, NONE_ALLOWED = (tl.constexpr(i) for i in range(3))
 """As `DrawStatus`."""
 LANES = tl.constexpr(32)
@@ -29,9 +29,11 @@ LIST = tl.constexpr(1024)
 SMALL_VOCAB = tl.constexpr(8192)
 """Up to here a nucleus is drawn from in the order of columns."""
 TILE = tl.constexpr(4096)
+FINE_TILE = tl.constexpr(2048)
+"""Of the search, which keeps many numbers of each lane in registers."""
 CHUNK = tl.constexpr(128 if INTERPRETED.value else 8)
 """Keys that all keys of a list are compared with at once; registers hold few, the interpreter likes many."""
-TEMPERATURE, TOP_K, TOP_P, MIN_P, UNIFORM = (tl.constexpr(i) for i in range(5))
+TEMPERATURE, TOP_K, TOP_P, MIN_P, UNIFORM, ASKS = (tl.constexpr(i) for i in range(6))
 """Rows of the table of numbers."""
 BANNED, SEEN = tl.constexpr(1), tl.constexpr(2)
 LAST_KEY = tl.constexpr(2**63 - 2)
@@ -45,25 +47,31 @@ BELOW_ONE = tl.constexpr(1.0 - 2.0**-52)
 @inlined
 def total_of(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
     """As `tl.sum`, which the interpreter would take for a kernel (see `inlined`), as the next ones too."""
-    return tl.reduce(x, AXIS, standard._sum_combine)
+    return tl.reduce(x, AXIS, _sum_combine)
 
 
 @inlined
 def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
     """As `tl.max`."""
-    return tl.reduce(x, AXIS, standard._elementwise_max)
+    return tl.reduce(x, AXIS, _elementwise_max)
 
 
 @inlined
 def least(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
     """As `tl.min`."""
-    return tl.reduce(x, AXIS, standard._elementwise_min)
+    return tl.reduce(x, AXIS, _elementwise_min)
 
 
 @inlined
 def running_total(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
     """As `tl.cumsum`."""
-    return tl.associative_scan(x, AXIS, standard._sum_combine)
+    return tl.associative_scan(x, AXIS, _sum_combine)
+
+
+@inlined
+def is_nan(x: tl.tensor) -> tl.tensor:
+    """True for what is no number; infinities are."""
+    return (tl.abs(x) <= float("inf")) == 0
 
 
 @inlined
@@ -110,7 +118,7 @@ def read(
     stride: tl.tensor,
     vocab: tl.tensor,
 ) -> tl.tensor:
-    """Float32 logits as the draw sees them: raw, or from its own row in `edited` if `place` is not negative."""
+    """Float32 logits as the draw sees them: raw, or of its own row in `edited` if `place` is 0 or more."""
     raw = tl.load(logits + row * stride + ids, mask=mask & (place < 0), other=-float("inf")).to(tl.float32)
     own = tl.load(edited + place * vocab + ids, mask=mask & (place >= 0), other=-float("inf"))
     return tl.where(place < 0, raw, own)
@@ -186,8 +194,11 @@ def scan_kernel(
     num_columns: tl.tensor,
     KEEPS_COLUMNS: tl.constexpr,
 ) -> None:
-    """What all draws need of a split: the raw maximum (NaN if there is one), the first key, the sum of the
-    weights beside the split's own maximum; and the first key of each column."""
+    """What all draws need of a split.
+
+    The raw maximum (NaN if there is one), the first key, the sum of the weights beside the split's own
+    maximum; and the first key of each column.
+    """
     draw = tl.program_id(1).to(tl.int64)
     row, place = tl.load(rows + draw), tl.load(places + draw)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -196,15 +207,15 @@ def scan_kernel(
     raw = tl.load(logits + row * stride + ids, mask=is_token, other=-float("inf")).to(tl.float32)
     own = tl.load(edited + place * vocab + ids, mask=is_token & (place >= 0), other=-float("inf"))
     x = tl.where(place < 0, raw, own)
-    is_nan = largest(largest((raw != raw).to(tl.int32), 0), 0)
-    raw_top = largest(largest(tl.where(raw != raw, -float("inf"), raw), 0), 0)
+    has_nan = largest(largest(is_nan(raw).to(tl.int32), 0), 0)
+    raw_top = largest(largest(tl.where(is_nan(raw), -float("inf"), raw), 0), 0)
     keys = least(tl.where(is_token, order_key(x, ids), NO_KEY), 0)
-    top = largest(largest(tl.where(x != x, -float("inf"), x), 0), 0)
+    top = largest(largest(tl.where(is_nan(x), -float("inf"), x), 0), 0)
     is_usable = tl.abs(top) < float("inf")
     weights = weigh(x, tl.where(is_usable, top, 0.0), sharpness_of(numbers, draw))
     total = total_of(total_of(weights, 0), 0)
     at = draw * tl.num_programs(0) + tl.program_id(0)
-    tl.store(raw_tops + at, tl.where(is_nan != 0, float("nan"), raw_top))
+    tl.store(raw_tops + at, tl.where(has_nan != 0, float("nan"), raw_top))
     tl.store(best + at, least(keys, 0))
     tl.store(tops + at, top)
     tl.store(sums + at, tl.where(is_usable, total, 0.0))
@@ -251,8 +262,8 @@ def settle_kernel(
     at, is_split = draw * num_splits + split, split < num_splits
     raw = tl.load(raw_tops + at, mask=is_split, other=-float("inf"))
     first = least(tl.load(best + at, mask=is_split, other=NO_KEY), 0)
-    has_nan = largest((raw != raw).to(tl.int32), 0) != 0
-    raw_top = largest(tl.where(raw != raw, -float("inf"), raw), 0)
+    has_nan = largest(is_nan(raw).to(tl.int32), 0) != 0
+    raw_top = largest(tl.where(is_nan(raw), -float("inf"), raw), 0)
     has_answer = tl.abs(value_of(first)) < float("inf")
     status = tl.where(has_answer, DRAWN, NONE_ALLOWED)
     status = tl.where(has_nan | (tl.abs(raw_top) == float("inf")), NOT_FINITE, status)
@@ -405,7 +416,7 @@ def choose_kernel(
 
 
 @inlined
-def prefix_sums(
+def mass_upto(
     logits: tl.tensor,
     edited: tl.tensor,
     row: tl.tensor,
@@ -415,44 +426,26 @@ def prefix_sums(
     top: tl.tensor,
     sharpness: tl.tensor,
     floor: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    third: tl.tensor,
-    COUNTS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Mass (or number, if COUNTS) of the tokens up to each of three keys, without those lighter than `floor`.
-
-    Each lane adds at most a few hundred numbers in float32, the lanes are added in float64; more tokens never
-    make less, since rounding is monotone.
-    """
-    one = tl.full((TILE,), 0.0, tl.float32)
-    two = tl.full((TILE,), 0.0, tl.float32)
-    three = tl.full((TILE,), 0.0, tl.float32)
-    for start in range(0, bound(vocab), TILE):
-        ids = start + tl.arange(0, TILE).to(tl.int64)
+    border: tl.tensor,
+) -> tl.tensor:
+    """Mass of the tokens up to a key, without those lighter than `floor`; summed as in `shortest`."""
+    mass = tl.full((FINE_TILE,), 0.0, tl.float32)
+    for start in range(0, bound(vocab), FINE_TILE):
+        ids = start + tl.arange(0, FINE_TILE).to(tl.int64)
         x = read(logits, edited, row, place, ids, ids < vocab, stride, vocab)
-        key = tl.where(ids < vocab, order_key(x, ids), NO_KEY)
         weight = weigh(x, top, sharpness)
-        is_kept = weight.to(tl.float64) >= floor
-        if COUNTS:
-            weight = tl.full((TILE,), 1.0, tl.float32)
-        one += tl.where(is_kept & (key <= first), weight, 0.0)
-        two += tl.where(is_kept & (key <= second), weight, 0.0)
-        three += tl.where(is_kept & (key <= third), weight, 0.0)
-    return (
-        total_of(one.to(tl.float64), 0),
-        total_of(two.to(tl.float64), 0),
-        total_of(three.to(tl.float64), 0),
-    )
+        mass += tl.where((order_key(x, ids) <= border) & (weight.to(tl.float64) >= floor), weight, 0.0)
+    return total_of(mass.to(tl.float64), 0)
 
 
 @inlined
 def is_reached(mass: tl.tensor, target: tl.tensor, STRICTLY: tl.constexpr) -> tl.tensor:
     """True if a prefix of this mass is long enough."""
+    total = total_of(mass.to(tl.float64), 0)
     if STRICTLY:
-        reached = mass > target
+        reached = total > target
     else:
-        reached = mass >= target
+        reached = total >= target
     return reached
 
 
@@ -473,20 +466,47 @@ def shortest(
     COUNTS: tl.constexpr,
     STRICTLY: tl.constexpr,
 ) -> tl.tensor:
-    """The last key of the shortest prefix that reaches `target`, between two keys; two bits a pass."""
+    """The last key of the shortest prefix whose mass (or number, if COUNTS) reaches `target`.
+
+    A pass divides what is between `low`, the key of a token, and `high` in four, and goes on between keys of
+    tokens: for each of three points it takes the mass up to it, the last key up to it and the first behind.
+    A lane adds some hundred numbers in float32, the lanes are added in float64; a longer prefix never has
+    less, since rounding is monotone.
+    """
     while low < high:
         second = (low & high) + ((low ^ high) >> 1)
         first = (low & second) + ((low ^ second) >> 1)
         third = (second & high) + ((second ^ high) >> 1)
-        one, two, three = prefix_sums(
-            logits, edited, row, place, stride, vocab, top, sharpness, floor, first, second, third, COUNTS
+        mass_1 = tl.full((FINE_TILE,), 0.0, tl.float32)
+        mass_2, mass_3 = mass_1, mass_1
+        last_1 = tl.full((FINE_TILE,), 0, tl.int64) + low
+        last_2, last_3 = last_1, last_1
+        next_1 = tl.full((FINE_TILE,), 0, tl.int64) + high
+        next_2, next_3 = next_1, next_1
+        for start in range(0, bound(vocab), FINE_TILE):
+            ids = start + tl.arange(0, FINE_TILE).to(tl.int64)
+            x = read(logits, edited, row, place, ids, ids < vocab, stride, vocab)
+            key = tl.where(ids < vocab, order_key(x, ids), NO_KEY)
+            weight = weigh(x, top, sharpness)
+            is_kept = weight.to(tl.float64) >= floor
+            if COUNTS:
+                weight = tl.full((FINE_TILE,), 1.0, tl.float32)
+            weight = tl.where(is_kept, weight, 0.0)
+            mass_1 += tl.where(key <= first, weight, 0.0)
+            mass_2 += tl.where(key <= second, weight, 0.0)
+            mass_3 += tl.where(key <= third, weight, 0.0)
+            last_1 = tl.maximum(last_1, tl.where(key <= first, key, low))
+            last_2 = tl.maximum(last_2, tl.where(key <= second, key, low))
+            last_3 = tl.maximum(last_3, tl.where(key <= third, key, low))
+            next_1 = tl.minimum(next_1, tl.where(key > first, key, high))
+            next_2 = tl.minimum(next_2, tl.where(key > second, key, high))
+            next_3 = tl.minimum(next_3, tl.where(key > third, key, high))
+        by_1, by_2 = is_reached(mass_1, target, STRICTLY), is_reached(mass_2, target, STRICTLY)
+        by_3 = is_reached(mass_3, target, STRICTLY)
+        low = tl.where(by_2, tl.where(by_1, low, least(next_1, 0)), least(tl.where(by_3, next_2, next_3), 0))
+        high = tl.where(
+            by_3, tl.where(by_2, largest(tl.where(by_1, last_1, last_2), 0), largest(last_3, 0)), high
         )
-        by_one, by_two = is_reached(one, target, STRICTLY), is_reached(two, target, STRICTLY)
-        by_three = is_reached(three, target, STRICTLY)
-        low = tl.where(
-            by_one, low, tl.where(by_two, first + 1, tl.where(by_three, second + 1, third + 1))
-        )
-        high = tl.where(by_one, first, tl.where(by_two, second, tl.where(by_three, third, high)))
     return high
 
 
@@ -514,25 +534,24 @@ def search_kernel(
         top_k, top_p = number(numbers, TOP_K, draw, num_draws), number(numbers, TOP_P, draw, num_draws)
         min_p = number(numbers, MIN_P, draw, num_draws)
         has_k = (top_k > 0) & (top_k < vocab)
-        border = tl.maximum(low, LAST_KEY)
+        border, any_weight = tl.maximum(low, LAST_KEY), top_p * 0.0
         if has_k:
             border = shortest(
-                logits, edited, row, place, stride, vocab, top, sharpness, top_p * 0.0, low, border, top_k, True, False
+                logits, edited, row, place, stride, vocab, top, sharpness, any_weight, low, border,
+                top_k, True, False,
             )  # fmt: skip
         if top_p < 1.0:
-            total, _, _ = prefix_sums(
-                logits, edited, row, place, stride, vocab, top, sharpness, top_p * 0.0, border, border, border, False
-            )  # fmt: skip
+            total = mass_upto(logits, edited, row, place, stride, vocab, top, sharpness, any_weight, border)
             border = shortest(
-                logits, edited, row, place, stride, vocab, top, sharpness, top_p * 0.0, low, border, top_p * total, False, False
+                logits, edited, row, place, stride, vocab, top, sharpness, any_weight, low, border,
+                top_p * total, False, False,
             )  # fmt: skip
         if has_k:
-            total, _, _ = prefix_sums(
-                logits, edited, row, place, stride, vocab, top, sharpness, min_p, border, border, border, False
-            )  # fmt: skip
+            total = mass_upto(logits, edited, row, place, stride, vocab, top, sharpness, min_p, border)
             target = tl.minimum(number(numbers, UNIFORM, draw, num_draws) * total, total * BELOW_ONE)
             drawn = shortest(
-                logits, edited, row, place, stride, vocab, top, sharpness, min_p, low, border, target, False, True
+                logits, edited, row, place, stride, vocab, top, sharpness, min_p, low, border,
+                target, False, True,
             )  # fmt: skip
             tl.store(tokens + draw, drawn & ID_MASK)
         tl.store(borders + draw, border)
@@ -607,7 +626,7 @@ def kept_weights(
 
 @inlined
 def step_down(running: tl.tensor, target: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Where a rising CDF first exceeds `target` (kept below its end), and what is left of the target there."""
+    """Where a rising CDF first exceeds `target` (kept below its end), and what is left of it there."""
     end = largest(running, 0)
     within = tl.minimum(tl.maximum(target, 0.0), end * BELOW_ONE)
     is_passed = running <= within
@@ -654,44 +673,67 @@ def pick_kernel(
         tl.store(tokens + draw, tl.minimum(token, vocab - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_draws"])
 def facts_kernel(
     logits: tl.tensor,
     rows: tl.tensor,
+    numbers: tl.tensor,
     tokens: tl.tensor,
     tops: tl.tensor,
     sums: tl.tensor,
     ahead: tl.tensor,
     likeliest: tl.tensor,
+    num_draws: tl.tensor,
     vocab: tl.tensor,
     stride: tl.tensor,
     NUM_TOP: tl.constexpr,
 ) -> None:
     """Of a tile of the raw row: maximum, sum of weights, tokens before the chosen one, the first keys."""
     draw = tl.program_id(1).to(tl.int64)
-    row, token = tl.load(rows + draw), tl.load(tokens + draw)
-    ids = tl.program_id(0) * TILE + tl.arange(0, TILE).to(tl.int64)
-    is_token = ids < vocab
-    x = tl.load(logits + row * stride + ids, mask=is_token, other=-float("inf")).to(tl.float32)
-    key = tl.where(is_token, order_key(x, ids), NO_KEY)
-    chosen = order_key(tl.load(logits + row * stride + token).to(tl.float32), token)
-    top = largest(tl.where(x != x, -float("inf"), x), 0)
-    is_usable = tl.abs(top) < float("inf")
-    weights = weigh(x, tl.where(is_usable, top, 0.0), 1.0)
-    at = draw * tl.num_programs(0) + tl.program_id(0)
-    tl.store(tops + at, top)
-    tl.store(sums + at, tl.where(is_usable, total_of(weights, 0), 0.0))
-    tl.store(ahead + at, total_of((key < chosen).to(tl.int32), 0))
-    for i in range(NUM_TOP):
-        first = least(key, 0)
-        tl.store(likeliest + at * NUM_TOP + i, first)
-        key = tl.where(key == first, NO_KEY, key)
+    if number(numbers, ASKS, draw, num_draws) != 0.0:
+        row, token = tl.load(rows + draw), tl.load(tokens + draw)
+        ids = tl.program_id(0) * TILE + tl.arange(0, TILE).to(tl.int64)
+        is_token = ids < vocab
+        x = tl.load(logits + row * stride + ids, mask=is_token, other=-float("inf")).to(tl.float32)
+        key = tl.where(is_token, order_key(x, ids), NO_KEY)
+        chosen = order_key(tl.load(logits + row * stride + token).to(tl.float32), token)
+        top = largest(tl.where(is_nan(x), -float("inf"), x), 0)
+        is_usable = tl.abs(top) < float("inf")
+        weights = weigh(x, tl.where(is_usable, top, 0.0), 1.0)
+        at = draw * tl.num_programs(0) + tl.program_id(0)
+        tl.store(tops + at, top)
+        tl.store(sums + at, tl.where(is_usable, total_of(weights, 0), 0.0))
+        tl.store(ahead + at, total_of((key < chosen).to(tl.int32), 0))
+        for i in range(NUM_TOP):
+            first = least(key, 0)
+            tl.store(likeliest + at * NUM_TOP + i, first)
+            key = tl.where(key == first, NO_KEY, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_draws"])
 def tell_kernel(
+    tokens: tl.tensor,
+    statuses: tl.tensor,
+    table: tl.tensor,
+    num_draws: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The table that goes to the host, as far as no logprobs are asked for; 0 elsewhere."""
+    draw = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
+    column = tl.arange(0, 64)[None, :]
+    is_draw = draw < num_draws
+    token = tl.load(tokens + draw, mask=is_draw, other=0).to(tl.float64)
+    status = tl.load(statuses + draw, mask=is_draw, other=0).to(tl.float64)
+    value = tl.where(column == 0, token, tl.where(column == 1, status, 0.0))
+    tl.store(table + draw * width + column, value, mask=is_draw & (column < width))
+
+
+@triton.jit(do_not_specialize=["num_draws"])
+def tell_logprobs_kernel(
     logits: tl.tensor,
     rows: tl.tensor,
+    numbers: tl.tensor,
     tokens: tl.tensor,
     statuses: tl.tensor,
     tops: tl.tensor,
@@ -699,41 +741,35 @@ def tell_kernel(
     ahead: tl.tensor,
     likeliest: tl.tensor,
     table: tl.tensor,
+    num_draws: tl.tensor,
     stride: tl.tensor,
     num_tiles: tl.tensor,
     num_top: tl.tensor,
-    ASKED: tl.constexpr,
     NUM_TOP: tl.constexpr,
     TILES: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """A draw's row of the table that goes to the host."""
+    """What was asked about a draw: logprob and rank of its token, the likeliest tokens and their logprobs."""
     draw = tl.program_id(0).to(tl.int64)
-    token, status = tl.load(tokens + draw), tl.load(statuses + draw)
-    line = table + draw * (4 + 2 * num_top)
-    tl.store(line, token.to(tl.float64))
-    tl.store(line + 1, status.to(tl.float64))
-    tl.store(line + 2, 0.0)
-    tl.store(line + 3, 0.0)
-    if ASKED:
-        if status == DRAWN:
-            tile = tl.arange(0, TILES)
-            at, is_tile = draw * num_tiles + tile, tile < num_tiles
-            tile_tops = tl.load(tops + at, mask=is_tile, other=-float("inf"))
-            top = largest(tile_tops, 0)
-            masses = tl.load(sums + at, mask=is_tile, other=0.0).to(tl.float64)
-            total = total_of(masses * weigh(tile_tops, top, 1.0).to(tl.float64), 0)
-            log_total = top.to(tl.float64) + tl.log(total)
-            logit = tl.load(logits + tl.load(rows + draw) * stride + token).to(tl.float32)
-            tl.store(line + 2, logit.to(tl.float64) - log_total)
-            rank = total_of(tl.load(ahead + at, mask=is_tile, other=0), 0) + 1
-            tl.store(line + 3, rank.to(tl.float64))
-            index = tl.arange(0, KEYS)
-            num_keys = num_tiles * NUM_TOP
-            keys = tl.load(likeliest + draw * num_keys + index, mask=index < num_keys, other=NO_KEY)
-            for i in range(NUM_TOP):
-                first = least(keys, 0)
-                tl.store(line + 4 + i, (first & ID_MASK).to(tl.float64), mask=i < num_top)
-                logprob = value_of(first).to(tl.float64) - log_total
-                tl.store(line + 4 + num_top + i, logprob, mask=i < num_top)
-                keys = tl.where(keys == first, NO_KEY, keys)
+    if (number(numbers, ASKS, draw, num_draws) != 0.0) & (tl.load(statuses + draw) == DRAWN):
+        line = table + draw * (4 + 2 * num_top)
+        tile = tl.arange(0, TILES)
+        at, is_tile = draw * num_tiles + tile, tile < num_tiles
+        tile_tops = tl.load(tops + at, mask=is_tile, other=-float("inf"))
+        top = largest(tile_tops, 0)
+        masses = tl.load(sums + at, mask=is_tile, other=0.0).to(tl.float64)
+        total = total_of(masses * weigh(tile_tops, top, 1.0).to(tl.float64), 0)
+        log_total = top.to(tl.float64) + tl.log(total)
+        logit = tl.load(logits + tl.load(rows + draw) * stride + tl.load(tokens + draw)).to(tl.float32)
+        tl.store(line + 2, logit.to(tl.float64) - log_total)
+        rank = total_of(tl.load(ahead + at, mask=is_tile, other=0), 0) + 1
+        tl.store(line + 3, rank.to(tl.float64))
+        index = tl.arange(0, KEYS)
+        num_keys = num_tiles * NUM_TOP
+        keys = tl.load(likeliest + draw * num_keys + index, mask=index < num_keys, other=NO_KEY)
+        for i in range(NUM_TOP):
+            first = least(keys, 0)
+            tl.store(line + 4 + i, (first & ID_MASK).to(tl.float64), mask=i < num_top)
+            logprob = value_of(first).to(tl.float64) - log_total
+            tl.store(line + 4 + num_top + i, logprob, mask=i < num_top)
+            keys = tl.where(keys == first, NO_KEY, keys)
