@@ -145,7 +145,8 @@ def _edits(
         mask_of.astype(np.int64),
         np.array(kept, np.int32) if kept else np.zeros((1, 1), np.int32),
         np.cumsum([0, *lengths], dtype=np.int64),
-        *(np.concatenate(parts) for parts in zip(*lists, strict=True)),
+        # One number where there would be none: an empty array has no address.
+        *(np.concatenate([*parts, np.zeros(1, parts[0].dtype)]) for parts in zip(*lists, strict=True)),
         np.array(penalties, np.float32),
     ]
     return _EditArrays(arrays=arrays, draws=draws, most_tokens=max(lengths))
