@@ -87,7 +87,9 @@ def check(monkeypatch, sampler, logits, **kwargs):
         if token_id == want.token_id and want.logprobs is not None:
             assert logprobs.sampled.rank == want.logprobs.sampled.rank
             assert [each.token_id for each in logprobs.top] == [each.token_id for each in want.logprobs.top]
-            both = zip((logprobs.sampled, *logprobs.top), (want.logprobs.sampled, *want.logprobs.top), strict=True)
+            both = zip(
+                (logprobs.sampled, *logprobs.top), (want.logprobs.sampled, *want.logprobs.top), strict=True
+            )
             for got, told in both:
                 assert got.logprob == pytest.approx(told.logprob, abs=1e-5)
 
