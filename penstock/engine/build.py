@@ -82,6 +82,7 @@ def build_core(
     *,
     on_progress: Callable[[int, int], None] | None = None,
     faults: FaultPoints | None = None,
+    folder: Path | None = None,
 ) -> EngineCore:
     """Load, size, join and warm up.
 
@@ -89,6 +90,7 @@ def build_core(
         config: checked here.
         on_progress: called with (done_bytes, total_bytes) while weights load.
         faults: where tests make the runner fail; None in production.
+        folder: private, where several ranks may meet; None makes one.
 
     Raises:
         StartupError: names what is wrong with the config, the checkpoint or the machine.
@@ -96,7 +98,7 @@ def build_core(
     validate_engine_config(config)
     if config.tensor_parallel_size == 1:
         return _build(config, on_progress=on_progress, faults=faults, started=None)
-    started = StartedRanks(config)
+    started = StartedRanks(config, folder=folder)
     try:
         return _build(config, on_progress=on_progress, faults=faults, started=started)
     except BaseException:

@@ -73,18 +73,23 @@ class EngineLoop:
         Raises:
             EngineDeadError: the runner cannot go on; the process must be restarted.
         """
-        while not self._stopped:
-            for message in self._channel.receive(block=self._is_idle()):
-                self._handle(message)
-            for done in self._core.grammars.take_done():
-                self._channel.send(Grammar(done.outcome_word, done.compile_s))
-                self._answer_submit(done.request.request_id, partial(self._core.add_compiled, done))
-            self._answer_orders()
-            if self._sleeper.has_work and not self._stopped:
-                self._tell(self._core.step())
-            self._rest()
-        self._core.grammars.close()
-        self._core.ranks.close()
+        try:
+            while not self._stopped:
+                self._turn()
+        finally:  # an engine that fails takes its other ranks along
+            self._core.grammars.close()
+            self._core.ranks.close()
+
+    def _turn(self) -> None:
+        for message in self._channel.receive(block=self._is_idle()):
+            self._handle(message)
+        for done in self._core.grammars.take_done():
+            self._channel.send(Grammar(done.outcome_word, done.compile_s))
+            self._answer_submit(done.request.request_id, partial(self._core.add_compiled, done))
+        self._answer_orders()
+        if self._sleeper.has_work and not self._stopped:
+            self._tell(self._core.step())
+        self._rest()
 
     def _is_idle(self) -> bool:
         """True if there is nothing to do but to wait for messages."""

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 import zmq
@@ -49,6 +50,8 @@ class ZmqChannel:
 
     def __init__(self, address: str, *, parent_pid: int) -> None:
         self._parent_pid = parent_pid
+        self.folder = Path(address.removeprefix("ipc://")).parent
+        """Private; the API process removes it, however this one ends."""
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
@@ -121,7 +124,7 @@ def _serve(channel: ZmqChannel) -> int:
         channel.send(Loading(done_bytes, total_bytes))
 
     try:
-        core = build_core(start.config, on_progress=on_progress)
+        core = build_core(start.config, on_progress=on_progress, folder=channel.folder)
     except StartupError as error:
         channel.send(Fatal(error_to_info(error)))
         return EXIT_STARTUP

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ def run_ranks(work: Callable[[Rank], object], *, size: int = 2) -> None:
 class ThreadRanks(StartedRanks):
     """In place of `StartedRanks`: each other rank is a thread."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, folder: Path | None) -> None:
+        del folder  # they share a process
         self._config = config
         self._meeting = Meeting(self.size)
         self._inboxes: list[queue.Queue[bytes]] = [queue.Queue() for _ in range(1, self.size)]

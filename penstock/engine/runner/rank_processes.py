@@ -98,12 +98,12 @@ class OtherRank:
 class StartedRanks:
     """The ranks of one engine, from the first sign of life on."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Start the others; they meet in `join`."""
+    def __init__(self, config: EngineConfig, *, folder: Path | None) -> None:
+        """Start the others; they meet in `join`, in a new folder below `folder`."""
         self._config = config
-        self._folder = tempfile.TemporaryDirectory(prefix="penstock-ranks-")
-        folder = Path(self._folder.name)
-        self.others = [OtherRank(index, folder=folder) for index in range(1, config.tensor_parallel_size)]
+        self._folder = tempfile.TemporaryDirectory(prefix="penstock-ranks-", dir=folder)
+        meeting = Path(self._folder.name)
+        self.others = [OtherRank(index, folder=meeting) for index in range(1, config.tensor_parallel_size)]
         for index, other in enumerate(self.others, start=1):
             other.send(encode(RankStart(config, index, self._folder.name)))
 

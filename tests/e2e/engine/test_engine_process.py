@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,14 @@ class Restarts:
         self.reasons.append(reason)
 
 
-def make_engine(path: Path, events: Restarts) -> SubprocessEngine:
-    config = EngineConfig(model_path=str(path), kv=KvConfig(num_blocks=2048), warmup=False, num_threads=1)
+def make_engine(path: Path, events: Restarts, *, ranks: int = 1) -> SubprocessEngine:
+    config = EngineConfig(
+        model_path=str(path),
+        kv=KvConfig(num_blocks=2048),
+        warmup=False,
+        num_threads=1,
+        tensor_parallel_size=ranks,
+    )
     return SubprocessEngine(config, name=ModelName("m"), events=events, clock=SystemClock())
 
 
@@ -104,6 +111,44 @@ async def test_after_sigkill_started_requests_fail_and_fresh_ones_are_served_by_
     assert sum(len(delta.token_ids) for delta in deltas) == 3
     assert engine.not_ready_reason is None
     assert events.reasons == ["died"]
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder for temporary ones; its name is short, because sockets have names of at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="p") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield folder
+
+
+async def test_a_dead_rank_ends_its_engine_at_once_and_leaves_nothing_behind(
+    events: Restarts, scratch: str
+) -> None:
+    """The engine ends by itself, it does not hang; nor does a killed one leave the ranks' folder."""
+    engine = make_engine(embedded_path(), events, ranks=2)
+    await engine.start()
+    try:
+        started = await engine.generate(request("started"))
+        await anext(started)
+        os.kill(_only_child(engine.pid), signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            async for _ in started:
+                pass
+        await until(lambda: engine.not_ready_reason is None, timeout_s=60)
+        fresh = await engine.generate(request("fresh", max_tokens=3))
+        assert sum([len(delta.token_ids) async for delta in fresh]) == 3
+        assert events.reasons == ["died"]
+        os.kill(engine.pid, signal.SIGKILL)
+    finally:
+        await engine.close()
+    assert not any(os.scandir(scratch))
+
+
+def _only_child(pid: int) -> int:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+    (child,) = children
+    return int(child)
 
 
 async def test_an_engine_that_was_put_to_sleep_refuses_and_answers_the_same_when_it_is_woken(
