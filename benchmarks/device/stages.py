@@ -87,8 +87,9 @@ def kernels(setup: Setup) -> Outcome:
     """The contract of every kernel on the device itself; attention's splits, rounded caches and bits too."""
     only = ("-k", "triton and rms_norm") if setup.is_dry else ("-k", "triton")
     contracts = [f"tests/unit/kernels/test_{name}_contract.py" for name in ("kernel", "lora")]
-    more = "tests/unit/kernels_triton/test_paged_attention_triton.py"
-    return _pytest(setup, *contracts, more, *only)
+    names = ("paged_attention_triton", "triton_sampler")
+    more = [f"tests/unit/kernels_triton/test_{name}.py" for name in names]
+    return _pytest(setup, *contracts, *more, *only)
 
 
 def families(setup: Setup) -> Outcome:
@@ -342,12 +343,18 @@ def dense(setup: Setup) -> Outcome:
     return _module("dense", setup)
 
 
+def sampling(setup: Setup) -> Outcome:
+    """Draws of every kind alone."""
+    return _module("sampling", setup)
+
+
 STAGES: Final[dict[str, tuple[Callable[[Setup], Outcome], int]]] = {
     "ceilings": (ceilings, 60),
     "kernels": (kernels, 240),
     "families": (families, 180),
     "attention": (attention, 180),
     "dense": (dense, 180),
+    "sampling": (sampling, 120),
     "decode_1b": (decode_1b, 150),
     "decode_8b": (decode_8b, 200),
     "prefill": (prefill, 120),

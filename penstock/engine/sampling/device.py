@@ -52,6 +52,19 @@ class TritonSampler:
         Raises:
             IndexError: a bias, ban or penalty names a token outside the vocabulary.
         """
+        request = self.request(logits, rows=rows, states=states, output_idxs=output_idxs, masks=masks)
+        return draw_tokens(logits, request)
+
+    def request(
+        self,
+        logits: Tensor,
+        *,
+        rows: Sequence[int],
+        states: Sequence[SequenceState],
+        output_idxs: Sequence[int],
+        masks: Sequence[Mask | None] | None,
+    ) -> DrawRequest:
+        """What `draw` hands to the kernels, on its way to the device."""
         vocab = logits.shape[1]
         masks = [None] * len(states) if masks is None else masks
         edits = _edits(rows, states=states, output_idxs=output_idxs, masks=masks, vocab=vocab)
@@ -61,7 +74,7 @@ class TritonSampler:
         arrived = upload([torch.from_numpy(each) for each in sent], device=logits.device)
         asked = [n for state in states if (n := state.params.logprobs) is not None]
         has_p = (numbers[2] < 1.0) & (numbers[0] > 0.0)
-        request = DrawRequest(
+        return DrawRequest(
             rows=arrived[0],
             places=arrived[1],
             numbers=arrived[2],
@@ -72,7 +85,6 @@ class TritonSampler:
             has_min_p=bool(numbers[3].any()),
             num_top=min(max(asked), vocab) if asked else None,
         )
-        return draw_tokens(logits, request)
 
 
 def _numbers(states: Sequence[SequenceState], *, output_idxs: Sequence[int]) -> Doubles:

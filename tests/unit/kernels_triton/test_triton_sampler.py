@@ -1,6 +1,7 @@
 """The sampler on the device, interpreted: the tokens that numpy draws, for every kind of draw it serves."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.scheduler.plan import ForcedTokens, NewSequence, SampledToken, SampleSpec
 
+DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
+"""`cuda` where `benchmarks.device` runs the tests on a device, without the interpreter."""
 NEAR = 1e-5
 """Of the mass beside a border, as `native` says: there float32 rounds differently."""
 STATUS = {
@@ -43,13 +46,13 @@ def on_device(sampler, logits, *, num, rows=None, output_idx=0, masks=None):
     """[(status, token id, logprobs)] of the sequences 0 to num - 1."""
     states = [sampler.state(i) for i in range(num)]
     table = TritonSampler().draw(
-        logits if isinstance(logits, torch.Tensor) else torch.from_numpy(logits),
+        torch.as_tensor(logits).to(DEVICE),
         rows=list(range(num)) if rows is None else rows,
         states=states,
         output_idxs=[output_idx] * num,
         masks=masks,
     )
-    found = draws_of_table(table.numpy(), num_top=[state.params.logprobs for state in states])
+    found = draws_of_table(table.cpu().numpy(), num_top=[state.params.logprobs for state in states])
     return list(zip(found.statuses, found.token_ids, found.logprobs, strict=True))
 
 
