@@ -2,7 +2,7 @@
 
 The counts that penalties read are the states' own, at the time of the draw: the step before has been
 committed by then, forced tokens included, and a fork has its own state. A draw's penalties go over as a list
-of the distinct tokens, about 28 bytes each, not as a table of the vocabulary, which the kernels would have to
+of the distinct tokens, 20 bytes each, not as a table of the vocabulary, which the kernels would have to
 read as a whole. `runner` makes it.
 """
 
