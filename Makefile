@@ -7,7 +7,7 @@ ARGS   ?=
 BENCHMARKS := async_scheduling cold_start http_concurrency http_overhead kv_waste lora offline_vs_transformers prefix_sharing speculation static_batch_vs_continuous step_overhead
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients fmt lint type bench bench-peers docs sim sanitize clean
+.PHONY: help serve test test-slow test-clients fmt lint type bench bench-peers docs sim sanitize clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -34,6 +34,9 @@ serve: $(VENV)/.installed ## Install, then serve the embedded model (MODEL=folde
 
 test: lint type ## Install, lint, type-check and pass every test (about 4 minutes)
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not node'
+
+test-slow: $(VENV)/.installed-dev ## What make test leaves out: more shapes, families and seeds of the same tests
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-clients: $(VENV)/.installed-dev ## Tests that need Node.js: the unmodified OpenAI client for JavaScript
 	npm --prefix tests/clients/node ci --no-audit --no-fund

@@ -1,6 +1,9 @@
 """Every home computes every operation as plain float64 math does, within a stated tolerance."""
 
 import random
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +29,20 @@ def build(home: str) -> ops.KernelSet:
     return on_test_device(made) if home == "triton" else made
 
 
-@pytest.fixture(
-    params=[(name, dtype) for name, home in HOMES.items() for dtype in home.dtypes],
-    ids=lambda param: f"{param[0]}-{str(param[1]).removeprefix('torch.')}",
-)
+HOMES_AND_DTYPES = [(name, dtype) for name, home in HOMES.items() for dtype in home.dtypes]
+
+
+def home_id(home: tuple[str, torch.dtype]) -> str:
+    return f"{home[0]}-{str(home[1]).removeprefix('torch.')}"
+
+
+def row(home: tuple[str, torch.dtype], *values: Any, is_slow: bool) -> Any:
+    """Arguments of a test; `is_slow` where they are left to `make test-slow` and to a device."""
+    marks = [pytest.mark.slow] if is_slow else []
+    return pytest.param(home, *values, id="-".join([home_id(home), *map(str, values)]), marks=marks)
+
+
+@pytest.fixture(params=HOMES_AND_DTYPES, ids=home_id)
 def home(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     return request.param
 
@@ -289,9 +302,21 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 1, 6])
-@pytest.mark.parametrize("mix", list(MIXES))
+INTERPRETED = (
+    (torch.float32, None, None),
+    (torch.float32, 6, 2.0),
+    (torch.bfloat16, 1, None),
+)
+"""What of dtype, window and cap each mix meets where kernels are interpreted; the rest is slow."""
+
+
+def attention_rows() -> Iterator[Any]:
+    for home, mix, window, softcap in product(HOMES_AND_DTYPES, MIXES, (None, 1, 6), (None, 2.0)):
+        is_slow = home[0] == "triton" and (home[1], window, softcap) not in INTERPRETED
+        yield row(home, mix, window, softcap, is_slow=is_slow)
+
+
+@pytest.mark.parametrize(("home", "mix", "window", "softcap"), list(attention_rows()), indirect=["home"])
 def test_paged_attention_equals_dense_attention(
     kernels: ops.KernelSet,
     dtype: torch.dtype,
@@ -339,7 +364,14 @@ def test_paged_attention_serves_all_head_and_block_sizes(
     check(got, case.expected, kernels, dtype)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("home", "seed"),
+    [
+        row(home, seed, is_slow=home[0] == "triton" and seed not in (1, 2))  # those of few sequences
+        for home, seed in product(HOMES_AND_DTYPES, range(6))
+    ],
+    indirect=["home"],
+)
 def test_paged_attention_of_random_mixes(
     kernels: ops.KernelSet, dtype: torch.dtype, sizes: dict[str, int], seed: int
 ) -> None:

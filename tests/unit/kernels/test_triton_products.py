@@ -42,7 +42,15 @@ def make(rule: Quantization, *, outputs: int, inputs: int) -> tuple[Tensor, Tens
     return weight, bias, weights.prepare(weight, bias, quantization=rule)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        # Another group is another constant, with both kinds of activations.
+        pytest.param(rule, marks=[pytest.mark.slow] if rule in (RULES[5], RULES[7]) else [])
+        for rule in RULES
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("rows", "inputs", "is_deterministic"), [(1, 130, False), (3, 1100, False), (70, 72, True)]
 )

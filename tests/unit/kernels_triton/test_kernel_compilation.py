@@ -11,10 +11,11 @@ from tools import compile_kernels
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-def test_every_kernel_is_accepted_by_the_compiler() -> None:
+@pytest.mark.parametrize("only", ["Llama", pytest.param("", marks=pytest.mark.slow)])
+def test_every_kernel_is_accepted_by_the_compiler(only: str) -> None:
     """For the device of `compile_kernels`, which is not there; in a process that interprets nothing."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.compile_kernels", "--frontend"],
+        [sys.executable, "-m", "tools.compile_kernels", "--frontend", "--only", only],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -21,7 +21,7 @@ FAST = on_test_device(TritonKernels())
 FIXED = on_test_device(TritonKernels(KernelOptions(is_deterministic=True)))
 REFERENCE = ReferenceKernels()
 ROUNDED = (torch.int8, torch.float8_e4m3fn)
-MIXED = [(1, 70), (6, 6), (34, 80), (3, 33)]
+MIXED = [(1, 70), (6, 6), (34, 65), (3, 33)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """As in the contract: a few roundings of values of order 1."""
 
@@ -101,7 +101,9 @@ def test_a_rounded_cache_stands_for_numbers_times_scales(
 
 
 @pytest.mark.parametrize("home", [FAST, FIXED], ids=["fast", "fixed"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [1, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 4, 5))]
+)
 @pytest.mark.usefixtures("small_splits")
 def test_random_problems_with_several_splits(home: TritonKernels, seed: int) -> None:
     """Block tables, ratios of heads, windows, caps, and lengths around the ends of splits and tiles."""
@@ -147,8 +149,8 @@ def part(
 def test_deterministic_rows_have_the_same_bits_alone_in_any_batch_and_in_any_chunk(
     window: int | None, dtype: torch.dtype
 ) -> None:
-    """A sequence of 140 tokens whose last 40 are new: as one of three, alone, in two chunks, as a decode."""
-    lengths = [(1, 9), (40, 140), (3, 200)]
+    """A sequence of 105 tokens whose last 40 are new: as one of three, alone, in two chunks, as a decode."""
+    lengths = [(1, 9), (40, 105), (3, 70)]
     case = make_case(lengths, kernels=FIXED, window=window, dtype=dtype)
     whole = ops.paged_attention(FIXED, case.query, case.slab, case.batch, case.shape)
     for first, last in ((0, 40), (0, 33), (33, 40), (39, 40)):
