@@ -124,6 +124,8 @@ class SubprocessEngine:
         self._folder: Path | None = None
         self._sleep_level = 0
         """0 awake, or as `EngineAdmin.sleep`."""
+        self._order = asyncio.Lock()
+        """One order to sleep or to wake up at a time: each ends before the next begins."""
         self._is_moving_memory = False
         """The engine is silent for as long as it takes."""
         self._woken = asyncio.Event()
@@ -241,12 +243,25 @@ class SubprocessEngine:
         """See `EngineAdmin`."""
         if level not in {1, 2}:
             raise InvalidParameterError(f"level is {level}, it must be 1 or 2", param="level")
-        if self._sleep_level >= level:
-            return
-        self._refuse_unless_alive()
-        if level == 2:
-            await self._end_process()
-            return
+        async with self._order:
+            if self._sleep_level >= level:
+                return
+            self._refuse_unless_alive()
+            if level == 2:
+                await self._end_process()
+            else:
+                await self._fall_asleep()
+
+    async def wake_up(self) -> None:
+        """See `EngineAdmin`."""
+        async with self._order:
+            if self._sleep_level == 2:
+                await self._wait_for_next()
+            elif self._sleep_level == 1:
+                await self._while_memory_moves(self._table.wake_up())
+                self._sleep_level = 0
+
+    async def _fall_asleep(self) -> None:
         self._sleep_level = 1
         try:
             await self._while_memory_moves(self._table.sleep())
@@ -254,19 +269,14 @@ class SubprocessEngine:
             self._sleep_level = 0
             raise
 
-    async def wake_up(self) -> None:
-        """See `EngineAdmin`."""
-        if self._sleep_level == 2:
-            self._woken.set()
-            try:
-                await asyncio.wait_for(self._ready.wait(), WAKE_TIMEOUT_S)
-            except TimeoutError:
-                raise NotReadyError(
-                    f"the engine was not ready within {WAKE_TIMEOUT_S:g} s", retry_after_s=SLEEP_RETRY_S
-                ) from None
-        elif self._sleep_level == 1:
-            await self._while_memory_moves(self._table.wake_up())
-            self._sleep_level = 0
+    async def _wait_for_next(self) -> None:
+        self._woken.set()
+        try:
+            await asyncio.wait_for(self._ready.wait(), WAKE_TIMEOUT_S)
+        except TimeoutError:
+            raise NotReadyError(
+                f"the engine was not ready within {WAKE_TIMEOUT_S:g} s", retry_after_s=SLEEP_RETRY_S
+            ) from None
 
     async def _while_memory_moves(self, order: Coroutine[None, None, None]) -> None:
         self._is_moving_memory = True

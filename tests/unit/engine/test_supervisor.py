@@ -22,7 +22,7 @@ from penstock.core.tokens import EngineInfo, EngineRequest, RequestStats, StepSt
 from penstock.engine import supervisor
 from penstock.engine.config import EngineConfig, SchedulerConfig
 from penstock.engine.supervisor import SubprocessEngine
-from penstock.engine.wire import Accepted, Fatal, FromEngine, Output, Started, Submit, ToEngine
+from penstock.engine.wire import Accepted, Fatal, FromEngine, Output, Shutdown, Started, Submit, ToEngine
 from penstock.observe.clock import SystemClock
 
 INFO = EngineInfo(
@@ -59,6 +59,7 @@ class Child:
         self.sent: list[ToEngine] = []
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.pid = generation
+        self.waiters = 0
         type(self).made.append(self)
 
     async def spawn(self, _config: EngineConfig) -> None:
@@ -66,9 +67,15 @@ class Child:
 
     def send(self, message: ToEngine) -> None:
         self.sent.append(message)
+        if isinstance(message, Shutdown):
+            self.die(0)
 
     async def wait(self) -> int:
-        return await asyncio.shield(self.exited)
+        self.waiters += 1
+        lateness = 10 * (self.waiters - 1)  # who asked later reads the last messages later
+        code = await asyncio.shield(self.exited)
+        await turns(lateness)
+        return code
 
     def die(self, code: int = -9) -> None:
         if not self.exited.done():
@@ -254,3 +261,14 @@ async def test_questions_are_refused_while_nobody_can_answer(
         await engine.memory()
     with pytest.raises(NotReadyError, match="restarting"):
         await engine.generate(request("r"))
+
+
+async def test_a_wake_up_that_comes_while_an_engine_ends_leaves_the_next_one_alone(
+    engine: SubprocessEngine, children: list[Child]
+) -> None:
+    """Orders take their turns: the end of level 2 closed the process that the wake-up had just made."""
+    await engine.start()
+    await asyncio.gather(engine.sleep(2), engine.wake_up())
+    await turns()
+    assert [child.exited.done() for child in children] == [True, False]
+    assert (engine.not_ready_reason, engine.is_sleeping) == (None, False)
