@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from penstock.core.error_info import error_to_info
 from penstock.core.errors import PenstockError
-from penstock.engine.build import load_part, make_following_runner
+from penstock.engine.loading import load_part
 from penstock.engine.rank_wire import (
     FromRank,
     RankBuild,
@@ -20,6 +20,7 @@ from penstock.engine.rank_wire import (
     RankWarmUp,
     ToRank,
 )
+from penstock.engine.ranks import make_following_runner
 from penstock.engine.runner.runner import Runner
 from penstock.kernels.devices import choose_device
 from penstock.models.interface import LoadedModel

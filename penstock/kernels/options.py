@@ -1,4 +1,4 @@
-"""What the kernels are told at start, beside device and dtype; `engine/build` makes it from its config."""
+"""What the kernels are told at start, beside device and dtype; `engine/loading` makes it from its config."""
 
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias

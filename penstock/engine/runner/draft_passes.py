@@ -1,6 +1,6 @@
 """The draft model's passes over KV memory of its own, whose blocks bear the ids of the model's blocks.
 
-It computes; `spec/draft_model` says what. Made by `engine/build`.
+It computes; `spec/draft_model` says what. Made by `engine/loaded_engine`.
 """
 
 from collections.abc import Sequence

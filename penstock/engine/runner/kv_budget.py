@@ -1,6 +1,7 @@
 """How many KV blocks to hand out, decided once at start.
 
-Pure arithmetic: what is free is read by `memory`, what one block costs by `kv_pool`. `engine/build` calls it.
+Pure arithmetic: what is free is read by `memory`, what one block costs by `kv_pool`.
+`engine/memory_plan` calls it.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import StartupError
-from penstock.engine import build
+from penstock.engine import memory_plan
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from penstock.engine.runner.kv_budget import GRAPHS_OVERHEAD_BYTES
@@ -37,7 +37,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def core_on(path: Path, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch, **kv):
-    monkeypatch.setattr(build, "memory_of", lambda _device: memory)
+    monkeypatch.setattr(memory_plan, "memory_of", lambda _device: memory)
     config = EngineConfig(
         model_path=str(path),
         dtype="float32",

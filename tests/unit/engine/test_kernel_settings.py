@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from penstock.core.errors import StartupError
-from penstock.engine.build import kernel_options
 from penstock.engine.config import EngineConfig, KvConfig, read_affinity, validate_engine_config
+from penstock.engine.loading import kernel_options
 
 PLAIN = EngineConfig(model_path="x")
 
