@@ -37,6 +37,26 @@ class KvNeeds:
     max_num_batched_tokens: int
     block_size: int
 
+    @classmethod
+    def of(
+        cls,
+        config: KvConfig,
+        *,
+        scheduler: SchedulerConfig,
+        layout: CacheLayout,
+        bytes_per_block: int,
+        max_model_len: int,
+    ) -> "KvNeeds":
+        """What two rooms' configs ask, for a model of a layout and a length."""
+        return cls(
+            layout=layout,
+            bytes_per_block=bytes_per_block,
+            max_model_len=max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            block_size=config.block_size,
+        )
+
     @property
     def blocks_per_context(self) -> int:
         """Blocks that one sequence of `max_model_len` tokens holds at most, as admission counts them."""
@@ -92,13 +112,12 @@ def resolve_num_blocks(
     Raises:
         StartupError: not even that fits, or more is asked for than is free; the message has the numbers.
     """
-    needs = KvNeeds(
+    needs = KvNeeds.of(
+        config,
+        scheduler=scheduler,
         layout=layout,
         bytes_per_block=bytes_per_block,
         max_model_len=max_model_len,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        block_size=config.block_size,
     )
     if config.num_blocks is not None:
         source, num_blocks = f"num_blocks={config.num_blocks}", config.num_blocks
@@ -183,13 +202,12 @@ def resolve_device_blocks(
             free_memory_bytes=budget.room,
             max_model_len=max_model_len,
         )
-    needs = KvNeeds(
+    needs = KvNeeds.of(
+        config,
+        scheduler=scheduler,
         layout=layout,
         bytes_per_block=bytes_per_block,
         max_model_len=max_model_len,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        block_size=config.block_size,
     )
     # One block more than is handed out: the runner's scratch.
     num_blocks = max(0, budget.kv) // bytes_per_block - 1
