@@ -6,7 +6,7 @@ from typing import Final, NoReturn
 from penstock.core.errors import StartupError
 
 _ONE_RANK: Final = "ranks share layers (--tensor-parallel-size) and nothing else"
-_NO_DEVICE: Final = "this version computes on the CPU; size the pool with --kv-cache-memory-bytes"
+_WHOLE_WEIGHTS: Final = "weights lie whole where the model computes; --quantization makes them smaller"
 _SPEC: Final = "write it into --speculative-config"
 _NO_GUIDED: Final = "llguidance is the one backend, and its limits are fixed"
 
@@ -15,7 +15,7 @@ REFUSED_OPTIONS: Final[dict[str, str]] = {
     "load_format": "the format of the weights is read from the files",
     "swap_space": "write --kv-offloading-size: preempted sequences and cached prefixes share that memory",
     "kv_offloading_backend": "there is one: host memory; write --kv-offloading-size",
-    "cpu_offload_gb": _NO_DEVICE,
+    "cpu_offload_gb": _WHOLE_WEIGHTS,
     "pipeline_parallel_size": _ONE_RANK,
     "data_parallel_size": _ONE_RANK,
     "enable_expert_parallel": _ONE_RANK,

@@ -188,6 +188,8 @@ class SubprocessEngine:
             True if everything ended within the budget.
         """
         self._is_draining = True
+        if self._sleep_level:  # what waits for the wake-up cannot end
+            return not self._table
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._table.wait_empty(), budget_s)
         return not self._table

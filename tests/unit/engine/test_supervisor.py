@@ -272,3 +272,14 @@ async def test_a_wake_up_that_comes_while_an_engine_ends_leaves_the_next_one_alo
     await turns()
     assert [child.exited.done() for child in children] == [True, False]
     assert (engine.not_ready_reason, engine.is_sleeping) == (None, False)
+
+
+async def test_a_drain_does_not_wait_for_what_sleeps(engine: SubprocessEngine) -> None:
+    """A minute of budget, and the test ends at once: nobody wakes the engine while the server ends."""
+    await engine.start()
+    waiting = await accepted(engine, "waiting")
+    await engine.sleep(2)
+    assert not await asyncio.wait_for(engine.drain(60), 10)
+    await engine.close()
+    with pytest.raises(EngineDeadError, match="shutting down"):
+        await anext(waiting)
