@@ -4,6 +4,7 @@ It is not opened without a key. Requests whose Host header is not one of ours ar
 cannot reach it by rebinding its own name to this machine.
 """
 
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Final, Literal
 
 from fastapi import FastAPI
@@ -23,6 +24,8 @@ from penstock.server.validation import AnswerModel, Flag, Text, WireModel
 
 TITLE: Final = "Penstock administration"
 MAX_NAME_CHARS: Final = 128
+
+Serve = Callable[[Call], Coroutine[None, None, Reply]]
 
 
 class ModelMemory(AnswerModel):
@@ -237,21 +240,40 @@ async def is_sleeping(call: Call) -> Reply:
     return _sleep_answer(call)
 
 
+def _get(path: str, serve: Serve, *, summary: str, answer: type[AnswerModel]) -> Route:
+    """A row that reads."""
+    return Route(
+        path=path,
+        methods=("GET",),
+        access=Access.ADMIN,
+        serve=serve,
+        document=Document(summary=summary, answer=answer),
+    )
+
+
+def _post(
+    path: str,
+    serve: Serve,
+    *,
+    summary: str,
+    answer: type[AnswerModel],
+    body: type[WireModel] | None = None,
+    also: tuple[int, ...] = (),
+) -> Route:
+    """A row that changes something."""
+    return Route(
+        path=path,
+        methods=("POST",),
+        access=Access.ADMIN,
+        serve=serve,
+        body=body,
+        document=Document(summary=summary, answer=answer, also=also),
+    )
+
+
 _SERVING: Final[tuple[Route, ...]] = (
-    Route(
-        path="/admin/memory",
-        methods=("GET",),
-        access=Access.ADMIN,
-        serve=memory,
-        document=Document(summary="Who holds which bytes", answer=MemoryAnswer),
-    ),
-    Route(
-        path="/admin/requests",
-        methods=("GET",),
-        access=Access.ADMIN,
-        serve=requests,
-        document=Document(summary="Requests in the engines", answer=RequestsAnswer),
-    ),
+    _get("/admin/memory", memory, summary="Who holds which bytes", answer=MemoryAnswer),
+    _get("/admin/requests", requests, summary="Requests in the engines", answer=RequestsAnswer),
     Route(
         path="/admin/sleep",
         methods=("POST",),
@@ -262,42 +284,23 @@ _SERVING: Final[tuple[Route, ...]] = (
         takes_query=True,
         document=Document(summary="Give memory back", answer=SleepAnswer, also=(503,)),
     ),
-    Route(
-        path="/admin/wake_up",
-        methods=("POST",),
-        access=Access.ADMIN,
-        serve=wake_up,
-        document=Document(summary="Take memory again and serve", answer=SleepAnswer, also=(503,)),
-    ),
-    Route(
-        path="/admin/is_sleeping",
-        methods=("GET",),
-        access=Access.ADMIN,
-        serve=is_sleeping,
-        document=Document(summary="Whether an engine sleeps", answer=SleepAnswer),
-    ),
-    Route(
-        path="/admin/adapters",
-        methods=("GET",),
-        access=Access.ADMIN,
-        serve=adapters,
-        document=Document(summary="LoRA adapters", answer=AdaptersAnswer),
-    ),
-    Route(
-        path="/v1/load_lora_adapter",
-        methods=("POST",),
-        access=Access.ADMIN,
-        serve=load_adapter,
+    _post("/admin/wake_up", wake_up, summary="Take memory again and serve", answer=SleepAnswer, also=(503,)),
+    _get("/admin/is_sleeping", is_sleeping, summary="Whether an engine sleeps", answer=SleepAnswer),
+    _get("/admin/adapters", adapters, summary="LoRA adapters", answer=AdaptersAnswer),
+    _post(
+        "/v1/load_lora_adapter",
+        load_adapter,
+        summary="Load a LoRA adapter",
+        answer=AdapterEntry,
         body=LoadRequest,
-        document=Document(summary="Load a LoRA adapter", answer=AdapterEntry),
     ),
-    Route(
-        path="/v1/unload_lora_adapter",
-        methods=("POST",),
-        access=Access.ADMIN,
-        serve=unload_adapter,
+    _post(
+        "/v1/unload_lora_adapter",
+        unload_adapter,
+        summary="Forget a LoRA adapter",
+        answer=AdapterEntry,
         body=UnloadRequest,
-        document=Document(summary="Forget a LoRA adapter", answer=AdapterEntry, also=(404,)),
+        also=(404,),
     ),
 )
 ADMIN_ROUTES: Final[tuple[Route, ...]] = (
