@@ -211,6 +211,8 @@ class Drafting:
         Returns:
             For each sequence that gets any its drafts, at least one.
         """
+        if not wanted:  # which says nothing of what pays
+            return {}
         lengths = self._lengths(wanted, base=base, num_rows=min(num_rows, self._num_rows_max))
         chosen = [
             Wanted(each.seq_id, each.token_ids, length)
@@ -247,7 +249,7 @@ class Drafting:
         """No draft pays by what is known: rarely, or when the load has fallen, one each for a few."""
         lengths = [0] * len(limits)
         is_due = self._step >= self._next_probe or 2 * num_seqs < self._num_seqs_probed
-        if not is_due or not limits:
+        if not is_due:
             self._num_seqs_looked, self._next_look = num_seqs, self._step + STEPS_BETWEEN_LOOKS
             return lengths
         self._num_seqs_probed = num_seqs
