@@ -253,6 +253,13 @@ def _expert_sum(
     )
 
 
+@inlined
+def _places(order: tl.tensor, ROWS: tl.constexpr, BLOCK_N: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """[ROWS, 1] pairs of this program's block, -1 where there is none, and [1, BLOCK_N] its features."""
+    pairs = tl.load(order + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    return pairs, (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+
+
 @triton.jit
 def _gated_kernel(
     x: tl.tensor,
@@ -284,8 +291,7 @@ def _gated_kernel(
     """`silu(gate(x)) * up(x)` of one block's pairs and some features of the expert: out is [P, features]."""
     expert = tl.load(block_experts + tl.program_id(0))
     if expert >= 0:
-        pairs = tl.load(order + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        cols = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+        pairs, cols = _places(order, ROWS, BLOCK_N)
         row_mask, col_mask, tokens = pairs >= 0, cols < num_cols, pairs // TOP_K
         x_rows = x + tokens * x_stride
         gated = _expert_sum(
@@ -329,8 +335,7 @@ def _down_kernel(
     """`weight * down(hidden)` of one block's pairs: out is [P, num_cols] float32."""
     expert = tl.load(block_experts + tl.program_id(0))
     if expert >= 0:
-        pairs = tl.load(order + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        cols = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+        pairs, cols = _places(order, ROWS, BLOCK_N)
         row_mask, col_mask = pairs >= 0, cols < num_cols
         total = _expert_sum(
             x + pairs * x_stride, row_mask, down, down_offsets, down_scales, down_scale_offsets,

@@ -31,6 +31,24 @@ def _nibble(packed: tl.tensor) -> tl.tensor:
 
 
 @inlined
+def _tiles(
+    x_rows: tl.tensor,
+    row_mask: tl.tensor,
+    w_cols: tl.tensor,
+    col_mask: tl.tensor,
+    ks: tl.tensor,
+    IN: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The inputs `ks` of both sides, zero where there are none."""
+    x_mask, w_mask = row_mask, col_mask
+    if not IS_EVEN:
+        x_mask, w_mask = row_mask & (ks < IN)[None, :], col_mask & (ks < IN)[:, None]
+    x_tile = tl.load(x_rows + ks[None, :], mask=x_mask, other=0.0)
+    return x_tile, tl.load(w_cols + ks[:, None], mask=w_mask, other=0.0)
+
+
+@inlined
 def _sum_wide(
     x_rows: tl.tensor,
     row_mask: tl.tensor,
@@ -50,12 +68,9 @@ def _sum_wide(
     Products of fp8 itself would be summed with fewer digits than a float32 has.
     """
     for k in range(0, CHUNK, BLOCK_K):
-        ks = start + k + tl.arange(0, BLOCK_K)
-        x_mask, w_mask = row_mask, col_mask
-        if not IS_EVEN:
-            x_mask, w_mask = row_mask & (ks < IN)[None, :], col_mask & (ks < IN)[:, None]
-        x_tile = tl.load(x_rows + ks[None, :], mask=x_mask, other=0.0)
-        w_tile = tl.load(w_cols + ks[:, None], mask=w_mask, other=0.0)
+        x_tile, w_tile = _tiles(
+            x_rows, row_mask, w_cols, col_mask, start + k + tl.arange(0, BLOCK_K), IN, IS_EVEN
+        )
         if IS_ROUNDED:
             x_tile = x_tile.to(tl.float32).to(tl.bfloat16)
         if FORMAT != DENSE:
@@ -79,12 +94,9 @@ def _sum_integers(
 ) -> tl.tensor:
     """Int8 by int8, exact: 131,072 inputs at most, so that an int32 cannot overflow."""
     for k in range(0, CHUNK, BLOCK_K):
-        ks = start + k + tl.arange(0, BLOCK_K)
-        x_mask, w_mask = row_mask, col_mask
-        if not IS_EVEN:
-            x_mask, w_mask = row_mask & (ks < IN)[None, :], col_mask & (ks < IN)[:, None]
-        x_tile = tl.load(x_rows + ks[None, :], mask=x_mask, other=0)
-        w_tile = tl.load(w_cols + ks[:, None], mask=w_mask, other=0)
+        x_tile, w_tile = _tiles(
+            x_rows, row_mask, w_cols, col_mask, start + k + tl.arange(0, BLOCK_K), IN, IS_EVEN
+        )
         acc = tl.dot(x_tile, w_tile, acc, out_dtype=tl.int32)
     return acc
 
