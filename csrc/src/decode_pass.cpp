@@ -3,6 +3,7 @@
 
 #include <array>
 #include <chrono>
+#include <limits>
 #include <utility>
 
 namespace penstock {
@@ -37,9 +38,15 @@ void DecodePass::run(Program& layers, Program& head, std::span<const AdapterRows
     using Clock = std::chrono::steady_clock;
     const std::array<Program::External, 3> of_layers{memory_.token_ids, memory_.positions, memory_.hidden};
     const std::array<Program::External, 2> of_head{memory_.hidden, memory_.logits};
+    const std::int64_t stride = maxima_stride_of(memory_.logits_cols);
+    if (maxima_.empty() && head.gives_maxima()) {
+        const std::int64_t size = memory_.num_rows * stride;
+        maxima_.assign(static_cast<std::size_t>(size), -std::numeric_limits<float>::infinity());
+    }
+    float* maxima = maxima_.empty() ? nullptr : maxima_.data();
     const auto began = Clock::now();
     layers.run(memory_.num_rows, of_layers, memory_.groups, adapters);
-    head.run(memory_.num_rows, of_head, {}, {});
+    head.run(memory_.num_rows, of_head, {}, {}, {maxima, stride});
     program_seconds_ = std::chrono::duration<double>(Clock::now() - began).count();
     rows_are_finite(layers.pool(), layers.isa(), memory_.hidden.data, memory_.hidden_dtype == DType::bf16,
                     memory_.num_rows, memory_.hidden_cols, memory_.hidden.row_bytes, are_finite_.data());
@@ -47,6 +54,8 @@ void DecodePass::run(Program& layers, Program& head, std::span<const AdapterRows
     SampleCall call = draws->call;
     call.logits = reinterpret_cast<const float*>(memory_.logits.data);
     call.row_stride = memory_.logits_cols;
+    call.maxima = maxima;
+    call.maxima_stride = stride;
     draws->sampler->sample(call);
 }
 

@@ -138,16 +138,31 @@ Step Program::bind(std::int64_t num_rows, std::span<const External> externals,
             own += capacity_rows_ * buffer.row_bytes;
         }
     }
-    const Step step{num_rows, groups, layers_, bound_, shared_.data(), adapters};
+    const Step step{num_rows, groups, layers_, bound_, shared_.data(), adapters, {}};
     std::size_t scratch_bytes = 0;
     for (const auto& op : ops_) scratch_bytes = std::max(scratch_bytes, op->scratch_bytes(step));
     pool_->reserve_scratch(scratch_bytes);
     return step;
 }
 
+int Program::last_external() const {
+    int last = static_cast<int>(buffers_.size()) - 1;
+    while (last >= 0 && !buffers_[static_cast<std::size_t>(last)].is_external) --last;
+    return last;
+}
+
+bool Program::gives_maxima() const {
+    const int buffer = last_external();
+    return buffer >= 0 && !ops_.empty() &&
+           ops_.back()->writes_maxima(buffer, buffers_[static_cast<std::size_t>(buffer)].cols);
+}
+
 void Program::run(std::int64_t num_rows, std::span<const External> externals,
-                  std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters) {
-    const Step step = bind(num_rows, externals, groups, adapters);
+                  std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters,
+                  PanelMaxima maxima) {
+    Step step = bind(num_rows, externals, groups, adapters);
+    step.maxima = maxima;
+    step.maxima.buffer = maxima.data ? last_external() : -1;
     pool_->read_between_jobs(reads_ahead_ && num_rows <= most_rows_for_first_reads ? next_reads_ : nullptr);
     pool_->run([&](Worker& worker) {
         for (std::size_t i = 0; i < ops_.size(); ++i) run_op(i, step, worker);

@@ -61,6 +61,7 @@ public:
 private:
     Memory memory_;
     std::vector<std::uint8_t> are_finite_;
+    std::vector<float> maxima_;  // of the logits, by row; empty where the head gives none
     double program_seconds_ = 0.0;
 };
 

@@ -88,6 +88,14 @@ struct AdapterRows {
     const LowRank* sites;
 };
 
+// Where the product that makes a program's last external (float32) leaves the largest of each 32 columns of
+// a row, NaN where there is one, while they are in the cache: whoever looks for the highest need not read all.
+struct PanelMaxima {
+    float* data = nullptr;         // null asks for none
+    std::int64_t row_values = 0;   // from row to row
+    int buffer = -1;               // filled in by the program
+};
+
 // What an operation sees of the step that runs.
 struct Step {
     std::int64_t num_rows;
@@ -96,6 +104,7 @@ struct Step {
     std::span<const Rows> buffers;
     std::byte* shared;  // see Program::reserve_shared
     std::span<const AdapterRows> adapters = {};  // rising and apart; rows in none are the base model's
+    PanelMaxima maxima = {};
 
     Rows at(const Ref& ref) const {
         const Rows& rows = buffers[static_cast<std::size_t>(ref.buffer)];
@@ -115,6 +124,8 @@ public:
     // What task `task` of its `share` reads, where that is known and the rows are few; empty past the last
     // task.
     virtual std::vector<Memory> reads(int) const { return {}; }
+    // Whether it writes all `cols` float32 columns of a buffer, and their maxima where a step asks for them.
+    virtual bool writes_maxima(int /*buffer*/, int /*cols*/) const { return false; }
 };
 
 class Program {
@@ -153,9 +164,13 @@ public:
         std::int64_t row_bytes;
     };
 
-    // Run all operations over `num_rows` rows.
+    // Run all operations over `num_rows` rows. `maxima` may be asked for if `gives_maxima`.
     void run(std::int64_t num_rows, std::span<const External> externals,
-             std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters = {});
+             std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters = {},
+             PanelMaxima maxima = {});
+
+    // Whether the last operation is a product that makes the last external.
+    bool gives_maxima() const;
 
     // The program that runs after this one, complete: between the two, idle threads ask for what it reads
     // first.
@@ -184,6 +199,7 @@ private:
         bool is_external;
     };
     void reserve(std::int64_t num_rows);
+    int last_external() const;
     Step bind(std::int64_t num_rows, std::span<const External> externals,
               std::span<const AttentionInputs> groups, std::span<const AdapterRows> adapters);
 

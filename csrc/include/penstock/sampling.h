@@ -1,6 +1,6 @@
 // From rows of logits to tokens: the native form of penstock/engine/sampling, which stays its reference.
 //
-// A row is read once from memory (its maxima) and then from the core's cache: once more for the softmax's
+// A row is read once from memory (its maxima, unless they came with it) and then from the core's cache: once more for the softmax's
 // sums, and a few times where a filter needs it. No row is ever sorted.
 //
 // ```
@@ -72,7 +72,14 @@ struct SampleCall {
     std::int64_t* ranks;           // from 1
     std::int64_t* top_ids;         // [num_rows, max_top]
     double* top_logprobs;          // [num_rows, max_top]
+    // The largest of each 32 neighbours of a row of `logits`, NaN where there is one, and -inf up to a
+    // multiple of 32 values; `maxima_stride` from row to row. Null where the rows must be read for that.
+    const float* maxima = nullptr;
+    std::int64_t maxima_stride = 0;
 };
+
+// The least `SampleCall::maxima_stride`.
+std::int64_t maxima_stride_of(std::int64_t vocab);
 
 class TokenSampler {
 public:

@@ -26,6 +26,8 @@ struct Destination {
 struct EpilogueKernels {
     void (*store)(const Sums& sums, const Destination& to);                           // out = sums
     void (*add)(const Sums& sums, const Destination& to);                             // out = out + sums
+    // The largest value of each row that `store` has just written as f32, NaN where there is one.
+    void (*maxima)(const Destination& from, float* maxima, std::int64_t row_values);
     void (*gate)(Gate kind, const Sums& gate, const Sums& up, const Destination& to);  // out = activation(gate) * up
 };
 

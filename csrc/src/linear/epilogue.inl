@@ -48,6 +48,55 @@ void add_sums(const Sums& sums, const Destination& to) {
     for_each<true>(to, [&](int row, int v, F32 at) { return at + sum_at(sums, row, v); });
 }
 
+// Whether some lane's condition holds.
+PENSTOCK_INLINE bool holds_anywhere(I32 condition) {
+#if defined(__AVX512DQ__)
+    return _mm512_movepi32_mask((__m512i)condition) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+    std::int32_t any = 0;
+    for (int i = 0; i < lanes; ++i) any |= condition[i];
+    return any != 0;
+#endif
+}
+
+// As `largest_of`, by halves: a product does this for every row and panel.
+PENSTOCK_INLINE float largest_by_halves(F32 v) {
+    for (int half = lanes / 2; half > 0; half /= 2) {
+        I32 turned;
+        for (int i = 0; i < lanes; ++i) turned[i] = (i + half) % lanes;
+        v = larger(v, __builtin_shuffle(v, turned));
+    }
+    return v[0];
+}
+
+// Of n values from `from` on, which need not fill their vectors.
+PENSTOCK_INLINE float largest_or_nan(const float* from, int n) {
+    F32 best = splat(-__builtin_inff());
+    I32 is_nan{};
+    for (int i = 0; i < n; i += lanes) {
+        F32 value = splat(-__builtin_inff());
+        if (n - i >= lanes) {
+            value = load(from + i);
+        } else {
+            for (int k = 0; k < n - i; ++k) value[k] = from[i + k];
+        }
+        best = larger(value, best);
+        is_nan |= value != value;
+    }
+    return holds_anywhere(is_nan) ? __builtin_nanf("") : largest_by_halves(best);
+}
+
+void write_maxima(const Destination& from, float* maxima, std::int64_t row_values) {
+    for (int row = 0; row < from.num_rows; ++row) {
+        const float* values = from.out.row<float>(from.first_row + row) + from.first_col;
+        maxima[row * row_values] = from.num_cols == panel_features
+                                       ? largest_or_nan(values, panel_features)
+                                       : largest_or_nan(values, from.num_cols);
+    }
+}
+
 void gate_sums(Gate kind, const Sums& gate, const Sums& up, const Destination& to) {
     const auto with = [&](auto activation) {
         for_each<false>(

@@ -3,6 +3,6 @@
 
 namespace penstock {
 
-const EpilogueKernels epilogue_scalar{&store_sums, &add_sums, &gate_sums};
+const EpilogueKernels epilogue_scalar{&store_sums, &add_sums, &write_maxima, &gate_sums};
 
 }  // namespace penstock

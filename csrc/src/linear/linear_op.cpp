@@ -364,9 +364,22 @@ protected:
                 const float* sums) const override {
         const auto i = static_cast<std::size_t>(at.projection);
         const BoundProjection& projection = projections_[i];
-        finish_(
-            {sums, projection.panel_bias(at.panel)},
-            {step.at(outs_[i]), first_row, num_rows, at.panel * panel_features, projection.cols(at.panel)});
+        const Destination to{step.at(outs_[i]), first_row, num_rows, at.panel * panel_features,
+                             projection.cols(at.panel)};
+        finish_({sums, projection.panel_bias(at.panel)}, to);
+        if (step.maxima.buffer != outs_[i].buffer) return;
+        const int panel = outs_[i].col / panel_features + at.panel;
+        epilogue_.maxima(to, step.maxima.data + first_row * step.maxima.row_values + panel,
+                         step.maxima.row_values);
+    }
+
+    bool writes_maxima(int buffer, int cols) const override {
+        int written = 0;
+        for (const Ref& out : outs_) {
+            if (out.buffer != buffer || out.dtype != DType::f32 || out.col % panel_features != 0) return false;
+            written += out.cols;
+        }
+        return finish_ == epilogue_.store && written == cols;
     }
 
     bool has_parts() const override {

@@ -66,8 +66,8 @@ float rounded_up(double value) {
 constexpr std::int64_t groups_per_candidate = 8;
 
 // A maximum of some blocks that at least k tokens reach, or -inf.
-float candidate_bound(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k, float* groups) {
-    const std::int64_t num_blocks = row.num_blocks(kernels);
+float candidate_bound(const SampledRow& row, std::int64_t k, float* groups) {
+    const std::int64_t num_blocks = row.num_blocks();
     if (k > num_blocks) return minus_infinity;
     const std::int64_t num_groups = std::min(num_blocks, groups_per_candidate * k);
     std::copy_n(row.maxima, num_groups, groups);
@@ -83,13 +83,13 @@ float candidate_bound(const SamplingKernels& kernels, const SampledRow& row, std
 std::int64_t collect_from(const SamplingKernels& kernels, const SampledRow& row, float low,
                           std::int64_t* ids) {
     std::int64_t found = 0;
-    for (std::int64_t strip = 0; strip < row.num_strips(kernels); ++strip) {
-        const float* maxima = row.maxima + strip * kernels.strip_blocks;
+    for (std::int64_t strip = 0; strip < row.num_strips(); ++strip) {
+        const float* maxima = row.maxima + strip * row.strip_blocks;
         bool has_any = false;
-        for (std::int64_t i = 0; i < kernels.strip_blocks; ++i) has_any |= maxima[i] >= low;
+        for (std::int64_t i = 0; i < row.strip_blocks; ++i) has_any |= maxima[i] >= low;
         if (!has_any) continue;
-        const std::int64_t start = strip * kernels.strip_tokens;
-        const std::int64_t end = std::min<std::int64_t>(row.vocab, start + kernels.strip_tokens);
+        const std::int64_t start = strip * row.strip_tokens;
+        const std::int64_t end = std::min<std::int64_t>(row.vocab, start + row.strip_tokens);
         const std::int64_t here =
             kernels.collect(row.logits + start, end - start, low, infinity, ids + found);
         for (std::int64_t i = 0; i < here; ++i) ids[found++] += start;
@@ -364,7 +364,7 @@ float Candidates::value(std::int64_t i) const {
 Candidates top_candidates(const SamplingKernels& kernels, const SampledRow& row, std::int64_t k,
                           bool with_impossible, const SampleScratch& scratch) {
     k = std::min(k, row.vocab);
-    const float bound = candidate_bound(kernels, row, k, scratch.blocks);
+    const float bound = candidate_bound(row, k, scratch.blocks);
     const float low = with_impossible ? bound : std::max(bound, -std::numeric_limits<float>::max());
     const std::int64_t found = collect_from(kernels, row, low, scratch.ids);
     for (std::int64_t i = 0; i < found; ++i)
@@ -382,8 +382,8 @@ double total_of(const SampledRow& row) {
 }
 
 std::int64_t first_highest(const SamplingKernels& kernels, const SampledRow& row) {
-    const std::int64_t block = kernels.find(row.maxima, row.num_blocks(kernels), row.highest);
-    const std::int64_t start = block / kernels.strip_blocks * kernels.strip_tokens;
+    const std::int64_t block = kernels.find(row.maxima, row.num_blocks(), row.highest);
+    const std::int64_t start = block / row.strip_blocks * row.strip_tokens;
     return start + kernels.find(row.logits + start, row.vocab - start, row.highest);
 }
 

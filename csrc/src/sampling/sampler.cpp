@@ -27,6 +27,9 @@ const SamplingKernels& sampling_kernels(Isa isa) {
     return sampling_kernels_scalar();
 }
 
+// Of maxima that come with the logits.
+constexpr std::int64_t given_block_tokens = 32, given_strip_blocks = 32;
+
 std::size_t aligned_bytes(std::size_t item, std::int64_t count) {
     return (item * static_cast<std::size_t>(count) + cache_line - 1) / cache_line * cache_line;
 }
@@ -36,13 +39,14 @@ struct Sizes {
     explicit Sizes(std::int64_t vocab)
         : values(aligned_bytes(sizeof(float), vocab)),
           maxima(aligned_bytes(sizeof(float), vocab / block_tokens + most_lanes + 1)),
+          blocks(aligned_bytes(sizeof(float), maxima_stride_of(vocab))),
           columns(aligned_bytes(sizeof(float), vocab / column_tokens + 1)),
           ids(aligned_bytes(sizeof(std::int64_t), vocab)) {}
 
-    std::size_t values, maxima, columns, ids;
+    std::size_t values, maxima, blocks, columns, ids;
 
     std::size_t row() const { return 2 * values + maxima + columns; }
-    std::size_t scratch() const { return maxima + 2 * ids; }
+    std::size_t scratch() const { return blocks + 2 * ids; }
 };
 
 template <class T>
@@ -71,16 +75,34 @@ struct Passes {
     void open(std::int64_t r, SampledRow& row) const {
         row.vocab = call.vocab;
         row.raw = row.logits = call.logits + call.rows[r] * call.row_stride;
+        if (call.maxima) {
+            row.maxima = call.maxima + call.rows[r] * call.maxima_stride;
+            row.strip_tokens = given_strip_blocks * given_block_tokens;
+            row.strip_blocks = given_strip_blocks;
+        } else {
+            lay_out_scan(row);
+        }
     }
 
-    void scan(const SampledRow& row, Range strips) const {
-        kernels.scan(row.logits, row.vocab, strips, row.maxima);
+    void lay_out_scan(SampledRow& row) const {
+        row.maxima = row.scanned;
+        row.strip_tokens = kernels.strip_tokens;
+        row.strip_blocks = kernels.strip_blocks;
     }
-    void scan_all(const SampledRow& row) const { scan(row, {0, row.num_strips(kernels)}); }
+
+    // Unless the maxima came with the logits.
+    void scan(const SampledRow& row, Range strips) const {
+        if (row.maxima == row.scanned) kernels.scan(row.logits, row.vocab, strips, row.scanned);
+    }
+    void scan_all(const SampledRow& row) const { scan(row, {0, row.num_strips()}); }
+    void scan_again(SampledRow& row) const {
+        lay_out_scan(row);
+        scan_all(row);
+    }
 
     // Its soundness, and its edits.
     void settle(std::int64_t r, SampledRow& row, const SampleScratch& scratch) const {
-        row.highest = row.raw_highest = kernels.largest(row.maxima, row.num_blocks(kernels));
+        row.highest = row.raw_highest = kernels.largest(row.maxima, row.num_blocks());
         call.tokens[r] = 0;
         call.statuses[r] = std::isfinite(row.highest) ? SampleStatus::drawn : SampleStatus::not_finite;
         const RowEdits* edits = call.edits.empty() ? nullptr : call.edits[static_cast<std::size_t>(r)];
@@ -88,8 +110,8 @@ struct Passes {
         std::memcpy(row.edited, row.raw, sizeof(float) * static_cast<std::size_t>(row.vocab));
         apply(*edits, row.vocab, row.edited, reinterpret_cast<float*>(scratch.ids));
         row.logits = row.edited;
-        scan_all(row);
-        row.highest = kernels.largest(row.maxima, row.num_blocks(kernels));
+        scan_again(row);
+        row.highest = kernels.largest(row.maxima, row.num_blocks());
         if (!std::isfinite(row.highest)) call.statuses[r] = SampleStatus::none_allowed;
     }
 
@@ -117,7 +139,7 @@ struct Passes {
         if (row.logits != row.raw) {
             row.logits = row.raw;
             row.highest = row.raw_highest;
-            scan_all(row);
+            scan_again(row);
         }
         kernels.weigh(row.raw, row.vocab, {row.highest, 1.0f}, {0, row.num_columns()}, row.num_columns(),
                       row.columns, nullptr);
@@ -153,7 +175,7 @@ void sample_split_rows(const Passes& passes, Worker& worker, SampledRow* rows, c
     const std::int64_t num_rows = passes.call.num_rows, num_parts = parts_per_thread * worker.count;
     worker.share(num_rows * num_parts, [&](std::int64_t i) {
         const SampledRow& row = rows[i / num_parts];
-        passes.scan(row, part_of(row.num_strips(passes.kernels), i % num_parts, num_parts));
+        passes.scan(row, part_of(row.num_strips(), i % num_parts, num_parts));
     });
     worker.barrier();
     worker.share(num_rows, [&](std::int64_t r) { passes.settle(r, rows[r], scratch); });
@@ -187,7 +209,7 @@ void TokenSampler::reserve(std::int64_t vocab) {
                          take<float>(at, sizes.columns), take<float>(at, sizes.values)});
     }
     for (std::size_t i = 0; i < threads; ++i) {
-        scratches_.push_back({take<float>(at, sizes.maxima), take<std::int64_t>(at, sizes.ids),
+        scratches_.push_back({take<float>(at, sizes.blocks), take<std::int64_t>(at, sizes.ids),
                               take<std::uint64_t>(at, sizes.ids)});
     }
     vocab_ = vocab;
@@ -210,6 +232,11 @@ void TokenSampler::sample(const SampleCall& call) {
             sample_whole_rows(passes, worker, rows_[id], scratches_[id]);
         }
     });
+}
+
+std::int64_t maxima_stride_of(std::int64_t vocab) {
+    constexpr std::int64_t strip = given_block_tokens * given_strip_blocks;
+    return (vocab + strip - 1) / strip * given_strip_blocks;
 }
 
 void rows_are_finite(Pool& pool, Isa isa, const std::byte* data, bool is_bf16, std::int64_t num_rows,

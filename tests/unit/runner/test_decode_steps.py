@@ -23,6 +23,7 @@ from penstock.engine.scheduler.plan import (
     StepPlan,
     StepResult,
 )
+from penstock.kernels.cpu import _native
 from penstock.models.embedded_model import embedded_path
 from penstock.models.recorded import RecordedModel
 
@@ -163,6 +164,12 @@ def both_ways(
     fast, general = results
     assert (fast.tokens, fast.failures) == (general.tokens, general.failures)
     return fast
+
+
+@pytest.mark.parametrize("isa", sorted({"scalar", "avx2"} & set(_native.supported_isas())))
+def test_the_heads_own_maxima_choose_what_the_logits_do(isa: str) -> None:
+    core = make_core(isa=isa)
+    assert len(both_ways(runner_of(core)).tokens) == len(SEQUENCES)
 
 
 def test_a_sequence_whose_states_are_not_finite_fails_alone(core: EngineCore) -> None:
