@@ -93,7 +93,8 @@ class Planner:
             self._add_drafts(draft, self._drafting)
         prefills.sort(key=lambda seq: (seq.group.tier, seq.group.arrival_idx))
         if prefills or self._roster.num_waiting:
-            self._limit_chunks(draft, chunk_start=prefills[0].next_position if prefills else 0)
+            start = prefills[0].next_position if prefills else 0
+            self._limit_chunks(draft, chunk_start=start, num_prefills=len(prefills))
         self._schedule_prefills(draft, prefills)
         self._admit(draft)
         return self._finish_plan(draft)
@@ -160,22 +161,28 @@ class Planner:
         num_positions_left = self._config.max_model_len - seq.num_tokens - 1
         return min(drafting.num_tokens_max, num_outputs_left, num_positions_left)
 
-    def _limit_chunks(self, draft: StepDraft, *, chunk_start: int) -> None:
+    def _limit_chunks(self, draft: StepDraft, *, chunk_start: int, num_prefills: int) -> None:
         """With decodes in the step, cut the budget to what ends within the target; one block at least.
+
+        Where more prompts ask for the step than answers run, it may be longer in that proportion: each token
+        of a chunk delays so many and is waited for by so many, and a small batch is a slow one.
 
         Args:
             draft: with all decodes of the step.
             chunk_start: where the first prompt goes on.
+            num_prefills: prompts that have begun.
         """
         num_decodes = len(draft.decodes)
         if not num_decodes or not self._config.enable_chunked_prefill:
             return
+        num_seats = self._config.max_num_seqs - self._roster.running.num_seqs
+        num_asking = num_prefills + min(self._roster.num_waiting, max(0, num_seats))
         num_drafts = draft.num_draft_tokens
         decodes = StepLoad(num_decodes, num_decodes, draft.num_kv_tokens, num_draft_tokens=num_drafts)
         target_s = step_target_s(
             self._config.step_time_target_ms / 1000,
             decodes_s=self._cost.predict(decodes),
-            stretch=self._config.decode_stretch,
+            stretch=self._config.decode_stretch * max(1.0, num_asking / num_decodes),
         )
         budget = self._cost.token_budget(
             target_s=target_s / self._cost.caution,

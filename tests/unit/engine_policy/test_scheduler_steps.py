@@ -87,6 +87,30 @@ def test_a_prompt_stretches_a_step_with_decodes_by_so_much(stretch: float, low: 
     assert low <= shape(plan)[1][2] <= high
 
 
+@pytest.mark.parametrize(("num_prompts", "low", "high"), [(1, 80, 120), (3, 400, 512), (40, 400, 512)])
+def test_a_step_is_stretched_further_where_more_prompts_wait_than_answers_run(
+    num_prompts: int, low: int, high: int
+):
+    """One answer runs: one prompt stretches its step to 2 times, three to 6 times, up to the target."""
+    rig = Rig(
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        max_num_seqs=64,
+        step_time_target_ms=600.0,
+        decode_stretch=2.0,
+        block_size=4,
+        num_blocks=4096,
+    )
+    rig.add("a", [1] * 200, max_tokens=40)
+    rig.step(step_time_s=0.1 + 0.2)
+    for _ in range(20):
+        rig.step(step_time_s=0.1)
+    for number in range(num_prompts):
+        rig.add(f"b{number}", [2 + number] * 480, max_tokens=2)
+    plan, _ = rig.step(step_time_s=0.2)
+    assert low <= sum(num_tokens for _, _, num_tokens in shape(plan)[1:]) <= high
+
+
 def test_steps_that_nobody_notices_are_not_cut():
     assert step_target_s(0.15, decodes_s=0.002, stretch=2.2) == UNNOTICED_GAP_S
     assert step_target_s(0.02, decodes_s=0.002, stretch=2.2) == 0.02
@@ -95,7 +119,7 @@ def test_steps_that_nobody_notices_are_not_cut():
     assert step_target_s(0.15, decodes_s=0.1, stretch=1.5) == pytest.approx(0.15)
 
 
-def test_after_a_warm_up_the_first_prompts_of_a_burst_are_cut_beside_the_answers_already_there():
+def test_after_a_warm_up_the_first_prompt_is_cut_beside_the_answer_already_there():
     rig = Rig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1024, block_size=4, num_blocks=1024)
     rig.scheduler.cost.prime(
         TimedStep(load, 0.025 + 0.001 * load.num_tokens)
@@ -103,8 +127,7 @@ def test_after_a_warm_up_the_first_prompts_of_a_burst_are_cut_beside_the_answers
     )
     rig.add("first", [1] * 8, max_tokens=40)
     rig.step(step_time_s=0.033)
-    for idx in range(4):
-        rig.add(f"late-{idx}", [2 + idx] * 400, max_tokens=2)
+    rig.add("late", [2] * 400, max_tokens=2)
     plan, _ = rig.step(step_time_s=0.05)
     # A step costs 25 ms and a token 1 ms: twice the decode's 26 ms holds about 26 tokens, not 512.
     assert 12 <= plan.num_tokens <= 32
