@@ -120,18 +120,12 @@ def load_model(
         StartupError: an argument is out of range.
     """
     device = torch.device(device)
-    reader, checkpoint = open_model(path)
-    architecture = read_architecture(reader)
-    build = find_model(architecture)
-    torch_dtype = _resolve_dtype(dtype, checkpoint)
-    labels = read_labels(reader) if architecture in CLASSIFIERS else ()
-    check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
-    shape = _checked_shape(build, reader, check=check, num_labels=len(labels))
-    options = replace(options, head_dim=shape.head_dim)
+    checked = _check(path, dtype=dtype)
+    options = replace(options, head_dim=checked.shape.head_dim)
     if kernel_set is None:
-        kernel_set = select_kernels(kernels, device=device.type, dtype=torch_dtype, options=options)
-    served_len = _max_model_len(max_model_len, shape.max_position_embeddings)
-    weights = _tracked_weights(checkpoint, dtype=torch_dtype, total=check.file_bytes, on_progress=on_progress)
+        kernel_set = select_kernels(kernels, device=device.type, dtype=checked.dtype, options=options)
+    served_len = _max_model_len(max_model_len, checked.shape.max_position_embeddings)
+    weights = checked.weights(on_progress)
     weights.is_packed, weights.device = kernel_set.copies_weights, device
     sites = LoraSites() if options.enable_lora else None
     parts = Parts(
@@ -140,19 +134,18 @@ def load_model(
         quantization=options.quantization,
         max_model_len=served_len,
         sites=sites,
-        num_labels=len(labels),
+        num_labels=len(checked.labels),
         rank=rank,
     )
-    run = _make_runnable(
-        build(reader, parts), kernel_set, dtype=torch_dtype, options=options, sites=sites, rank=rank
-    )
+    model = checked.build(checked.reader, parts)
+    run = _make_runnable(model, kernel_set, dtype=checked.dtype, options=options, sites=sites, rank=rank)
     return LoadedModel(
         model=run.model,
         config=run.model.config,
-        architecture=architecture,
+        architecture=checked.architecture,
         kernels=kernel_set,
-        dtype=torch_dtype,
-        kv_dtype=options.kv_dtype(torch_dtype),
+        dtype=checked.dtype,
+        kv_dtype=options.kv_dtype(checked.dtype),
         quantization=_describe(options.quantization, weights),
         execution=run.execution,
         num_parameters=weights.num_parameters,
@@ -160,23 +153,58 @@ def load_model(
         buffer_bytes=run.buffer_bytes,
         max_model_len=served_len,
         sites=sites,
-        labels=labels,
+        labels=checked.labels,
         device=device,
     )
 
 
-def _checked_shape(
-    build: BuildModel, reader: ConfigReader, *, check: Weights, num_labels: int
-) -> DecoderShape:
-    """The model's shape; every tensor of the checkpoint has been looked for, and none read.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """A checkpoint whose every tensor has been looked for, and none read."""
+
+    reader: ConfigReader
+    checkpoint: TensorSource
+    architecture: str
+    build: BuildModel
+    dtype: torch.dtype
+    labels: tuple[str, ...]
+    shape: DecoderShape
+    file_bytes: int
+    """Of the tensors that the model takes."""
+
+    def weights(self, on_progress: Progress | None) -> Weights:
+        """Its tensors, to be read."""
+        on_tensor = None if on_progress is None else lambda done: on_progress(done, self.file_bytes)
+        return Weights(checkpoint=self.checkpoint, dtype=self.dtype, is_check=False, on_tensor=on_tensor)
+
+
+def _check(path: Path, *, dtype: str) -> _Checked:
+    """Open a checkpoint and build its model without data.
 
     Raises:
-        CheckpointError: one is missing, of another shape, or not the model's.
+        CheckpointError: a tensor is missing, of another shape, or not the model's.
+        UnsupportedModelError: the architecture or an option of it is not built here.
+        StartupError: the dtype is out of range.
     """
-    parts = Parts(weights=check, kernels=ReferenceKernels(), num_labels=num_labels)
+    reader, checkpoint = open_model(path)
+    architecture = read_architecture(reader)
+    build = find_model(architecture)
+    torch_dtype = _resolve_dtype(dtype, checkpoint)
+    labels = read_labels(reader) if architecture in CLASSIFIERS else ()
+    check = Weights(checkpoint=checkpoint, dtype=torch_dtype, is_check=True)
+    parts = Parts(weights=check, kernels=ReferenceKernels(), num_labels=len(labels))
     shape = build(reader, parts).config.shape
     check.refuse_rest()
-    return shape
+    return _Checked(
+        reader=reader,
+        checkpoint=checkpoint,
+        architecture=architecture,
+        build=build,
+        dtype=torch_dtype,
+        labels=labels,
+        shape=shape,
+        file_bytes=check.file_bytes,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,10 +261,3 @@ def _describe(asked: Quantization, weights: Weights) -> str:
     if weights.num_dequantized:
         kept.append(f"{weights.num_dequantized} dequantized to {str(weights.dtype).removeprefix('torch.')}")
     return f"{label}: {'; '.join(kept) or 'no weight'}"
-
-
-def _tracked_weights(
-    checkpoint: TensorSource, *, dtype: torch.dtype, total: int, on_progress: Progress | None
-) -> Weights:
-    on_tensor = None if on_progress is None else lambda done: on_progress(done, total)
-    return Weights(checkpoint=checkpoint, dtype=dtype, is_check=False, on_tensor=on_tensor)
