@@ -8,15 +8,12 @@ a bar that is missed is told and does not. Run by `python -m benchmarks.device a
 -m benchmarks.device.attention`; `--sweep` tries other tiles for the two cases of the bars.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -24,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.device.dense import Bench, ceilings, seconds_of
+from benchmarks.device.dense import Bench, ceilings, make_parser, run_and_write, seconds_of
 from penstock.kernels import ops
 from penstock.kernels.batch import AttentionBatch, KvShape, KvSlab
 from penstock.kernels.triton import tiles
@@ -402,21 +399,14 @@ def _record(row: Row) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, print, write OUT/attention_kernels.json."""
-    parser = argparse.ArgumentParser(prog="benchmarks.device.attention", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
+    parser = make_parser("attention", doc=__doc__, limit_s=160.0)
     parser.add_argument("--sweep", action="store_true", help="try other tiles too")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "device")
-    parser.add_argument("--limit-s", type=float, default=160.0, help="no case begins later")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    bench = Bench(device="cpu" if options.dry_run else "cuda", is_dry=options.dry_run)
-    with torch.inference_mode():
-        found = run(bench, limit_s=options.limit_s, is_sweep=options.sweep)
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"is_dry_run": options.dry_run, **found}, indent=1) + "\n"
-    (options.out / "attention_kernels.json").write_text(text, encoding="utf-8")
-    if found["left_out"]:
-        print(f"{found['left_out']} cases were left out: the time was up")
+
+    def measured(bench: Bench) -> dict[str, Any]:  # JSON
+        return run(bench, limit_s=options.limit_s, is_sweep=options.sweep)
+
+    found = run_and_write("attention", options, measured=measured)
     return 0 if all(row["is_right"] for row in found["rows"]) else 1
 
 

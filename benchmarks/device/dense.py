@@ -403,23 +403,39 @@ def run(bench: Bench, *, limit_s: float) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure, print, write OUT/dense_kernels.json."""
-    parser = argparse.ArgumentParser(prog="benchmarks.device.dense", description=__doc__)
+def make_parser(name: str, *, doc: str | None, limit_s: float) -> argparse.ArgumentParser:
+    """The options of every file that measures kernels; `name` is the file's, `limit_s` the default."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks.device.{name}", description=doc)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "device")
-    parser.add_argument("--limit-s", type=float, default=160.0, help="no case begins later")
-    options = parser.parse_args()
+    parser.add_argument("--limit-s", type=float, default=limit_s, help="no case begins later")
+    return parser
+
+
+def run_and_write(
+    name: str,
+    options: argparse.Namespace,
+    *,
+    measured: Callable[[Bench], dict[str, Any]],  # JSON
+) -> dict[str, Any]:  # JSON
+    """Measure and write OUT/NAME_kernels.json; returns what was found."""
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
     bench = Bench(device="cpu" if options.dry_run else "cuda", is_dry=options.dry_run)
     with torch.inference_mode():
-        found = run(bench, limit_s=options.limit_s)
+        found = measured(bench)
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"is_dry_run": options.dry_run, **found}, indent=1) + "\n"
-    (options.out / "dense_kernels.json").write_text(text, encoding="utf-8")
+    (options.out / f"{name}_kernels.json").write_text(text, encoding="utf-8")
     if found["left_out"]:
         print(f"{found['left_out']} cases were left out: the time was up")
+    return found
+
+
+def main() -> int:
+    """Measure, print, write OUT/dense_kernels.json."""
+    options = make_parser("dense", doc=__doc__, limit_s=160.0).parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found = run_and_write("dense", options, measured=lambda bench: run(bench, limit_s=options.limit_s))
     return 0 if all(row["is_right"] for row in found["rows"]) and not found["unequal_rows"] else 1
 
 

@@ -8,18 +8,15 @@ at a border may round either way). Run by `python -m benchmarks.device sampling`
 `python -m benchmarks.device.sampling`.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from benchmarks.device.dense import Bench, Case, ceilings, measure
+from benchmarks.device.dense import Bench, Case, ceilings, make_parser, measure, run_and_write
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
 from penstock.engine.sampling.device import TritonSampler
@@ -122,20 +119,8 @@ def run(bench: Bench, *, limit_s: float) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, print, write OUT/sampling_kernels.json."""
-    parser = argparse.ArgumentParser(prog="benchmarks.device.sampling", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "device")
-    parser.add_argument("--limit-s", type=float, default=100.0, help="no case begins later")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    bench = Bench(device="cpu" if options.dry_run else "cuda", is_dry=options.dry_run)
-    with torch.inference_mode():
-        found = run(bench, limit_s=options.limit_s)
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"is_dry_run": options.dry_run, **found}, indent=1) + "\n"
-    (options.out / "sampling_kernels.json").write_text(text, encoding="utf-8")
-    if found["left_out"]:
-        print(f"{found['left_out']} cases were left out: the time was up")
+    options = make_parser("sampling", doc=__doc__, limit_s=100.0).parse_args()
+    found = run_and_write("sampling", options, measured=lambda bench: run(bench, limit_s=options.limit_s))
     return 0 if all(row["is_right"] for row in found["rows"]) else 1
 
 
