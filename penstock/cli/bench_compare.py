@@ -9,6 +9,7 @@ from typing import Annotated, Final, cast
 
 from cyclopts import Parameter
 
+from penstock.bench.compare.bound import FindBound, least_seconds, read_model_size
 from penstock.bench.compare.comparison import OURS, Comparison, Course, Standing
 from penstock.bench.compare.contender import ServedContender
 from penstock.bench.compare.peers import (
@@ -24,7 +25,9 @@ from penstock.bench.compare.peers import (
 from penstock.bench.compare.report import make_record, print_tables, write_record
 from penstock.bench.compare.scenarios import NAMES, Draw, make_scenario, read_vocab_size
 from penstock.bench.compare.server_process import hear_sigterm
+from penstock.bench.machine_limits import measure_limits
 from penstock.bench.target import TargetError
+from penstock.bench.workload import Workload
 from penstock.cli.bench_options import (
     LogDir,
     Model,
@@ -103,7 +106,19 @@ def compare(model: Model = None, *, settings: CompareSettings | None = None) -> 
         work_dir = Path(scratch) if chosen.log_dir is None else chosen.log_dir
         work_dir.mkdir(parents=True, exist_ok=True)
         standings = _standings(chosen, setup=_setup(chosen, course=course, model=folder, work_dir=work_dir))
-        return _run(standings, course=course, model=folder.name, output=chosen.output)
+        bound = _bound_of(folder, num_threads=threads_or_all(chosen.num_threads))
+        return _run(standings, course=course, model=folder.name, bound=bound, output=chosen.output)
+
+
+def _bound_of(model: Path, *, num_threads: int) -> FindBound:
+    """Measures the machine each time that it is asked: its speed may have changed."""
+    size = read_model_size(model)
+
+    def find(load: Workload, precision: str) -> float:
+        limits = measure_limits(num_threads=num_threads)
+        return least_seconds(load, size=size, precision=precision, limits=limits)
+
+    return find
 
 
 def _course(chosen: CompareSettings, *, model: Path) -> Course:
@@ -177,13 +192,15 @@ def _standing(name: str, precision: Precision, *, url: str | None, setup: Setup)
     return Standing(name=name, precision=precision, contender=contender)
 
 
-def _run(standings: list[Standing], *, course: Course, model: str, output: Path | None) -> int:
+def _run(
+    standings: list[Standing], *, course: Course, model: str, bound: FindBound, output: Path | None
+) -> int:
     def keep(so_far: Sequence[Standing]) -> None:
         if output is not None:
             record = make_record(so_far, course=course, model=model, command=command_line())
             write_record(record, output)
 
-    is_whole = Comparison(standings, course=course, tell=tell, keep=keep).run()
+    is_whole = Comparison(standings, course=course, tell=tell, keep=keep, find_bound=bound).run()
     print_tables(results(), standings, course=course)
     return 0 if is_whole else 1
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from penstock.bench.compare.bound import FindBound
 from penstock.bench.compare.contender import Contender
 from penstock.bench.compare.figures import (
     LESS_IS_BETTER,
@@ -86,6 +87,7 @@ class Comparison:
         course: what is asked.
         tell: shows a line to the person who waits.
         keep: given the standings after every scenario.
+        find_bound: what the machine could do just now, asked before every scenario; None leaves it out.
     """
 
     def __init__(
@@ -95,11 +97,13 @@ class Comparison:
         course: Course,
         tell: Callable[[str], None],
         keep: Callable[[Sequence[Standing]], None],
+        find_bound: FindBound | None = None,
     ) -> None:
         self._standings = list(standings)
         self._course = course
         self._tell = tell
         self._keep = keep
+        self._find_bound = find_bound
 
     def run(self) -> bool:
         """Start, take turns, stop; True if all took part to the end without a failed request."""
@@ -153,6 +157,7 @@ class Comparison:
     def _ask(self, standing: Standing, scenario: Scenario, *, round_idx: int) -> None:
         if standing.contender is None or standing.error is not None:
             return
+        bound_s = self._bound_s(scenario, precision=standing.precision)
         try:
             seen = standing.contender.ask(scenario)
         except TargetError as error:
@@ -161,10 +166,16 @@ class Comparison:
         if seen.num_failed:
             self._drop(standing, TargetError(f"{seen.num_failed} requests failed: {seen.first_failure}"))
             return
-        found = figures(scenario, seen)
+        found = figures(scenario, seen, bound_s=bound_s)
         standing.rounds.setdefault(scenario.name, []).append(found)
         self._tell(f"round {round_idx + 1}, {scenario.name}, {standing.title}: {headline(found)}")
         self._keep(self._standings)
+
+    def _bound_s(self, scenario: Scenario, *, precision: str) -> float | None:
+        """None too where another request comes in between: when depends on the engine."""
+        if self._find_bound is None or scenario.late is not None:
+            return None
+        return self._find_bound(scenario.load, precision)
 
     def _weigh(self, standing: Standing) -> None:
         if standing.contender is not None and standing.is_in:
@@ -180,6 +191,7 @@ HEADLINES: Final[tuple[tuple[str, str], ...]] = (
     ("late_ttft_ms", "TTFT of the long prompt {:.0f} ms"),
     ("ttft_p50_ms", "TTFT p50 {:.0f} ms"),
     ("itl_p99_ms", "ITL p99 {:.0f} ms"),
+    ("of_bound", "{:.0%} of the bound"),
 )
 """Figures of the line about a scenario, in its order."""
 

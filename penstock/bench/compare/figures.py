@@ -62,8 +62,14 @@ def quantile(values: Sequence[float], q: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def figures(scenario: Scenario, seen: Observation) -> dict[str, float]:
-    """Every figure that the scenario has; times in milliseconds unless the name says otherwise."""
+def figures(scenario: Scenario, seen: Observation, *, bound_s: float | None = None) -> dict[str, float]:
+    """Every figure that the scenario has; times in milliseconds unless the name says otherwise.
+
+    Args:
+        scenario: what was asked.
+        seen: what became of it.
+        bound_s: least time in which the machine could answer it (`bound`), if that is known.
+    """
     num_output = sum(record.num_output_tokens for record in seen.records)
     found: dict[str, float | None] = {
         "wall_s": seen.duration_s,
@@ -72,6 +78,8 @@ def figures(scenario: Scenario, seen: Observation) -> dict[str, float]:
         "output_tokens": float(num_output),
         "output_tokens_per_s": num_output / seen.duration_s if seen.duration_s > 0 else None,
         "client_cpu_share": seen.client_cpu_share,
+        "bound_s": bound_s,
+        "of_bound": bound_s / seen.duration_s if bound_s is not None and seen.duration_s > 0 else None,
         **_latencies(seen.records),
     }
     if len(seen.records) == 1 and seen.late is None:

@@ -15,13 +15,20 @@ from penstock.core.errors import StartupError
 
 PACKAGES: Final = ("penstock", "torch", "aiohttp", "numpy")
 SHOWN: Final[dict[str, tuple[str, ...]]] = {
-    "single": ("ttft_p50_ms", "prefill_tokens_per_s", "decode_tokens_per_s"),
-    "prefill": ("ttft_p50_ms", "prefill_tokens_per_s"),
-    "mixed": ("output_tokens_per_s", "ttft_p50_ms", "itl_p50_ms", "itl_p99_ms"),
-    "shared": ("output_tokens_per_s", "ttft_p50_ms", "itl_p99_ms"),
+    "single": ("ttft_p50_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "of_bound"),
+    "prefill": ("ttft_p50_ms", "prefill_tokens_per_s", "of_bound"),
+    "mixed": ("output_tokens_per_s", "of_bound", "ttft_p50_ms", "itl_p50_ms", "itl_p99_ms"),
+    "shared": ("output_tokens_per_s", "of_bound", "ttft_p50_ms", "itl_p99_ms"),
     "long": ("gap_max_ms", "gap_p50_ms", "usual_itl_p50_ms", "late_ttft_ms"),
 }
-SHOWN_HTTP: Final = ("output_tokens_per_s", "ttft_p50_ms", "itl_p50_ms", "itl_p99_ms", "e2el_p50_ms")
+SHOWN_HTTP: Final = (
+    "output_tokens_per_s",
+    "of_bound",
+    "ttft_p50_ms",
+    "itl_p50_ms",
+    "itl_p99_ms",
+    "e2el_p50_ms",
+)
 
 
 def make_record(

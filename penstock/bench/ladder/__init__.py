@@ -2,6 +2,6 @@
 
 `rungs` says what stands on each rung and how it is started, `naive_server` is the two lowest (transformers'
 own `generate` behind HTTP, one request at a time or in static batches), `gauges` reads a server's metrics
-while it works, `model_cost` counts what the model must compute, `climb` runs the rungs, `report` makes table
+while it works, `climb` runs the rungs, `report` makes table
 and picture.
 """

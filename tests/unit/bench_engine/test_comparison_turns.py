@@ -59,11 +59,17 @@ class Fake:
         self.is_up = False
 
 
-def compare(contenders, *, names=("mixed",), rounds=2):
+def compare(contenders, *, names=("mixed",), rounds=2, find_bound=None):
     lines, kept = [], []
     standings = [Standing(name=c.name, precision="bf16", contender=c) for c in contenders]
     course = Course(scenario_names=names, rounds=rounds, draw=Draw(vocab_size=5000, scale=0.05))
-    whole = Comparison(standings, course=course, tell=lines.append, keep=lambda s: kept.append(list(s))).run()
+    whole = Comparison(
+        standings,
+        course=course,
+        tell=lines.append,
+        keep=lambda s: kept.append(list(s)),
+        find_bound=find_bound,
+    ).run()
     return standings, course, whole, lines, kept
 
 
@@ -71,6 +77,19 @@ def test_the_order_turns_from_round_to_round():
     log = []
     compare([Fake("penstock", log), Fake("vllm", log)])
     assert [name for name, scenario in log if scenario == "mixed"] == ["penstock", "vllm", "vllm", "penstock"]
+
+
+def test_the_bound_is_found_anew_before_every_scenario_but_one_with_a_late_prompt():
+    bounds = iter([0.1, 0.15])
+    standings, *_ = compare(
+        [Fake("penstock", [])],
+        names=("mixed", "long"),
+        rounds=2,
+        find_bound=lambda load, precision: next(bounds),
+    )
+    shares = [found["of_bound"] for found in standings[0].rounds["mixed"]]
+    assert shares == pytest.approx([0.5, 0.75])
+    assert "of_bound" not in standings[0].rounds["long"][0]
 
 
 def test_one_that_cannot_start_is_told_and_the_rest_goes_on():

@@ -16,7 +16,7 @@ from penstock.bench.ladder.climb import (
     with_speedups,
 )
 from penstock.bench.ladder.gauges import COMPUTED, OWNED, RUNNING, USED, Gauges, parse_metrics
-from penstock.bench.ladder.model_cost import ModelCost, read_model_cost
+from penstock.bench.model_cost import ModelCost, read_model_cost
 from penstock.bench.ladder.report import draw_picture, make_table
 from penstock.bench.ladder.rungs import RUNGS, Site, make_rung
 from penstock.bench.machine_limits import MachineLimits
