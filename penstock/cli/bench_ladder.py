@@ -11,11 +11,11 @@ from cyclopts import Parameter
 from penstock.bench.compare.report import write_record
 from penstock.bench.compare.scenarios import Draw, read_vocab_size
 from penstock.bench.ladder.climb import Climb, Crowd, Row, Yardstick, make_load, make_warmup
-from penstock.bench.model_cost import read_model_cost
 from penstock.bench.ladder.report import draw_picture, make_record, make_table
 from penstock.bench.ladder.rungs import RUNG_NAMES, RUNGS, Site, make_rung
 from penstock.bench.machine import cpu_name
 from penstock.bench.machine_limits import measure_limits
+from penstock.bench.model_cost import read_model_cost
 from penstock.bench.plots import require_matplotlib
 from penstock.cli.bench_options import (
     LogDir,

@@ -14,9 +14,9 @@ from penstock.bench.compare.figures import Observation, figures
 from penstock.bench.compare.scenarios import Draw, Scenario
 from penstock.bench.compare.server_process import hear_sigterm
 from penstock.bench.ladder.gauges import COMPUTED, Gauges, read_metrics
-from penstock.bench.model_cost import ModelCost
 from penstock.bench.ladder.rungs import Rung
 from penstock.bench.machine_limits import MachineLimits
+from penstock.bench.model_cost import ModelCost
 from penstock.bench.target import TargetError
 from penstock.bench.workload import from_lists
 

@@ -16,10 +16,10 @@ from penstock.bench.ladder.climb import (
     with_speedups,
 )
 from penstock.bench.ladder.gauges import COMPUTED, OWNED, RUNNING, USED, Gauges, parse_metrics
-from penstock.bench.model_cost import ModelCost, read_model_cost
 from penstock.bench.ladder.report import draw_picture, make_table
 from penstock.bench.ladder.rungs import RUNGS, Site, make_rung
 from penstock.bench.machine_limits import MachineLimits
+from penstock.bench.model_cost import ModelCost, read_model_cost
 from penstock.bench.target import TargetError
 from penstock.core.errors import CheckpointError
 from penstock.models.embedded_model import embedded_path
