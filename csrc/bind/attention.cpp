@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "addresses.h"
 #include "module.h"
 #include "penstock/attention.h"
 
@@ -23,7 +24,7 @@ void bind_rope(nb::module_& m) {
         "add_rope_angles",
         [](Program& program, Ref positions, std::uintptr_t frequencies, int num_frequencies, float factor,
            Ref out) {
-            const auto* table = reinterpret_cast<const float*>(frequencies);
+            const auto* table = at<const float>(frequencies);
             add_rope_angles(program, {positions, table, num_frequencies, factor, out});
         },
         "program"_a, nb::kw_only(), "positions"_a, "frequencies"_a, "num_frequencies"_a, "factor"_a, "out"_a);

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "addresses.h"
 #include "lists.h"
 #include "module.h"
 
@@ -18,11 +19,6 @@ namespace penstock {
 namespace {
 
 using namespace nb::literals;
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 using Place = std::pair<std::uintptr_t, std::int64_t>;  // address, bytes from row to row
 

@@ -10,6 +10,7 @@
 
 #include <stdexcept>
 
+#include "addresses.h"
 #include "module.h"
 #include "penstock/moe.h"
 
@@ -20,7 +21,7 @@ namespace {
 using namespace nb::literals;
 
 const std::uint16_t* bf16_at(std::uintptr_t address) {
-    return reinterpret_cast<const std::uint16_t*>(address);
+    return at<const std::uint16_t>(address);
 }
 
 void embedding(Program& program, const Ref& ids, std::uintptr_t table, std::int64_t num_rows,

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "addresses.h"
 #include "module.h"
 #include "penstock/linear_op.h"
 
@@ -42,8 +43,7 @@ Gate gate_named(const std::string& name) {
 std::shared_ptr<Matrix> pack_plain(Pool& pool, std::uintptr_t data, DType dtype, std::int64_t row_stride,
                                    std::int64_t col_stride, int out_features, int in_features,
                                    const std::string& format, int group_size) {
-    const Plain plain{
-        reinterpret_cast<const void*>(data), dtype, row_stride, col_stride, out_features, in_features};
+    const Plain plain{at<const void>(data), dtype, row_stride, col_stride, out_features, in_features};
     const WeightFormat parsed = format_named(format);
     nb::gil_scoped_release release;
     return pack(plain, parsed, group_size, pool);
@@ -52,15 +52,14 @@ std::shared_ptr<Matrix> pack_plain(Pool& pool, std::uintptr_t data, DType dtype,
 std::shared_ptr<Matrix> pack_rounded(Pool& pool, std::uintptr_t values, std::uintptr_t scales,
                                      int out_features, int in_features, const std::string& format,
                                      int group_size) {
-    const Rounded rounded{reinterpret_cast<const std::int8_t*>(values), reinterpret_cast<const void*>(scales),
-                          out_features, in_features};
+    const Rounded rounded{at<const std::int8_t>(values), at<const void>(scales), out_features, in_features};
     const WeightFormat parsed = format_named(format);
     nb::gil_scoped_release release;
     return pack(rounded, parsed, group_size, pool);
 }
 
 Projection projection(const std::shared_ptr<Matrix>& matrix, std::uintptr_t bias) {
-    return {matrix, reinterpret_cast<const float*>(bias)};
+    return {matrix, at<const float>(bias)};
 }
 
 void linear(Program& program, const LinearInput& x, const std::vector<std::shared_ptr<Matrix>>& matrices,
@@ -91,7 +90,7 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("num_bytes", &Matrix::num_bytes)
         .def("unpack", [](const Matrix& matrix, std::uintptr_t out) {
                  nb::gil_scoped_release release;
-                 unpack(matrix, reinterpret_cast<float*>(out));
+                 unpack(matrix, at<float>(out));
              }, "out"_a);
     m.def("pack", &pack_plain, "pool"_a, nb::kw_only(), "data"_a, "dtype"_a, "row_stride"_a, "col_stride"_a,
           "out_features"_a, "in_features"_a, "format"_a, "group_size"_a);

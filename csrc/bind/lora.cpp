@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "addresses.h"
 #include "module.h"
 
 namespace penstock {
@@ -20,8 +21,8 @@ void set_site(Adapter& adapter, int site, std::uintptr_t a, std::uintptr_t b, in
     if (site < 0 || site >= static_cast<int>(adapter.sites.size()))
         throw std::invalid_argument("no such site");
     if (rank < 1) throw std::invalid_argument("rank must be at least 1");
-    adapter.sites[static_cast<std::size_t>(site)] = {reinterpret_cast<const std::uint16_t*>(a),
-                                                     reinterpret_cast<const std::uint16_t*>(b), rank, scale};
+    adapter.sites[static_cast<std::size_t>(site)] = {at<const std::uint16_t>(a), at<const std::uint16_t>(b),
+                                                     rank, scale};
 }
 
 void lora(Program& program, const Ref& x, const std::vector<int>& sites, const std::vector<Ref>& outs) {

@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "addresses.h"
 #include "lists.h"
 #include "penstock/linear.h"
 #include "penstock/pool.h"
@@ -35,23 +36,22 @@ AttentionInputs attention_inputs(std::int64_t num_seqs, std::uintptr_t query_sta
                                  std::uintptr_t seq_lens, std::uintptr_t block_tables,
                                  std::int64_t max_num_blocks, std::uintptr_t slot_mapping) {
     return {num_seqs,
-            reinterpret_cast<const std::int32_t*>(query_start_loc),
-            reinterpret_cast<const std::int32_t*>(seq_lens),
-            reinterpret_cast<const std::int32_t*>(block_tables),
+            at<const std::int32_t>(query_start_loc),
+            at<const std::int32_t>(seq_lens),
+            at<const std::int32_t>(block_tables),
             max_num_blocks,
-            reinterpret_cast<const std::int64_t*>(slot_mapping)};
+            at<const std::int64_t>(slot_mapping)};
 }
 
 LayerKv layer_kv(std::uintptr_t keys, std::uintptr_t values, std::int64_t block_bytes, int group) {
-    return {reinterpret_cast<std::byte*>(keys), reinterpret_cast<std::byte*>(values), block_bytes, group};
+    return {at<std::byte>(keys), at<std::byte>(values), block_bytes, group};
 }
 
 using ExternalList = std::vector<std::tuple<std::uintptr_t, std::int64_t>>;  // (address, bytes from row to row)
 
 std::vector<Program::External> externals_of(const ExternalList& list) {
     std::vector<Program::External> externals;
-    for (const auto& [address, row_bytes] : list)
-        externals.push_back({reinterpret_cast<std::byte*>(address), row_bytes});
+    for (const auto& [address, row_bytes] : list) externals.push_back({at<std::byte>(address), row_bytes});
     return externals;
 }
 

@@ -8,6 +8,7 @@
 
 #include <utility>
 
+#include "addresses.h"
 #include "module.h"
 #include "penstock/program.h"
 
@@ -16,16 +17,6 @@ namespace penstock {
 namespace {
 
 using namespace nb::literals;
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-std::span<const T> span_at(std::uintptr_t address, std::size_t size) {
-    return {at<const T>(address), size};
-}
 
 void make_edits(RowEdits* self, std::uintptr_t mask, std::uintptr_t banned, std::size_t num_banned,
                 std::uintptr_t biased, std::uintptr_t biases, std::size_t num_biased, std::uintptr_t prompt,
