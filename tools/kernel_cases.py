@@ -17,7 +17,7 @@ from penstock.kernels.adapters import AdapterRows, LoraSites, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvShape
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.quantization import Method, Quantization
-from penstock.kernels.triton import elementwise, linear
+from penstock.kernels.triton import linear
 from penstock.kernels.triton.kernel_set import TritonKernels
 from penstock.kernels.triton.sampling import DrawRequest, Edits, draw_tokens
 from penstock.kernels.triton.weights import FORMATS, Format, TritonLinear
@@ -99,7 +99,7 @@ def _rows(dtype: torch.dtype) -> None:
         ops.gelu(kernels, x, tanh=tanh)
     ops.embedding(kernels, positions, x, scale=2.0)
     ops.softcap(kernels, x.float(), cap=30.0)
-    elementwise.not_finite(x)
+    ops.not_finite(kernels, x)
 
 
 def _empty(*shape: int, dtype: torch.dtype = BFLOAT16) -> Tensor:

@@ -86,6 +86,7 @@ def _graphs_maker(
     def make(pool: KvPool) -> DecodeGraphs:
         return DecodeGraphs(
             model=loaded.model,
+            kernels=loaded.kernels,
             limits=GraphLimits(
                 max_num_seqs=config.scheduler.max_num_seqs,
                 max_model_len=loaded.max_model_len,

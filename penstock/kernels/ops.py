@@ -193,6 +193,10 @@ class KernelSet(Protocol):
         """See `moe`."""
         ...
 
+    def not_finite(self, x: Tensor) -> Tensor:
+        """See `not_finite`."""
+        ...
+
     def rows_not_finite(self, x: Tensor) -> list[int]:
         """See `rows_not_finite`."""
         ...
@@ -595,8 +599,21 @@ def moe(
     return kernels.moe(x, router, experts, shape)
 
 
+def not_finite(kernels: KernelSet, x: Tensor) -> Tensor:
+    """Which rows hold NaN or infinity; waits for nothing.
+
+    Args:
+        kernels: the home that looks.
+        x: [T, I].
+
+    Returns:
+        [T] bool where x lies, True for a row that does.
+    """
+    return kernels.not_finite(x)
+
+
 def rows_not_finite(kernels: KernelSet, x: Tensor) -> list[int]:
-    """Rows that hold NaN or infinity.
+    """Rows that hold NaN or infinity; waits for a device.
 
     Args:
         kernels: the home that looks.

@@ -69,12 +69,3 @@ def on_host(tensor: Tensor) -> npt.NDArray[np.float32]:
         return np.ascontiguousarray(tensor.numpy())
     values: npt.NDArray[np.float32] = tensor.float().contiguous().cpu().numpy()
     return values
-
-
-def not_finite(rows: Tensor) -> Tensor:
-    """[n] bool where `rows` lie: True for a row that holds NaN or infinity. Waits for nothing.
-
-    By the largest absolute value, which is NaN if any is; a sum would overflow for large finite numbers.
-    """
-    largest: Tensor = torch.linalg.vector_norm(rows, ord=float("inf"), dim=-1)
-    return largest.isfinite().logical_not_()

@@ -45,7 +45,9 @@ def test_a_padded_step_of_a_rung_draws_what_the_same_step_draws_alone(tmp_path: 
         limits = GraphLimits(
             max_num_seqs=2, max_model_len=48, block_size=16, scratch_block=pool.scratch_block
         )
-        return DecodeGraphs(model=loaded.model, limits=limits, device=CPU, recorder=Again())
+        return DecodeGraphs(
+            model=loaded.model, kernels=loaded.kernels, limits=limits, device=CPU, recorder=Again()
+        )
 
     runner = Runner(loaded, layout=layout, num_blocks=16, block_size=16, make_graphs=make)
     tables = [

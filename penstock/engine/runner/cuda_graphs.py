@@ -33,7 +33,8 @@ from penstock.engine.runner.device_batch import LastDrawn, tensors_of, with_tens
 from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.scheduler.plan import ScheduledSequence
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
-from penstock.kernels.transfer import ALIGNMENT, fill, host_buffer, indices, not_finite, views_like
+from penstock.kernels.ops import KernelSet, not_finite
+from penstock.kernels.transfer import ALIGNMENT, fill, host_buffer, indices, views_like
 from penstock.models.interface import CausalLM
 
 FIRST_LENGTH: Final = 1024
@@ -164,6 +165,7 @@ class DecodeGraphs:
     """The ladder of recordings of one model; see the module."""
 
     model: CausalLM
+    kernels: KernelSet
     limits: GraphLimits
     device: torch.device
     recorder: Recorder
@@ -274,7 +276,7 @@ class DecodeGraphs:
             output = self._output_like(hidden, logits).first(rung.num_rows)
             output.hidden.copy_(hidden)
             output.logits.copy_(logits)
-            output.bad_rows.copy_(not_finite(hidden))
+            output.bad_rows.copy_(not_finite(self.kernels, hidden))
 
         made.launches = self.recorder.record(run)
         self._made[rung] = made

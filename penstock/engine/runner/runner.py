@@ -84,8 +84,8 @@ from penstock.engine.scheduler.plan import (
 from penstock.engine.spec.proposer import Guesses, RunnerProposer
 from penstock.engine.spec.verify import DraftRun, Draw, verify
 from penstock.kernels.adapters import AdapterWeights
-from penstock.kernels.ops import KernelSet, kv_block, rows_not_finite
-from penstock.kernels.transfer import indices, not_finite, on_host
+from penstock.kernels.ops import KernelSet, kv_block, not_finite, rows_not_finite
+from penstock.kernels.transfer import indices, on_host
 from penstock.models.interface import CausalLM, LoadedModel
 
 CANARY: Final = SequenceId(-1)
@@ -635,7 +635,7 @@ class Runner:
     ) -> ForwardPass:
         """Who is sound, and what was asked of the prompts; on a device only where the host needs it now."""
         if self._queue and bad_rows is None:
-            bad_rows = not_finite(hidden)
+            bad_rows = not_finite(self._kernels, hidden)
         if bad_rows is not None and not any(_needs_host(seq) for seq in sequences):
             return ForwardPass(
                 sequences=sequences, ends=ends, is_sound=None, bad_rows=bad_rows, logits=logits

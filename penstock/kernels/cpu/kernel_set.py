@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -315,8 +316,18 @@ class NativeKernels:
         writer.add(operation)
         return writer.result(out)
 
+    def not_finite(self, x: Tensor) -> Tensor:
+        """As `ops.not_finite`."""
+        return torch.from_numpy(self._find_finite(x) == 0)
+
     def rows_not_finite(self, x: Tensor) -> list[int]:
         """As `ops.rows_not_finite`."""
+        # As bytes: the code of numpy's operations would have to be read from memory again, at 50 us a step.
+        flags = bytes(self._find_finite(x))
+        return [] if 0 not in flags else [row for row, is_finite in enumerate(flags) if not is_finite]
+
+    def _find_finite(self, x: Tensor) -> npt.NDArray[np.uint8]:
+        """[T], 0 for a row that holds NaN or infinity; until the next call."""
         num_rows = x.shape[0]
         if num_rows > len(self._are_finite):
             self._are_finite = np.ones(num_rows, np.uint8)
@@ -332,9 +343,7 @@ class NativeKernels:
                 row_bytes=x.stride(0) * x.itemsize,
                 out=self._are_finite_address,
             )
-        # As bytes: the code of numpy's operations would have to be read from memory again, at 50 us a step.
-        flags = bytes(self._are_finite[:num_rows])
-        return [] if 0 not in flags else [row for row, is_finite in enumerate(flags) if not is_finite]
+        return self._are_finite[:num_rows]
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""

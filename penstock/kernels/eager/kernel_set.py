@@ -13,6 +13,7 @@ from penstock.kernels.eager import attention, dense
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.quantization import Quantization
 from penstock.kernels.reference.adapters import plain_pair, prepare_plain_adapter
+from penstock.kernels.reference.dense import not_finite
 from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
 from penstock.kernels.rounded import RoundedWeight
 
@@ -126,11 +127,13 @@ class EagerKernels:
         """As `ops.moe`."""
         return dense.moe(x, router, experts, shape)
 
+    def not_finite(self, x: Tensor) -> Tensor:
+        """As `ops.not_finite`."""
+        return not_finite(x)
+
     def rows_not_finite(self, x: Tensor) -> list[int]:
-        """As `ops.rows_not_finite`, by a row's largest and smallest number, both NaN if any is."""
-        # A sum would overflow for large numbers that are finite.
-        are_finite = x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
-        found: list[int] = (~are_finite).nonzero().flatten().tolist()
+        """As `ops.rows_not_finite`."""
+        found: list[int] = not_finite(x).nonzero().flatten().tolist()
         return found
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:

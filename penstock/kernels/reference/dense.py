@@ -111,3 +111,9 @@ def moe(x: Tensor, router: Tensor, experts: Sequence[ExpertWeights], shape: MoeS
         rows, ranks = (chosen == expert_id).nonzero(as_tuple=True)
         ranked[ranks, rows] = _run_expert(x[rows], experts[expert_id]) * weights[rows, ranks, None]
     return ranked.sum(0).to(x.dtype)
+
+
+def not_finite(x: Tensor) -> Tensor:
+    """As `ops.not_finite`, by a row's largest and smallest number, both NaN if any is."""
+    # A sum would overflow for large numbers that are finite.
+    return ~(x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite())

@@ -121,11 +121,13 @@ class ReferenceKernels:
         """As `ops.moe`."""
         return dense.moe(x, router, experts, shape)
 
+    def not_finite(self, x: Tensor) -> Tensor:
+        """As `ops.not_finite`."""
+        return dense.not_finite(x)
+
     def rows_not_finite(self, x: Tensor) -> list[int]:
-        """As `ops.rows_not_finite`, by a row's largest and smallest number, both NaN if any is."""
-        # A sum would overflow for large numbers that are finite.
-        are_finite = x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
-        found: list[int] = (~are_finite).nonzero().flatten().tolist()
+        """As `ops.rows_not_finite`."""
+        found: list[int] = dense.not_finite(x).nonzero().flatten().tolist()
         return found
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:

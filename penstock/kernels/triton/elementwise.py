@@ -436,14 +436,7 @@ def _not_finite_kernel(
 
 
 def not_finite(x: Tensor) -> Tensor:
-    """Which rows hold NaN or infinity, on the device and without waiting for it.
-
-    Args:
-        x: [T, I].
-
-    Returns:
-        [T] int8, 1 for a row that does.
-    """
+    """As `ops.not_finite`."""
     flat = _rows(x)
     flags = torch.empty(flat.shape[0], dtype=torch.int8, device=x.device)
     num_rows, width = flat.shape
@@ -452,10 +445,4 @@ def not_finite(x: Tensor) -> Tensor:
         _not_finite_kernel[(cdiv(num_rows, rows),)](
             flat, flags, num_rows, flat.stride(0), WIDTH=width, ROWS=rows, BLOCK=block
         )
-    return flags
-
-
-def rows_not_finite(x: Tensor) -> list[int]:
-    """As `ops.rows_not_finite`; waits for the device."""
-    found: list[int] = not_finite(x).nonzero().flatten().tolist()
-    return found
+    return flags.view(torch.bool)

@@ -141,9 +141,14 @@ class TritonKernels:
         tables = self._experts.of(experts)
         return moe.moe(x, router, tables, shape, is_deterministic=self._is_deterministic)
 
+    def not_finite(self, x: Tensor) -> Tensor:
+        """As `ops.not_finite`."""
+        return elementwise.not_finite(x)
+
     def rows_not_finite(self, x: Tensor) -> list[int]:
         """As `ops.rows_not_finite`; reads the answer back from the device."""
-        return elementwise.rows_not_finite(x)
+        found: list[int] = elementwise.not_finite(x).nonzero().flatten().tolist()
+        return found
 
     def copy_blocks(self, pool: Tensor, src: Tensor, dst: Tensor) -> None:
         """As `ops.copy_blocks`."""

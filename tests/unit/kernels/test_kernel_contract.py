@@ -428,8 +428,11 @@ def test_rows_with_nan_or_infinity_are_found(kernels: ops.KernelSet, dtype: torc
     x = rand(rows, 400, dtype=dtype)
     x[0, 0] = torch.finfo(dtype).max
     assert ops.rows_not_finite(kernels, x) == []
+    assert not ops.not_finite(kernels, x).any()
     bad = sorted({0, rows // 2, rows - 1})
     for row, value in zip(bad, (torch.nan, torch.inf, -torch.inf), strict=False):
         x[row, 399] = value
     assert ops.rows_not_finite(kernels, x) == bad
+    assert ops.not_finite(kernels, x).tolist() == [row in bad for row in range(rows)]
     assert ops.rows_not_finite(kernels, x[:0]) == []
+    assert ops.not_finite(kernels, x[:0]).shape == (0,)

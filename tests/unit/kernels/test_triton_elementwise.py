@@ -110,4 +110,4 @@ def test_flags_name_the_rows_that_are_not_finite() -> None:
     """On the device: a tensor that can travel with the sampled tokens."""
     x = rand(4, 5000, dtype=torch.float32)
     x[1, 4999], x[3, 0] = torch.inf, torch.nan
-    assert elementwise.not_finite(x).tolist() == [0, 1, 0, 1]
+    assert elementwise.not_finite(x).tolist() == [False, True, False, True]

@@ -15,6 +15,7 @@ from penstock.engine.runner.cuda_graphs import (
 )
 from penstock.engine.scheduler.plan import PENDING_TOKEN, NewSequence, SampleSpec, ScheduledSequence, StepPlan
 from penstock.kernels.devices import CPU
+from penstock.kernels.reference.kernel_set import ReferenceKernels
 
 
 class Again:
@@ -53,7 +54,11 @@ def recorded(monkeypatch):
         limits = GraphLimits(
             max_num_seqs=8, max_model_len=2000, block_size=4, scratch_block=pool.scratch_block
         )
-        kept.append(DecodeGraphs(model=model, limits=limits, device=CPU, recorder=FakeRecorder()))
+        kept.append(
+            DecodeGraphs(
+                model=model, kernels=ReferenceKernels(), limits=limits, device=CPU, recorder=FakeRecorder()
+            )
+        )
         return kept[0]
 
     runner, model = make_runner(make_graphs=make)
@@ -198,7 +203,9 @@ def test_a_step_in_parts_replays_nothing_since_the_parts_would_share_their_outpu
         limits = GraphLimits(
             max_num_seqs=8, max_model_len=100, block_size=4, scratch_block=pool.scratch_block
         )
-        return DecodeGraphs(model=model, limits=limits, device=CPU, recorder=FakeRecorder())
+        return DecodeGraphs(
+            model=model, kernels=ReferenceKernels(), limits=limits, device=CPU, recorder=FakeRecorder()
+        )
 
     runner, _ = make_runner(make_graphs=make, faults=SecondFails())
     while runner.record_next():
