@@ -17,7 +17,7 @@ from torch import Tensor
 
 from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
-from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
+from penstock.kernels.quantization import NO_QUANTIZATION, Method, Quantization
 from penstock.kernels.rounded import RoundedWeight
 
 
@@ -145,6 +145,11 @@ class KernelSet(Protocol):
         release: Release | None,
     ) -> LinearWeight:
         """See `prepare_linear`."""
+        ...
+
+    @property
+    def rounded_methods(self) -> frozenset[Method]:
+        """Of the weights that `prepare_rounded` takes; a checkpoint's others are dequantized."""
         ...
 
     def prepare_rounded(
@@ -402,11 +407,11 @@ def prepare_rounded(
     dtype: torch.dtype,
     parts: Sequence[int] = (),
 ) -> LinearWeight:
-    """The same for a weight that is rounded already: its integers and scales are kept as they are.
+    """The same for a weight that is rounded already: its numbers and scales are kept as they are.
 
     Args:
         kernels: the home that will use it.
-        weight: [O, I] int8 or int4.
+        weight: [O, I], of one of the home's `rounded_methods`.
         bias: [O] or None.
         dtype: of the model, for homes that keep what the weight stands for.
         parts: as in `prepare_linear`.
@@ -415,6 +420,7 @@ def prepare_rounded(
         What `linear` takes.
     """
     assert bias is None or bias.shape == weight.values.shape[:1], (weight.values.shape, bias)
+    assert weight.quantization.method in kernels.rounded_methods, (weight.quantization, kernels.name)
     return kernels.prepare_rounded(weight, bias, dtype=dtype, parts=parts)
 
 

@@ -7,6 +7,9 @@ Method: TypeAlias = Literal["none", "int8", "int4", "fp8"]
 Activations: TypeAlias = Literal["int8", "bf16"]
 
 METHODS: Final = ("none", "int8", "int4", "fp8")
+INTEGER_METHODS: Final[frozenset[Method]] = frozenset({"int8", "int4"})
+ROUNDED_METHODS: Final[frozenset[Method]] = frozenset({"int8", "int4", "fp8"})
+"""Those with a scale for several values."""
 GROUP_SIZES: Final = (32, 64, 128)
 ACTIVATIONS: Final = ("int8", "bf16")
 
@@ -32,7 +35,8 @@ class Quantization:
         if self.method == "none":
             return "none"
         group = f", groups of {self.group_size}" if self.method == "int4" else ""
-        return f"{self.method}{group}, activations {self.activations}"
+        kind = self.method if self.method == "fp8" and self.quantizes_activations else self.activations
+        return f"{self.method}{group}, activations {kind}"
 
 
 NO_QUANTIZATION: Final = Quantization()

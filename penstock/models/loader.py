@@ -127,6 +127,7 @@ def load_model(
     served_len = _max_model_len(max_model_len, checked.shape.max_position_embeddings)
     weights = checked.weights(on_progress)
     weights.is_packed, weights.device = kernel_set.copies_weights, device
+    weights.rounded_methods = kernel_set.rounded_methods
     sites = LoraSites() if options.enable_lora else None
     parts = Parts(
         weights=weights,

@@ -17,7 +17,7 @@ from penstock.kernels import ops
 from penstock.kernels.adapters import LoraSite, LoraSites
 from penstock.kernels.devices import CPU
 from penstock.kernels.ops import KernelSet, LinearWeight
-from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
+from penstock.kernels.quantization import NO_QUANTIZATION, Method, Quantization
 from penstock.kernels.rounded import RoundedWeight
 from penstock.layers.embedding import Embedding, LmHead, SharedEmbedding
 from penstock.layers.linear import Linear
@@ -44,6 +44,8 @@ class Weights:
     """Hand out `meta` tensors: check only."""
     is_packed: bool = False
     """The kernels copy what they read often: pages of the files are not filled ahead."""
+    rounded_methods: frozenset[Method] = frozenset()
+    """Of the stored matrices that the kernels take as they are."""
     on_tensor: Callable[[int], None] | None = None
     """Called after each tensor with the bytes taken so far, as the files count them."""
     device: torch.device = CPU
@@ -56,7 +58,7 @@ class Weights:
     resident_bytes: int = 0
     """Of what the model keeps in memory: tensors as they are, and weights in the form of their kernels."""
     num_rounded: dict[str, int] = field(default_factory=dict)
-    """Matrices whose stored integers and scales the kernels took as they are, by kind."""
+    """Matrices whose stored numbers and scales the kernels took as they are, by kind."""
     num_dequantized: int = 0
     """Matrices that are stored quantized and were dequantized."""
 
@@ -91,7 +93,7 @@ class Weights:
     def take_matrix(
         self, name: str, shape: tuple[int, int], *, is_kept: bool, cut: Cut | None
     ) -> "Tensor | RoundedWeight":
-        """A matrix [out, in]: its integers and scales where the kernels have that grid, else as `take`.
+        """A matrix [out, in]: its numbers and scales where the kernels have that grid, else as `take`.
 
         Part of a matrix is dequantized: its groups need not end where the part does.
 
@@ -103,9 +105,9 @@ class Weights:
         stored = self._find(name, shape)
         if not isinstance(stored, StoredMatrix):
             return self.take(name, shape, is_kept=is_kept)
-        weight = stored.kept(self.dtype)
+        weight = stored.kept(self.dtype, methods=self.rounded_methods)
         if isinstance(weight, RoundedWeight):
-            weight = weight.to(self.device)
+            weight = replace(weight, values=self._placed(weight.values), scales=self._placed(weight.scales))
             kind = str(weight.quantization)
             self.num_rounded[kind] = self.num_rounded.get(kind, 0) + 1
         else:
@@ -337,7 +339,9 @@ class Parts:
         if isinstance(weight, Tensor):
             return self._packed(weight, bias, parts=parts)
         dtype = self.weights.dtype
-        return self._kept(ops.prepare_rounded(self.kernels, weight, bias, dtype=dtype, parts=parts))
+        prepared = ops.prepare_rounded(self.kernels, weight, bias, dtype=dtype, parts=parts)
+        self.weights.checkpoint.release(weight.values)
+        return self._kept(prepared)
 
     def _packed(
         self, weight: Tensor, bias: Tensor | None = None, *, parts: Sequence[int] = ()

@@ -5,12 +5,13 @@
 when it is opened and each tensor when it is found; data is read last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from penstock.kernels.quantization import Method
 from penstock.kernels.rounded import RoundedWeight
 from penstock.parallel.cut import Cut
 
@@ -49,8 +50,12 @@ class StoredParts(StoredTensor, Protocol):
 class StoredMatrix(StoredTensor, Protocol):
     """A quantized matrix [out, in]."""
 
-    def kept(self, dtype: torch.dtype) -> RoundedWeight | Tensor:
-        """The same integers and scales where the kernels have that grid, else the values in `dtype`.
+    def kept(self, dtype: torch.dtype, *, methods: Collection[Method]) -> RoundedWeight | Tensor:
+        """The same numbers and scales where the kernels have that grid, else the values in `dtype`.
+
+        Args:
+            dtype: float32 or bfloat16.
+            methods: of the grids that the kernels have, `KernelSet.rounded_methods`.
 
         Raises:
             CheckpointError: the data breaks its format.

@@ -15,6 +15,7 @@ from tools.quantized.writers import (
 )
 
 TOKEN_INT8: Final = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+TOKEN_FP8: Final = TOKEN_INT8 | {"type": "float"}
 
 
 def _awq(group_size: int, *, is_symmetric: bool = False) -> Form:
@@ -69,11 +70,11 @@ def _w8a8(*, is_symmetric: bool = True) -> Form:
     )
 
 
-def _fp8(strategy: str, block: tuple[int, int] | None) -> Form:
+def _fp8(strategy: str, block: tuple[int, int] | None, inputs: dict[str, Any] | None = None) -> Form:
     weights: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": strategy}
     if strategy == "block":
         weights["block_structure"] = list(block or ())
-    return Form(section=_compressed("float-quantized", weights), write=partial(fp8, block=block))
+    return Form(section=_compressed("float-quantized", weights, inputs), write=partial(fp8, block=block))
 
 
 def _nf4(*, is_nested: bool) -> Form:
@@ -105,6 +106,7 @@ FORMS: Final[dict[str, Form]] = {
     "w8a8-asymmetric": _w8a8(is_symmetric=False),
     "fp8-tensor": _fp8("tensor", None),
     "fp8-channel": _fp8("channel", (1, 0)),
+    "fp8-dynamic": _fp8("channel", (1, 0), TOKEN_FP8),
     "fp8-block": _fp8("block", (128, 128)),
     "fp8-block-inverse": Form(
         section={"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},

@@ -21,7 +21,7 @@ from penstock.kernels.cpu.adapters import pack_adapter
 from penstock.kernels.cpu.emission import Machine, kv_format
 from penstock.kernels.cpu.single_calls import Programs, SingleCall, TimedCalls, slots_only
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
-from penstock.kernels.quantization import Quantization
+from penstock.kernels.quantization import INTEGER_METHODS, Quantization
 from penstock.kernels.rounded import RoundedWeight
 
 
@@ -67,6 +67,7 @@ class NativeKernels:
 
     name: Final = "native"
     copies_weights: Final = True
+    rounded_methods: Final = INTEGER_METHODS
     has_own_threads: Final = True
 
     def __init__(self, machine: Machine) -> None:

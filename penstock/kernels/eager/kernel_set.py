@@ -11,7 +11,7 @@ from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.eager import attention, dense
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
-from penstock.kernels.quantization import Quantization
+from penstock.kernels.quantization import ROUNDED_METHODS, Quantization
 from penstock.kernels.reference.adapters import plain_pair, prepare_plain_adapter
 from penstock.kernels.reference.dense import not_finite
 from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
@@ -24,6 +24,7 @@ class EagerKernels:
     name: Final = "eager"
     detail: Final = "torch"
     copies_weights: Final = False
+    rounded_methods: Final = ROUNDED_METHODS
     has_own_threads: Final = False
 
     def __init__(self) -> None:

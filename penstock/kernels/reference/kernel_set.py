@@ -9,7 +9,7 @@ from torch import Tensor
 from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
-from penstock.kernels.quantization import Quantization
+from penstock.kernels.quantization import ROUNDED_METHODS, Quantization
 from penstock.kernels.reference import adapters, attention, dense
 from penstock.kernels.reference.adapters import prepare_plain_adapter
 from penstock.kernels.reference.weights import plain, prepare_plain, prepare_plain_rounded
@@ -22,6 +22,7 @@ class ReferenceKernels:
     name: Final = "reference"
     detail: Final = "torch"
     copies_weights: Final = False
+    rounded_methods: Final = ROUNDED_METHODS
     has_own_threads: Final = False
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:

@@ -10,7 +10,7 @@ from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
-from penstock.kernels.quantization import Quantization
+from penstock.kernels.quantization import ROUNDED_METHODS, Quantization
 from penstock.kernels.rounded import RoundedWeight
 from penstock.kernels.triton import adapters, attention, blocks, elementwise, kv_write, linear, moe, weights
 from penstock.kernels.triton.launch import INTERPRETED, compute_device
@@ -21,6 +21,7 @@ class TritonKernels:
 
     name: Final = "triton"
     has_own_threads: Final = False
+    rounded_methods: Final = ROUNDED_METHODS
 
     def __init__(self, options: KernelOptions = DEFAULT_OPTIONS) -> None:
         """Compile nothing yet: each kernel is compiled at its first launch, or read from Triton's cache.

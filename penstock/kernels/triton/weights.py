@@ -111,10 +111,7 @@ def prepare(weight: Tensor, bias: Tensor | None, *, quantization: Quantization) 
         )
     if quantization.method == "fp8":
         values, scales = quantize_fp8(weight)
-        return TritonLinear(
-            values=values, scales=scales, bias=bias, in_features=weight.shape[1], quantization=quantization
-        )
-    if quantization.method == "int8":
+    elif quantization.method == "int8":
         values, scales = quantize_int8(weight)
     else:
         values, scales = quantize_int4(weight, group_size=quantization.group_size)
@@ -125,7 +122,7 @@ def prepare(weight: Tensor, bias: Tensor | None, *, quantization: Quantization) 
 
 
 def prepare_rounded(weight: RoundedWeight, bias: Tensor | None) -> TritonLinear:
-    """As `ops.prepare_rounded`: the very same integers and scales."""
+    """As `ops.prepare_rounded`: the very same numbers and scales."""
     prepared = TritonLinear(
         values=weight.values,
         scales=weight.scales,

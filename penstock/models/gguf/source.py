@@ -5,7 +5,7 @@ experts that it joined. Rows are whole blocks, so all of that works on the packe
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError
+from penstock.kernels.quantization import Method
 from penstock.kernels.rounded import RoundedWeight
 from penstock.models.checkpoint import DTYPES, Checkpoint, TensorEntry
 from penstock.models.config import ConfigReader
@@ -119,7 +120,7 @@ class GgufBlocks:
         self._release()
         return out.view(place.shape)
 
-    def kept(self, dtype: torch.dtype) -> RoundedWeight | Tensor:
+    def kept(self, dtype: torch.dtype, *, methods: Collection[Method]) -> RoundedWeight | Tensor:
         """As `StoredMatrix.kept`: Q4_0 is a grid of the kernels."""
         if self.packed.place.tensor.kind.name != "Q4_0" or len(self.packed.place.shape) != 2:
             return self.read(dtype, fill=True)
@@ -127,8 +128,7 @@ class GgufBlocks:
         if not torch.isfinite(grid.scales).all():
             raise self._not_finite()
         self._release()
-        rounded = grid.rounded("bf16")
-        return grid.dequantized(dtype) if rounded is None else rounded
+        return grid.kept(dtype, activations="bf16", methods=methods)
 
     def _release(self) -> None:
         # An expert shares its tensor with others that are still to be read.

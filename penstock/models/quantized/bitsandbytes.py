@@ -17,6 +17,7 @@ bitsandbytes 0.50.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Final
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError
+from penstock.kernels.quantization import Method
 from penstock.models.checkpoint import Checkpoint
 from penstock.models.config import ConfigReader
 from penstock.models.quantized.grid import Grid, GridMatrix
@@ -88,8 +90,9 @@ class FourBits:
         self.files.release(packed)
         return out.view(self.shape)
 
-    def kept(self, dtype: torch.dtype) -> Tensor:
+    def kept(self, dtype: torch.dtype, *, methods: Collection[Method]) -> Tensor:
         """As `StoredMatrix.kept`: always dequantized."""
+        del methods
         return self.read(dtype, fill=True)
 
     def _factors(self) -> Tensor:

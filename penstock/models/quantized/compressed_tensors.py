@@ -7,8 +7,9 @@ int-quantized     weight [O, I] int8       weight_scale [1], [O, 1] or [O, G]   
 float-quantized   weight [O, I] e4m3       weight_scale [1], [O, 1] or blocks
 ```
 
-Symmetric integers in groups of inputs, or with a scale an output (int8), are grids of the kernels. Where the
-scheme rounds inputs to int8 with a scale a token, so do the kernels; other schemes' inputs are not rounded.
+Symmetric integers in groups of inputs, or with a scale an output (int8), are grids of the kernels, and so are
+floats with a scale an output in some homes. Where the scheme rounds inputs to int8 with a scale a token, so
+do the kernels; inputs of floats they round with a scale a token however the scheme does; no others.
 
 **Source:** compressed-tensors 0.20, `compressors/pack_quantized`, `quantization/quant_args.py`.
 """
@@ -131,6 +132,7 @@ class CompressedTensors:
                 scale=".weight_scale",
                 block=weights.block,
                 is_per_output=is_per_output,
+                activations=weights.activations,
             )
         stored = _Integers.find(files, module, shape=shape, weights=weights)
         return GridMatrix(
@@ -252,8 +254,8 @@ class _Integers:
         return None if torch.equal(groups, torch.arange(cols) // self.group_size) else groups
 
 
-def _read_activations(reader: ConfigReader) -> Activations:
-    # The kernels' own rule, or none.
+def _read_activations(reader: ConfigReader, *, is_float: bool) -> Activations:
+    # The kernels' own rule, or none; floats are rounded by it whatever scales the format has for them.
     if not reader.has("input_activations"):
         return "bf16"
     inputs = reader.section("input_activations")
@@ -265,6 +267,8 @@ def _read_activations(reader: ConfigReader) -> Activations:
         "dynamic": inputs.supported("dynamic", (True, False), False),
     }
     kernels = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if is_float:
+        kernels = rule | {"num_bits": 8, "type": "float", "symmetric": True}
     return "int8" if rule == kernels else "bf16"
 
 
@@ -287,7 +291,7 @@ def _read_weights(reader: ConfigReader) -> Weights:
         strategy=strategy,
         group_size=weights.integer("group_size", low=2) if strategy == "group" else None,
         block=block,
-        activations=_read_activations(reader),
+        activations=_read_activations(reader, is_float=is_float),
     )
 
 

@@ -4,13 +4,13 @@
 grid (`csrc/include/penstock/matrix.h`) the integers and scales become a `RoundedWeight` as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from penstock.kernels.quantization import GROUP_SIZES, Activations, Quantization
+from penstock.kernels.quantization import GROUP_SIZES, Activations, Method, Quantization
 from penstock.kernels.rounded import RoundedWeight
 
 PIECE_VALUES = 16 << 20
@@ -45,6 +45,13 @@ class Grid:
         if self.group_of is not None:
             return scales[:, self.group_of]
         return scales.repeat_interleave(self.group_size, dim=1)[:, : self.values.shape[1]]
+
+    def kept(
+        self, dtype: torch.dtype, *, activations: Activations, methods: Collection[Method]
+    ) -> RoundedWeight | Tensor:
+        """As `StoredMatrix.kept`; `activations` are what the format does with the inputs of the product."""
+        found = self.rounded(activations)
+        return self.dequantized(dtype) if found is None or found.quantization.method not in methods else found
 
     def rounded(self, activations: Activations) -> RoundedWeight | None:
         """The same integers and scales in a form of the kernels, or None if none of them has this grid."""
@@ -93,8 +100,6 @@ class GridMatrix:
         del fill
         return self.load().dequantized(dtype)
 
-    def kept(self, dtype: torch.dtype) -> RoundedWeight | Tensor:
+    def kept(self, dtype: torch.dtype, *, methods: Collection[Method]) -> RoundedWeight | Tensor:
         """As `StoredMatrix.kept`."""
-        grid = self.load()
-        rounded = grid.rounded(self.activations)
-        return grid.dequantized(dtype) if rounded is None else rounded
+        return self.load().kept(dtype, activations=self.activations, methods=methods)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError, UnsupportedModelError
+from penstock.kernels.quantization import ROUNDED_METHODS
 from penstock.kernels.rounded import RoundedWeight
 from tests.unit.quantized.stored_case import MODULE, matrix_of, nibbles, source_of
 from tools.quantized.forms import FORMS
@@ -84,7 +85,7 @@ def test_gptq_words_mean_what_gptqmodel_packs(
     section = {**GPTQ, "checkpoint_format": layout, "desc_act": has_act_order}
     got = matrix_of(tmp_path, tensors, section, shape=SHAPE)
     assert torch.equal(got.read(torch.float32, fill=True), expected)
-    assert isinstance(got.kept(torch.float32), Tensor)
+    assert isinstance(got.kept(torch.float32, methods=ROUNDED_METHODS), Tensor)
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if name.startswith(("awq", "gptq"))])
@@ -113,7 +114,7 @@ def test_a_grid_of_the_kernels_is_kept_without_a_rounding(form: str, tmp_path: P
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(6))
     written = FORMS[form].write(weight)
     kept = matrix_of(tmp_path, dict(written.tensors), dict(FORMS[form].section), shape=SHAPE).kept(
-        torch.bfloat16
+        torch.bfloat16, methods=ROUNDED_METHODS
     )
     assert isinstance(kept, RoundedWeight)
     assert str(kept.quantization) == EXACT[form]
@@ -124,7 +125,7 @@ def test_a_grid_of_the_kernels_is_kept_without_a_rounding(form: str, tmp_path: P
 def test_any_other_grid_is_dequantized(form: str, tmp_path: Path) -> None:
     written = FORMS[form].write(torch.randn(SHAPE, generator=torch.Generator().manual_seed(7)))
     matrix = matrix_of(tmp_path, dict(written.tensors), dict(FORMS[form].section), shape=SHAPE)
-    kept = matrix.kept(torch.float32)
+    kept = matrix.kept(torch.float32, methods=ROUNDED_METHODS)
     assert isinstance(kept, Tensor)
     assert torch.equal(kept, written.stands_for)
 
@@ -133,7 +134,7 @@ def test_a_scale_that_float16_cannot_hold_is_not_rounded_again(tmp_path: Path) -
     tensors = gptq_tensors()
     tensors[".qzeros"].fill_(0x77777777)
     tensors[".scales"] = torch.full((4, SHAPE[0]), 2.0**-20 * 1.0078125, dtype=torch.bfloat16)
-    kept = matrix_of(tmp_path, tensors, GPTQ, shape=SHAPE).kept(torch.float32)
+    kept = matrix_of(tmp_path, tensors, GPTQ, shape=SHAPE).kept(torch.float32, methods=ROUNDED_METHODS)
     assert isinstance(kept, Tensor)
 
 

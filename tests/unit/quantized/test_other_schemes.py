@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 from penstock.core.errors import CheckpointError, UnsupportedModelError
+from penstock.kernels.quantization import INTEGER_METHODS, ROUNDED_METHODS
 from penstock.kernels.rounded import RoundedWeight
 from penstock.models.checkpoint import RAW_DTYPES
 from tests.unit.quantized.stored_case import MODULE, matrix_of, source_of
 from tools.quantized.forms import FORMS
 
 SHAPE = (24, 128)
+"""Within one block of 128 x 128."""
 FIXTURES = json.loads((Path(__file__).parent / "written_by_others.json").read_text())
 OTHERS = [name for name in FORMS if not name.startswith(("awq", "gptq"))]
 EXACT = {
     "w4a16-g128": "int4, groups of 128, activations bf16",
     "w8a8": "int8, activations int8",
     "bitsandbytes-int8": "int8, activations bf16",
+    "fp8-tensor": "fp8, activations bf16",
+    "fp8-channel": "fp8, activations bf16",
+    "fp8-dynamic": "fp8, activations fp8",
+    "fp8-block": "fp8, activations bf16",
+    "fp8-block-inverse": "fp8, activations fp8",
 }
 
 
@@ -47,7 +54,7 @@ def test_a_written_weight_is_read_as_what_it_stands_for(form: str, tmp_path: Pat
     written = FORMS[form].write(weight)
     matrix = matrix_of(tmp_path, dict(written.tensors), dict(FORMS[form].section), shape=SHAPE)
     assert torch.equal(matrix.read(torch.float32, fill=True), written.stands_for)
-    kept = matrix.kept(torch.float32)
+    kept = matrix.kept(torch.float32, methods=ROUNDED_METHODS)
     assert isinstance(kept, RoundedWeight) is (form in EXACT)
     if isinstance(kept, RoundedWeight):
         assert str(kept.quantization) == EXACT[form]
@@ -56,13 +63,48 @@ def test_a_written_weight_is_read_as_what_it_stands_for(form: str, tmp_path: Pat
     assert (written.stands_for - weight).abs().max() < 0.6
 
 
+def test_floats_are_kept_only_where_the_kernels_multiply_them(tmp_path: Path) -> None:
+    """Homes without such products get what the weight stands for."""
+    written = FORMS["fp8-channel"].write(torch.randn(SHAPE, generator=torch.Generator().manual_seed(5)))
+    matrix = matrix_of(tmp_path, dict(written.tensors), dict(FORMS["fp8-channel"].section), shape=SHAPE)
+    assert torch.equal(matrix.kept(torch.float32, methods=INTEGER_METHODS), written.stands_for)
+
+
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+def test_kept_floats_are_numbers(bits: int, tmp_path: Path) -> None:
+    """Both NaN patterns are found; the largest number, one bit less, is none."""
+    values = torch.zeros(SHAPE, dtype=torch.uint8)
+    values[3, 5] = bits
+    tensors = {".weight": values.view(torch.float8_e4m3fn), ".weight_scale": torch.ones(1)}
+    section = {"quant_method": "fp8", "activation_scheme": "static"}
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        matrix_of(tmp_path, tensors, section, shape=SHAPE).kept(torch.bfloat16, methods=ROUNDED_METHODS)
+    values[3, 5] = bits - 1
+    kept = matrix_of(tmp_path, tensors, section, shape=SHAPE).kept(torch.bfloat16, methods=ROUNDED_METHODS)
+    assert isinstance(kept, RoundedWeight)
+    assert str(kept.quantization) == "fp8, activations fp8"
+    assert abs(float(kept.dequantized()[3, 5])) == 448.0
+
+
+def test_a_scale_that_makes_products_infinite_is_refused(tmp_path: Path) -> None:
+    tensors = {
+        ".weight": torch.full(SHAPE, 448.0).to(torch.float8_e4m3fn),
+        ".weight_scale": torch.tensor([1e37]),
+    }
+    matrix = matrix_of(tmp_path, tensors, {"quant_method": "fp8"}, shape=SHAPE)
+    with pytest.raises(CheckpointError, match="is infinite"):
+        matrix.kept(torch.bfloat16, methods=ROUNDED_METHODS)
+
+
 def test_blocks_of_floats_may_end_inside_the_weight(tmp_path: Path) -> None:
-    """24 x 200 in blocks of 16 x 128: value by value."""
+    """24 x 200 in blocks of 16 x 128: value by value; rows with two scales are never kept."""
     values = torch.randn(24, 200, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
     scales = torch.rand(2, 2, generator=torch.Generator().manual_seed(2))
     section = {"quant_method": "fp8", "weight_block_size": [16, 128]}
     tensors = {".weight": values, ".weight_scale_inv": scales}
-    got = matrix_of(tmp_path, tensors, section, shape=(24, 200)).read(torch.float32, fill=True)
+    matrix = matrix_of(tmp_path, tensors, section, shape=(24, 200))
+    got = matrix.read(torch.float32, fill=True)
+    assert torch.equal(matrix.kept(torch.float32, methods=ROUNDED_METHODS), got)
     for o in range(24):
         for i in range(0, 200, 13):
             assert float(got[o, i]) == float(values[o, i].float() * scales[o // 16, i // 128])
