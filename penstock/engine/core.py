@@ -32,7 +32,7 @@ from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.lora.host import AdapterHost
 from penstock.engine.runner.device_memory import DeviceMemory
 from penstock.engine.runner.rank_group import RankGroup
-from penstock.engine.runner.runner import StepHandle
+from penstock.engine.runner.step_handle import StepHandle
 from penstock.engine.scheduler.plan import StepPlan, StepResult
 from penstock.engine.scheduler.scheduler import Scheduler
 from penstock.engine.scheduler.settlement import StepOutput

@@ -17,6 +17,7 @@ from penstock.engine.runner.overlapped_rank import OverlappedRank
 from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.rank_processes import SeveralRanks, StartedRanks
 from penstock.engine.runner.runner import Runner
+from penstock.engine.runner.samplers import device_sampler
 from penstock.models.interface import LoadedModel
 
 
@@ -48,6 +49,7 @@ def make_runner(
         num_blocks=num_blocks,
         block_size=size,
         num_host_blocks=num_host_blocks,
+        device_sampler=device_sampler(engine.loaded),
         faults=faults,
         num_adapter_slots=0 if adapters is None else config.lora.max_loras,
         adapter_weights=None if adapters is None else adapters.weights,

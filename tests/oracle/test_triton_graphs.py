@@ -8,6 +8,7 @@ from penstock.core.params import SamplingParams
 from penstock.engine.kv.cache_groups import make_cache_layout
 from penstock.engine.runner.cuda_graphs import DecodeGraphs, GraphLimits
 from penstock.engine.runner.runner import Runner
+from penstock.engine.runner.samplers import device_sampler
 from penstock.engine.scheduler.plan import NewSequence, SampleSpec, ScheduledSequence, StepPlan
 from penstock.kernels.devices import CPU
 from penstock.models.loader import load_model
@@ -49,7 +50,14 @@ def test_a_padded_step_of_a_rung_draws_what_the_same_step_draws_alone(tmp_path: 
             model=loaded.model, kernels=loaded.kernels, limits=limits, device=CPU, recorder=Again()
         )
 
-    runner = Runner(loaded, layout=layout, num_blocks=16, block_size=16, make_graphs=make)
+    runner = Runner(
+        loaded,
+        layout=layout,
+        num_blocks=16,
+        block_size=16,
+        device_sampler=device_sampler(loaded),
+        make_graphs=make,
+    )
     tables = [
         tuple([8 * group + 2 * row, 8 * group + 2 * row + 1] for group in range(len(layout.groups)))
         for row in range(2)
@@ -67,9 +75,9 @@ def test_a_padded_step_of_a_rung_draws_what_the_same_step_draws_alone(tmp_path: 
     }
     decodes = [sequence(1, [first[1]], 3, tables[0]), sequence(2, [first[2]], 17, tables[1])]
     with torch.inference_mode():
-        alone = runner._forward(decodes, may_replay=True).logits
+        alone = runner._forward.run(decodes, may_replay=True).logits
         assert runner.record_next(), "the rung that was missed"
-        replayed = runner._forward(decodes, may_replay=True).logits
-    assert runner._graphs.rungs == list(runner._graphs._missed) == [(48, 2)]
-    assert replayed.data_ptr() == runner._graphs._output.logits.data_ptr()
+        replayed = runner._forward.run(decodes, may_replay=True).logits
+    assert runner._recordings.graphs.rungs == list(runner._recordings.graphs._missed) == [(48, 2)]
+    assert replayed.data_ptr() == runner._recordings.graphs._output.logits.data_ptr()
     torch.testing.assert_close(replayed, alone)

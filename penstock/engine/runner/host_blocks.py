@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from penstock.engine.kv.host_tier import HostMove
-from penstock.engine.runner.copy_stream import CopyStream, Ticket, pin
+from penstock.engine.runner.copy_stream import CopyStream, CudaCopyStream, Ticket, pin
 from penstock.engine.scheduler.plan import NO_TRAFFIC, HostTraffic
 
 
@@ -118,3 +118,11 @@ class HostBlocks:
             self._note(move, time_s=ticket.time_s)
         done, self._done = self._done, NO_TRAFFIC
         return done
+
+
+def host_blocks(storage: torch.Tensor, *, num_slots: int) -> HostBlocks | None:
+    """The offload tier's memory for a pool, on a device with a stream of its own; None without a tier."""
+    if not num_slots:
+        return None
+    stream = CudaCopyStream(storage.device) if storage.device.type == "cuda" else None
+    return HostBlocks(storage, num_slots=num_slots, stream=stream)

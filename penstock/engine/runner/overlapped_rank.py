@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from penstock.core.ids import SequenceId
 from penstock.engine.runner.rank_group import RankGroup
-from penstock.engine.runner.runner import StepHandle
+from penstock.engine.runner.step_handle import StepHandle
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import StepPlan, StepResult

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from typing import Protocol
 
 from penstock.core.ids import SequenceId
-from penstock.engine.runner.runner import Runner, StepHandle
+from penstock.engine.runner.runner import Runner
+from penstock.engine.runner.step_handle import StepHandle
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import StepPlan, StepResult

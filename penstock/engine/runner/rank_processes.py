@@ -34,7 +34,8 @@ from penstock.engine.rank_wire import (
     encode,
 )
 from penstock.engine.runner.rank_group import LocalRank
-from penstock.engine.runner.runner import Runner, StepHandle
+from penstock.engine.runner.runner import Runner
+from penstock.engine.runner.step_handle import StepHandle
 from penstock.engine.sampling.masks import MaskSource
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import StepPlan, StepResult

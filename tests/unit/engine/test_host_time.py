@@ -1,7 +1,7 @@
 """The host's part of a step is what passes between a step's end and the next launch, while there is work."""
 
 from penstock.engine.core import HostTime, LaunchedStep
-from penstock.engine.runner.runner import StepHandle
+from penstock.engine.runner.step_handle import StepHandle
 from penstock.engine.scheduler.plan import ScheduledSequence, StepPlan, StepResult
 
 

@@ -15,6 +15,7 @@ from penstock.engine.runner.runner import Runner
 from penstock.kernels.batch import KvShape
 from penstock.kernels.devices import CPU
 from penstock.kernels.reference.kernel_set import ReferenceKernels
+from tests.unit.runner.greedy_sampler import GreedySampler
 
 VOCAB = 16
 
@@ -84,11 +85,13 @@ class FakeLoaded:
 def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=None, make_graphs=None):
     model = FakeModel(layer_windows)
     make = None if make_graphs is None else lambda pool: make_graphs(model, pool)
+    loaded = FakeLoaded(model)
     runner = Runner(
-        FakeLoaded(model),
+        loaded,
         layout=make_cache_layout(layer_windows),
         num_blocks=num_blocks,
         block_size=block_size,
+        device_sampler=GreedySampler() if loaded.is_queued else None,
         faults=faults,
         make_graphs=make,
     )

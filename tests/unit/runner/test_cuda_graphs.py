@@ -162,7 +162,7 @@ def test_chunks_and_longer_contexts_than_are_recorded_run_launch_by_launch(recor
 def test_the_start_records_for_a_bounded_time_and_memory_is_told(recorded):
     runner, _, graphs = recorded
     times = iter(np.arange(0, 100, RECORD_AT_START_S / 2.5))
-    example = runner._inputs.build([runner._canary()])
+    example = runner._inputs.build([runner._canary])
     bytes_before = runner.buffer_bytes
     graphs.record_at_start(example, clock=lambda: float(next(times)))
     assert len(graphs.rungs) == 2
@@ -215,7 +215,7 @@ def test_a_step_in_parts_replays_nothing_since_the_parts_would_share_their_outpu
     result = runner.collect(runner.launch(plan))
     assert {token.seq_id: token.token_id for token in result.tokens} == {1: 4, 3: 8}
     assert [failure.seq_id for failure in result.failures] == [2]
-    assert all(not each.num_replays for each in runner._graphs.recorder.made)
+    assert all(not each.num_replays for each in runner._recordings.graphs.recorder.made)
 
 
 def test_recording_ends_where_its_memory_does(recorded):

@@ -66,9 +66,9 @@ def shared() -> EngineCore:
 @pytest.fixture
 def core(shared: EngineCore) -> Iterator[EngineCore]:
     runner = runner_of(shared)
-    decodes = runner._decodes
+    decodes = runner._forward.decodes
     yield shared
-    runner._decodes = decodes
+    runner._forward.decodes = decodes
     for report in list(shared.requests()):
         shared.abort(report.request_id)
     while shared.has_work:
@@ -82,15 +82,15 @@ def runner_of(core: EngineCore) -> Runner:
 
 def watch(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
     """For each step that was offered: None if it was refused, else whether its tokens were drawn with it."""
-    assert runner._decodes is not None
-    run, seen = runner._decodes.run, []
+    assert runner._forward.decodes is not None
+    run, seen = runner._forward.decodes.run, []
 
     def noted(*args, **kwargs):
         step = run(*args, **kwargs)
         seen.append(None if step is None else step.drawn is not None)
         return step
 
-    monkeypatch.setattr(runner._decodes, "run", noted)
+    monkeypatch.setattr(runner._forward.decodes, "run", noted)
     return seen
 
 
@@ -124,7 +124,7 @@ def test_tokens_are_those_of_the_general_path(
     fast = told(answers(core, kinds))
     draws_with_it = not {"penalised", "mirostat"} & set(names)
     assert [each for each in seen if each is not None] == [draws_with_it] * (NUM_TOKENS - 1)
-    runner_of(core)._decodes = None
+    runner_of(core)._forward.decodes = None
     assert told(answers(core, kinds)) == fast
 
 
@@ -155,12 +155,12 @@ def both_ways(
 ) -> StepResult:
     """The result of a step, which is the same on the general path."""
     results = []
-    for decodes in (runner._decodes, None):
-        runner._decodes, kept = decodes, runner._decodes
+    for decodes in (runner._forward.decodes, None):
+        runner._forward.decodes, kept = decodes, runner._forward.decodes
         handle = runner.launch(plan([decode(i) for i in SEQUENCES]))
         runner.draw(handle, masks=masks, void=void)
         results.append(runner.collect(handle))
-        runner._decodes = kept
+        runner._forward.decodes = kept
     fast, general = results
     assert (fast.tokens, fast.failures) == (general.tokens, general.failures)
     return fast
@@ -228,7 +228,7 @@ def test_what_raises_in_the_call_is_computed_in_halves(
         sizes.append(len(sequences))
         raise MemoryError("no room")
 
-    monkeypatch.setattr(runner._decodes, "run", raising)
+    monkeypatch.setattr(runner._forward.decodes, "run", raising)
     assert both_ways(runner).tokens == expected.tokens
     assert sizes == [len(SEQUENCES)]
 
@@ -248,7 +248,7 @@ def test_what_raises_in_the_call_is_computed_in_halves(
 def test_steps_of_another_kind_are_left_to_the_general_path(
     core: EngineCore, other: dict[str, object]
 ) -> None:
-    decodes = runner_of(core)._decodes
+    decodes = runner_of(core)._forward.decodes
     assert decodes is not None
     assert decodes.run([decode(0), decode(1, **other)], adapters=()) is None
 
@@ -257,7 +257,7 @@ def test_profiled_steps_are_left_to_the_general_path(core: EngineCore) -> None:
     runner = runner_of(core)
     model = runner.model
     assert isinstance(model, RecordedModel)
-    assert runner._decodes is not None
+    assert runner._forward.decodes is not None
     with model.profiling() as (layers, head):
         both_ways(runner)
         assert sum(layers) > 0

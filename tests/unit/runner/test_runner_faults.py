@@ -264,7 +264,7 @@ def test_who_lacks_memory_alone_is_told_so_and_the_engine_lives(shortage, error)
 def test_without_memory_for_the_logits_all_draws_of_the_step_are_told_so(monkeypatch):
     runner, _ = make_runner()
     handle = runner.launch(plan(3))
-    monkeypatch.setattr(runner, "_start_draws", _fails)
+    monkeypatch.setattr(runner._draws, "start", _fails)
     runner.draw(handle)
     monkeypatch.undo()
     result = runner.collect(handle)

@@ -1,6 +1,6 @@
-"""Greedy draws on a device in a few operations of torch; all other draws it leaves to the host.
+"""The plainest `DeviceSampler`: greedy draws in a few operations of torch, all others it leaves to the host.
 
-The plainest `DeviceSampler`: what a device has where no kernels of its own draw.
+The runner's tests draw with it where results come by a queue: both ways are taken, and no kernels are needed.
 """
 
 from collections.abc import Sequence
