@@ -77,6 +77,19 @@ def _memory(info: EngineInfo) -> tuple[str, str]:
     return total, told + (f"; beside it {readable_bytes(on_host)} of host memory for KV" if on_host else "")
 
 
+def _adapters(settings: ServeSettings, info: EngineInfo) -> tuple[tuple[str, str, str], ...]:
+    """How many adapters a step, and memory, may hold; no row where they are not enabled."""
+    if not info.enable_lora:
+        return ()
+    held = sum(report.num_bytes for report in info.adapters if report.is_in_memory)
+    value = f"{settings.max_loras:,} slots, ranks up to {settings.max_lora_rank:,}"
+    reason = (
+        f"{len(info.adapters):,} loaded with {readable_bytes(held)} of at most "
+        f"{readable_bytes(settings.lora_memory_bytes)}; in memory at most {settings.max_cpu_loras:,}"
+    )
+    return (("adapters", value, reason),)
+
+
 def _asked(value: object, *, otherwise: str) -> str:
     return otherwise if value in {None, "auto", "none"} else "asked for"
 
@@ -100,6 +113,7 @@ def resolved_choices(settings: ServeSettings, info: EngineInfo) -> tuple[Choice,
             _asked(settings.async_scheduling, otherwise=f"the default on {info.device.partition(':')[0]}"),
         ),
         ("speculation", info.speculation, _asked(info.speculation, otherwise="nobody guesses ahead")),
+        *_adapters(settings, info),
         ("weights", readable_bytes(info.weights_bytes), f"loaded in {info.load_time_s:.2f} s"),
         (
             "context",

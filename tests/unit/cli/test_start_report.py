@@ -13,7 +13,7 @@ from penstock.cli.resolved import concurrent_requests, readable_bytes, resolved_
 from penstock.cli.serve import logged_warnings
 from penstock.cli.settings import ServeSettings
 from penstock.cli.start_table import LoadingBar, curl_line, print_address, print_choices
-from penstock.core.tokens import EngineInfo
+from penstock.core.tokens import AdapterReport, EngineInfo
 
 
 @pytest.fixture
@@ -152,3 +152,30 @@ def test_the_memory_row_adds_up(info: EngineInfo) -> None:
         "for KV"
     )
     assert rows["KV budget"].reason == "0.85 of 140.0 GiB, less all else"
+
+
+def test_the_table_says_how_many_adapters_fit_and_what_they_take(info: EngineInfo) -> None:
+    def adapter(name: str, *, num_bytes: int, is_in_memory: bool) -> AdapterReport:
+        return AdapterReport(
+            name=name,
+            revision=name,
+            rank=8,
+            num_bytes=num_bytes,
+            is_in_memory=is_in_memory,
+            num_requests=0,
+            path=name,
+        )
+
+    settings = ServeSettings(enable_lora=True, max_loras=4, max_lora_rank=16, max_cpu_loras=1000)
+    loaded = (
+        adapter("french", num_bytes=3 << 20, is_in_memory=True),
+        adapter("legal", num_bytes=5 << 20, is_in_memory=False),
+    )
+    rows = resolved_choices(settings, msgspec.structs.replace(info, enable_lora=True, adapters=loaded))
+    row = {choice.name: choice for choice in rows}["adapters"]
+    assert row.value == "4 slots, ranks up to 16"
+    assert row.reason == "2 loaded with 3.0 MiB of at most 1.0 GiB; in memory at most 1,000"
+
+
+def test_the_table_is_silent_about_adapters_that_are_not_enabled(info: EngineInfo) -> None:
+    assert "adapters" not in {choice.name for choice in resolved_choices(ServeSettings(), info)}
