@@ -47,10 +47,12 @@ class Recipe:
                 f"random_prefix_len is {self.prefix_len} and num_prefixes {self.num_prefixes}, "
                 "they must be at least 0 and 1"
             )
-        if self.output_lens.low < 1 or self.input_lens.low + self.prefix_len < 1:
-            raise InvalidParameterError(
-                f"lengths are {self.input_lens} and {self.output_lens}, prompt and answer need a token"
-            )
+        for param, lens, least in (
+            ("random_input_len", self.input_lens, 1 - self.prefix_len),
+            ("random_output_len", self.output_lens, 1),
+        ):
+            if lens.low < least:
+                raise InvalidParameterError(f"{param} is {lens}, it must be at least 1 token", param=param)
 
 
 def make_workload(recipe: Recipe, *, writer: PromptWriter) -> Workload:

@@ -5,6 +5,7 @@ when what is added to the load no longer becomes throughput, when the objectives
 fail. Each point has its own prompts, so that no cache of the server knows them from the last one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
@@ -58,14 +59,16 @@ class SweepPlan:
     """Points that are still measured after the first reason to end, so that the picture shows the bend."""
 
     def __post_init__(self) -> None:
-        rising = all(late > early > 0 for early, late in pairwise(self.loads))
-        if not 1 <= len(self.loads) <= MAX_POINTS or not rising or self.loads[0] <= 0:
-            told = ",".join(f"{load:g}" for load in self.loads)
+        told = ",".join(f"{load:g}" for load in self.loads)
+        rising = all(math.inf > late > early > 0 for early, late in pairwise((1e-300, *self.loads)))
+        if not 1 <= len(self.loads) <= MAX_POINTS or not rising:
             raise InvalidParameterError(
-                f"loads are {told}, they must be 1 to {MAX_POINTS}, above 0 and rising"
+                f"loads is {told}, it must be 1 to {MAX_POINTS} numbers above 0 and rising", param="loads"
             )
         if self.over == "concurrency" and any(load != int(load) or load > 4096 for load in self.loads):
-            raise InvalidParameterError("loads of concurrency must be whole numbers up to 4096")
+            raise InvalidParameterError(
+                f"loads is {told}, with over concurrency it must be whole numbers up to 4096", param="loads"
+            )
         if not 0 < self.min_gain < 1 or not 0 < self.min_good <= 1 or self.num_beyond < 0:
             raise InvalidParameterError(
                 f"min_gain is {self.min_gain}, min_good {self.min_good}: they must be in (0, 1) and (0, 1]"

@@ -97,7 +97,7 @@ def check_body(body: Mapping[str, object]) -> None:
             )
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, *, param: str = "base_url") -> None:
     """Refuse what is no address of a server.
 
     Raises:
@@ -109,6 +109,4 @@ def check_url(url: str) -> None:
     except ValueError:
         is_whole = False
     if not is_whole:
-        raise InvalidParameterError(
-            f"base_url is {url!r:.200}, it must be like http://host:8000", param="base_url"
-        )
+        raise InvalidParameterError(f"{param} is {url!r:.200}, it must be like http://host:8000", param=param)

@@ -1,6 +1,5 @@
 """`penstock bench compare`: reads the options, makes who takes part, runs the comparison."""
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from penstock.bench.compare.report import make_record, print_tables, write_recor
 from penstock.bench.compare.scenarios import NAMES, Draw, make_scenario, read_vocab_size
 from penstock.bench.compare.server_process import hear_sigterm
 from penstock.bench.machine_limits import measure_limits
-from penstock.bench.target import TargetError
+from penstock.bench.target import TargetError, check_url
 from penstock.bench.workload import Workload
 from penstock.cli.bench_options import (
     LogDir,
@@ -36,12 +35,14 @@ from penstock.cli.bench_options import (
     Rounds,
     Seed,
     Threads,
+    check_file,
     command_line,
     flags,
     results,
     tell,
     threads_or_all,
     words,
+    work_folder,
 )
 from penstock.cli.model_source import find_model
 from penstock.cli.setting import Range, setting
@@ -100,11 +101,10 @@ def compare(model: Model = None, *, settings: CompareSettings | None = None) -> 
     Exit code 1 if an engine that was asked for is missing, died or failed a request; the rest is kept.
     """
     chosen = settings or CompareSettings()
+    check_file(chosen.output, param="output")
     folder = find_model(model).path.resolve()
     course = _course(chosen, model=folder)
-    with tempfile.TemporaryDirectory(prefix="penstock-compare-") as scratch:
-        work_dir = Path(scratch) if chosen.log_dir is None else chosen.log_dir
-        work_dir.mkdir(parents=True, exist_ok=True)
+    with work_folder(chosen.log_dir, prefix="penstock-compare-") as work_dir:
         standings = _standings(chosen, setup=_setup(chosen, course=course, model=folder, work_dir=work_dir))
         bound = _bound_of(folder, num_threads=threads_or_all(chosen.num_threads))
         return _run(standings, course=course, model=folder.name, bound=bound, output=chosen.output)
@@ -177,6 +177,7 @@ def _running(word: str) -> tuple[str, str]:
         raise InvalidParameterError(
             f"attach has {word!r}, it must be NAME=URL with a name of {', '.join(MAKERS)}", param="attach"
         )
+    check_url(url, param="attach")
     return name, url
 
 
@@ -223,9 +224,7 @@ def peer(
         workload=chosen.workload, num_threads=chosen.num_threads, peers_dir=chosen.peers_dir
     )
     course = _course(as_compared, model=folder)
-    with tempfile.TemporaryDirectory(prefix="penstock-peer-") as scratch:
-        work_dir = Path(scratch) if chosen.log_dir is None else chosen.log_dir
-        work_dir.mkdir(parents=True, exist_ok=True)
+    with work_folder(chosen.log_dir, prefix="penstock-peer-") as work_dir:
         setup = _setup(as_compared, course=course, model=folder, work_dir=work_dir)
         contender = make_contender(name, precision=chosen.precision, setup=setup)
         if not isinstance(contender, ServedContender):

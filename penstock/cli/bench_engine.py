@@ -20,6 +20,7 @@ from penstock.cli.bench_options import (
     Rounds,
     Seed,
     Threads,
+    check_file,
     command_line,
     numbers,
     results,
@@ -69,6 +70,7 @@ def offline(
     output: Output = None,
 ) -> int:
     """The engine alone: tokens per second and step times, prefill and decode apart."""
+    check_file(output, param="output")
     sizes = OfflineSizes(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
@@ -150,6 +152,18 @@ class KernelSettings:
     seconds: Annotated[float, setting("Time for each case.", allowed=Range(low=0.001, high=60))] = 0.2
     output: Output = None
 
+    def check(self) -> None:
+        """Refuse a wrong option before anything is measured.
+
+        Raises:
+            InvalidParameterError: a word or a number is wrong.
+            StartupError: `output` cannot be written.
+        """
+        words(self.operations, param="operations", known=OPERATIONS)
+        words(self.formats, param="formats", known=FORMATS)
+        numbers(self.rows, param="rows")
+        check_file(self.output, param="output")
+
 
 def kernels(*, settings: KernelSettings | None = None) -> int:
     """Each operation alone: GB/s, operations per second, and the share of the machine's measured limits.
@@ -161,6 +175,7 @@ def kernels(*, settings: KernelSettings | None = None) -> int:
     threads = threads_or_all(chosen.num_threads)
     torch.set_num_threads(threads)
     shapes = words(chosen.shapes, param="shapes", known=tuple(SHAPES))
+    chosen.check()
     home = select_kernels(
         chosen.kernels,
         device="cpu",

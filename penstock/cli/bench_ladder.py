@@ -1,6 +1,5 @@
 """`penstock bench ladder`: reads the options, climbs, shows table and picture."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from penstock.cli.bench_options import (
     PenstockFlags,
     Seed,
     Threads,
+    check_file,
     command_line,
     flags,
     results,
@@ -31,6 +31,7 @@ from penstock.cli.bench_options import (
     tell,
     threads_or_all,
     words,
+    work_folder,
 )
 from penstock.cli.model_source import find_model
 from penstock.cli.setting import PowerOfTwo, Range, setting
@@ -90,12 +91,12 @@ def ladder(model: Model = None, *, settings: LadderSettings | None = None) -> in
     chosen = settings or LadderSettings()
     words(chosen.rungs, param="rungs", known=RUNG_NAMES)
     crowd = _crowd(chosen)
+    check_file(chosen.output, param="output")
+    check_file(chosen.plot, param="plot")
     if chosen.plot is not None:
         require_matplotlib()
     folder = find_model(model).path.resolve()
-    with tempfile.TemporaryDirectory(prefix="penstock-ladder-") as scratch:
-        work_dir = Path(scratch) if chosen.log_dir is None else chosen.log_dir
-        work_dir.mkdir(parents=True, exist_ok=True)
+    with work_folder(chosen.log_dir, prefix="penstock-ladder-") as work_dir:
         return _climb(chosen, crowd=crowd, site=_site(chosen, model=folder, work_dir=work_dir))
 
 

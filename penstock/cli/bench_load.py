@@ -31,8 +31,9 @@ from penstock.bench.sweep import Sweep, SweepOver, SweepPlan, print_sweep, run_s
 from penstock.bench.target import Route, Target, TargetError
 from penstock.bench.trace import TimeUnit, TraceRequest, read_trace
 from penstock.bench.workload import MAX_REQUESTS
+from penstock.cli.bench_options import check_file, make_folder
 from penstock.cli.setting import Range, setting
-from penstock.core.errors import InvalidParameterError, PenstockError, RequestError, StartupError
+from penstock.core.errors import InvalidParameterError, PenstockError, RequestError
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -496,13 +497,15 @@ class Outputs:
 
         Raises:
             InvalidParameterError: a word of --metadata is not KEY=VALUE.
-            StartupError: the folder cannot be made, or a picture is wanted and cannot be drawn.
+            StartupError: nothing can be written there, or a picture is wanted and cannot be drawn.
         """
         is_saved = flags.save_result or flags.save_detailed
         if flags.plot:
             require_matplotlib()
         if is_saved or flags.plot:
-            _make_folder(flags.result_dir)
+            make_folder(flags.result_dir, param="result_dir")
+        if flags.result_filename:
+            check_file(flags.result_dir / flags.result_filename, param="result_filename")
         return cls(
             folder=flags.result_dir,
             filename=flags.result_filename,
@@ -528,15 +531,6 @@ class Outputs:
         picture_path = path.with_suffix(".png")
         save_figure(picture, path=picture_path)
         print(f"picture: {picture_path}")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(
-            f"result_dir {folder} cannot be made: {error.strerror}", param="result_dir"
-        ) from None
 
 
 def _metadata(words: Sequence[str]) -> dict[str, str]:

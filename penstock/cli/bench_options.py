@@ -1,8 +1,11 @@
 """What the commands of `penstock bench` that drive engines share: option types, lists of words, output."""
 
+import contextlib
 import os
 import shlex
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,7 +13,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from penstock.cli.setting import Range, setting
-from penstock.core.errors import InvalidParameterError
+from penstock.core.errors import InvalidParameterError, StartupError
 
 MAX_BATCH: Final = 4096
 FILE_WIDTH: Final = 160
@@ -44,6 +47,50 @@ def results() -> Console:
 def command_line() -> str:
     """This command, for the record; of absolute paths the last part, which means something elsewhere too."""
     return shlex.join(["penstock", *(Path(word).name if word[:1] == "/" else word for word in sys.argv[1:])])
+
+
+def check_file(path: Path | None, *, param: str) -> None:
+    """Refuse before the run what could not be written behind it; makes the folder that it lies in.
+
+    Raises:
+        StartupError: it is a folder, or its folder cannot be made or written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise StartupError(f"{param} is {str(path)!r}, which is a folder; name a file", param=param)
+    make_folder(path.parent, param=param)
+
+
+def make_folder(folder: Path, *, param: str) -> None:
+    """Make a folder that files are to be written to.
+
+    Raises:
+        StartupError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"{param}: the folder {str(folder)!r} cannot be made: {error.strerror}", param=param
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StartupError(f"{param}: nothing can be written in {str(folder)!r}", param=param)
+
+
+@contextlib.contextmanager
+def work_folder(log_dir: Path | None, *, prefix: str) -> Iterator[Path]:
+    """Where processes put their logs: `log_dir`, which is kept, or a new folder, which is not.
+
+    Raises:
+        StartupError: it cannot be made.
+    """
+    if log_dir is not None:
+        make_folder(log_dir, param="log_dir")
+        yield log_dir
+        return
+    with tempfile.TemporaryDirectory(prefix=prefix) as scratch:
+        yield Path(scratch)
 
 
 def threads_or_all(num_threads: int | None) -> int:

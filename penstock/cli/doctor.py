@@ -34,7 +34,11 @@ PACKAGES: Final = (
     "pyzmq",
     "msgspec",
 )
-EXTRAS: Final = {"transformers": "the oracle tests and benchmarks", "openai": "the client tests and examples"}
+EXTRAS: Final = {
+    "triton": "CUDA devices",
+    "transformers": "the oracle tests and benchmarks",
+    "openai": "the client tests and examples",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +117,48 @@ def _torch_findings() -> list[Finding]:
 
 
 def gpu_finding() -> Finding:
-    """What `--device cuda` would find, or what it would miss and what runs instead."""
+    """The CUDA devices that torch sees, or what keeps it from seeing one."""
     import torch
 
-    from penstock.kernels.devices import why_no_cuda, why_no_triton
+    from penstock.kernels.devices import why_no_cuda
 
-    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    missing = why_no_cuda() or why_no_triton()
+    missing = why_no_cuda()
     if missing is not None:
-        return Finding(name="GPU", value=f"{gpus or 'none'}: {missing}; models run on the CPU")
-    return Finding(name="GPU", value=f"{gpus}: what auto takes for --device, with the triton kernels")
+        return Finding(name="GPU", value=f"none: {missing}")
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    told = ", ".join(f"{each.name} with {readable_bytes(each.total_memory)}" for each in found)
+    return Finding(name="GPU", value=f"{told}; torch is built for CUDA {torch.version.cuda}")
+
+
+def auto_finding() -> Finding:
+    """What `--device auto` and `--kernels auto` take here, and why."""
+    import torch
+
+    from penstock.kernels.devices import choose_device
+    from penstock.kernels.registry import auto_choice
+
+    chosen = choose_device("auto")
+    kernels = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        choice = auto_choice(device=chosen.device.type, dtype=dtype)
+        kernels[str(dtype).removeprefix("torch.")] = "none" if choice is None else choice.name
+    told = ", ".join(f"{name} for {dtype}" for dtype, name in kernels.items())
+    return Finding(name="auto takes", value=f"{chosen.device} ({chosen.reason}); kernels {told}")
+
+
+def triton_finding() -> Finding:
+    """Whether the Triton kernels run here and on what, or why not."""
+    from penstock.kernels.devices import why_no_cuda, why_no_triton
+    from penstock.kernels.triton import availability
+
+    missing = why_no_triton()
+    if missing is None and availability.is_interpreted():
+        on = f"under its interpreter on the CPU ({availability.INTERPRET_VARIABLE}=1): for tests, very slow"
+        return Finding(name="kernels triton", value=f"yes: {on}")
+    missing = missing or why_no_cuda()
+    if missing is not None:
+        return Finding(name="kernels triton", value=f"no: {missing}")
+    return Finding(name="kernels triton", value=f"yes: Triton {_version('triton')} on CUDA")
 
 
 def _version(package: str) -> str | None:
@@ -160,15 +196,17 @@ def native_finding() -> Finding:
     threads = extension.default_num_threads()
     return Finding(
         name="kernels native",
-        value=f"yes: C++ on {isa} ({why}), {threads} threads, what auto takes for bfloat16",
+        value=f"yes: C++ on {isa} ({why}), {threads} threads, bfloat16 alone",
     )
 
 
 def _kernel_findings() -> list[Finding]:
     return [
         native_finding(),
-        Finding(name="kernels eager", value="yes: fast torch, what auto takes for float32"),
-        Finding(name="kernels reference", value="yes: obvious torch, output independent of the batch"),
+        triton_finding(),
+        Finding(name="kernels eager", value="yes: fast torch on the CPU"),
+        Finding(name="kernels reference", value="yes: obvious torch on the CPU, independent of the batch"),
+        auto_finding(),
     ]
 
 

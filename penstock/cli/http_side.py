@@ -13,8 +13,9 @@ from fastapi import FastAPI
 
 from penstock.cli.build import ModelSide
 from penstock.cli.settings import ServeSettings
+from penstock.core.errors import StartupError
 from penstock.core.ids import DEFAULT_TENANT, TenantId
-from penstock.gateway.keys import KeyRing
+from penstock.gateway.keys import MAX_KEY_CHARS, KeyRing
 from penstock.server import lifecycle
 from penstock.server.admin import make_admin_app
 from penstock.server.app import make_app, make_services
@@ -40,8 +41,8 @@ class HttpSide:
             side.catalog,
             clock=side.clock,
             events=side.metrics,
-            user_keys=_ring(settings.api_key, tenant=DEFAULT_TENANT),
-            admin_keys=_ring(settings.admin_key, tenant=ADMIN_TENANT),
+            user_keys=_ring(settings.api_key, tenant=DEFAULT_TENANT, param="api_key"),
+            admin_keys=_ring(settings.admin_key, tenant=ADMIN_TENANT, param="admin_key"),
             admins=side.admins,
             adapters=side.adapters,
         )
@@ -91,5 +92,9 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _ring(key: str | None, *, tenant: TenantId) -> KeyRing:
+def _ring(key: str | None, *, tenant: TenantId, param: str) -> KeyRing:
+    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
+        raise StartupError(
+            f"{param} has {len(key)} characters, it must have 1 to {MAX_KEY_CHARS}", param=param
+        )
     return KeyRing({} if key is None else {key: tenant})

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args, get_origin
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CoercionError, CycloptsError, Parameter
 
 from penstock.cli.layers import SettingLayers, with_variable
 from penstock.cli.refused import refuse_flags
-from penstock.cli.setting import Range, setting
+from penstock.cli.setting import SHOWN_CHARS, Range, setting
 from penstock.cli.settings import ServeSettings
 from penstock.core.errors import InvalidParameterError, PenstockError, StartupError
 from penstock.core.params import SamplingParams
@@ -143,7 +143,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: CycloptsError) -> str:
     error.verbose = False
+    if isinstance(error, CoercionError) and error.msg is None and error.token is not None:
+        name, value = error.token.keyword, error.token.value[:SHOWN_CHARS]
+        kind = _kind(error.target_type)
+        if name is not None and kind is not None:
+            return f'Invalid value for {name}: "{value}" is not {kind}.'
     return " ".join(str(error).split())
+
+
+def _kind(hint: object) -> str | None:
+    """What a value of this type looks like on a command line; None where the library says it well."""
+    kinds = {get_origin(hint) or hint} | {get_origin(each) or each for each in get_args(hint)}
+    words = {bool: "true or false", dict: "a JSON object", int: "a whole number", float: "a number"}
+    return next((word for kind, word in words.items() if kind in kinds), None)
 
 
 def _fail(message: str, code: int) -> int:

@@ -54,7 +54,11 @@ def find_model(
         StartupError: there is no such model, or `revision` is given with a folder.
     """
     if model is None or model == EMBEDDED_MODEL_NAME:
-        path = resolve_model(str(embedded_path()), revision, on_progress)
+        if revision is not None:
+            raise StartupError(
+                f"revision is {revision!r:.200}, but the embedded model has none", param="revision"
+            )
+        path = resolve_model(str(embedded_path()), None, on_progress)
         name, commit = EMBEDDED_MODEL_NAME, folder_revision(path)
     elif is_gguf(Path(model).expanduser()):
         return find_gguf(Path(model).expanduser(), revision=revision)

@@ -16,6 +16,7 @@ from penstock.cli.resolved import resolved_choices
 from penstock.cli.settings import ServeSettings
 from penstock.cli.start_table import LoadingBar, print_address, print_choices
 from penstock.core.ids import ModelName
+from penstock.gateway.catalog import check_model_name
 from penstock.observe.logs import LogWriter
 from penstock.observe.memory import settle
 
@@ -92,9 +93,10 @@ def _run(main: Coroutine[object, object, None]) -> None:
 
 
 def _named(source: ModelSource, settings: ServeSettings) -> ModelSource:
-    if settings.served_model_name is None:
-        return source
-    return dataclasses.replace(source, name=ModelName(settings.served_model_name))
+    asked = settings.served_model_name
+    name = source.name if asked is None else ModelName(asked)
+    check_model_name(name)
+    return dataclasses.replace(source, name=name)
 
 
 def _show(

@@ -4,9 +4,13 @@ Used by `settings` and the commands; `tools/reference` reads the same declaratio
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cyclopts import Parameter
+from cyclopts import CoercionError, Parameter, Token, convert
+
+SHOWN_CHARS = 100
+"""Of a wrong value, in the message about it."""
 
 
 def plain(value: float) -> str:
@@ -58,4 +62,29 @@ def setting(
         name: the flag, if it is not the field's own name.
         many: the flag takes every word up to the next flag.
     """
-    return Parameter(help=doc, validator=allowed, name=name, show_choices=True, consume_multiple=many)
+    return Parameter(
+        help=doc,
+        converter=None if allowed is None else _reader(allowed),
+        validator=allowed,
+        name=name,
+        show_choices=True,
+        consume_multiple=many,
+    )
+
+
+def _reader(allowed: Range) -> Callable[[type, Sequence[Token]], object]:
+    """What turns the text of a number into one; `1.5` is no whole number, and is never rounded to one."""
+
+    def read(kind: type, tokens: Sequence[Token]) -> object:
+        text = tokens[0].value
+        try:
+            value: object = convert(kind, tokens)
+            is_read = kind is not int or "." not in text or float(text) == value
+        except (CoercionError, ValueError, OverflowError):
+            is_read = False
+        if not is_read:
+            word = "a whole number" if kind is int else "a number"
+            raise ValueError(f'"{text[:SHOWN_CHARS]}" is not {word}. It must be {allowed}.')
+        return value
+
+    return read

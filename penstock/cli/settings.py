@@ -338,14 +338,28 @@ def engine_config(settings: ServeSettings, *, model_path: Path, model_revision: 
             gpu_memory_utilization=settings.gpu_memory_utilization,
             offloading_bytes=int(settings.kv_offloading_size * GIB),
         ),
-        lora=LoraConfig(
-            enable_lora=settings.enable_lora,
-            modules=lora_modules(settings.lora_modules),
-            max_loras=settings.max_loras,
-            max_lora_rank=settings.max_lora_rank,
-            max_cpu_loras=settings.max_cpu_loras,
-            lora_memory_bytes=settings.lora_memory_bytes,
-        ),
+        lora=lora_config(settings),
+    )
+
+
+def lora_config(settings: ServeSettings) -> LoraConfig:
+    """The engine's part of the settings about adapters.
+
+    Raises:
+        StartupError: a module is not name=folder, or `lora_dir` is no folder or of no use.
+    """
+    folder = settings.lora_dir
+    if folder is not None and not settings.enable_lora:
+        raise StartupError("lora_dir is set, which needs enable_lora", param="lora_dir")
+    if folder is not None and not folder.is_dir():
+        raise StartupError(f"lora_dir is {str(folder)!r:.200}, there is no such folder", param="lora_dir")
+    return LoraConfig(
+        enable_lora=settings.enable_lora,
+        modules=lora_modules(settings.lora_modules),
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        max_cpu_loras=settings.max_cpu_loras,
+        lora_memory_bytes=settings.lora_memory_bytes,
     )
 
 

@@ -26,6 +26,9 @@ LOOKUP_MIN: Final = 3
 LOOKUP_MAX: Final = 8
 MAX_LOOKUP: Final = 64
 MAX_RANKS: Final = 64
+SPECULATIVE_METHODS: Final = ("ngram", "draft_model")
+SHOWN_CHARS: Final = 100
+"""Of a wrong value, in the message about it."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 GIB: Final = 1 << 30
 DEFAULT_UTILIZATION: Final = 0.9
@@ -202,9 +205,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Run the largest batch and chunk once before ready."""
 
 
-def _bound(name: str, value: float, low: float, high: float) -> None:
+def _bound(name: str, value: float, low: float, high: float, *, why: str = "") -> None:
     if not low <= value <= high:
-        limits = f"between {low:.15g} and {high:.15g}"
+        limits = f"between {low:.15g} and {high:.15g}" + (why and f": {why}")
         raise StartupError(f"{name} is {value:.15g}, it must be {limits}", param=name)
 
 
@@ -228,16 +231,25 @@ def validate_engine_config(config: EngineConfig) -> None:
     _one_of("isa", config.isa, ISAS)
     _one_of("log_level", config.log_level, LOG_LEVELS)
     _bound("max_num_seqs", sched.max_num_seqs, 1, 4096)
-    _bound("max_num_batched_tokens", sched.max_num_batched_tokens, sched.max_num_seqs, 1 << 20)
+    _bound(
+        "max_num_batched_tokens",
+        sched.max_num_batched_tokens,
+        sched.max_num_seqs,
+        1 << 20,
+        why="a step has a token of every sequence of max_num_seqs",
+    )
     _bound("step_time_target_ms", sched.step_time_target_ms, 1, 600_000)
     _bound("decode_stretch", sched.decode_stretch, 1, 1_000_000)
     _bound("max_num_queued_reqs", sched.max_num_queued_reqs, 1, 1_000_000)
     _bound("max_num_queued_tokens", sched.max_num_queued_tokens, 1, 1 << 40)
     _bound("block_size", config.kv.block_size, 1, MAX_BLOCK_SIZE)
     if config.kv.block_size & (config.kv.block_size - 1):
-        raise StartupError(f"block_size is {config.kv.block_size}, it must be a power of two")
+        raise StartupError(
+            f"block_size is {config.kv.block_size}, it must be a power of two from 1 to {MAX_BLOCK_SIZE}",
+            param="block_size",
+        )
     if config.kv.num_blocks is not None:
-        _bound("num_blocks", config.kv.num_blocks, 2, 1 << 31)
+        _bound("num_kv_blocks", config.kv.num_blocks, 2, 1 << 31)
     _bound("kv_offloading_size", config.kv.offloading_bytes / GIB, 0, MAX_OFFLOADING_GIB)
     if config.kv.offloading_bytes and not sched.enable_prefix_caching:
         raise StartupError(
@@ -266,10 +278,25 @@ def read_speculative(given: Mapping[str, object] | None) -> SpeculativeConfig | 
     if given is None:
         return None
     named = {key.replace("-", "_"): value for key, value in given.items()}
-    try:
-        return msgspec.convert(named, SpeculativeConfig, strict=False)
-    except msgspec.ValidationError as error:
-        raise StartupError(f"speculative_config: {error}", param="speculative_config") from error
+    known = SpeculativeConfig.__struct_fields__
+    for key in named:
+        if key not in known:
+            raise _wrong_speculative(f"{key[:SHOWN_CHARS]!r} is not known, it has {', '.join(known)}")
+    method = named.get("method")
+    if method not in SPECULATIVE_METHODS:
+        told = "method is missing" if method is None else f"method is {str(method)[:SHOWN_CHARS]!r}"
+        raise _wrong_speculative(f"{told}, it must be one of {', '.join(SPECULATIVE_METHODS)}")
+    for key, value in named.items():
+        try:
+            msgspec.convert({"method": method, key: value}, SpeculativeConfig, strict=False)
+        except msgspec.ValidationError:
+            kind = "a text" if key == "model" else "a whole number"
+            raise _wrong_speculative(f"{key} is {str(value)[:SHOWN_CHARS]!r}, it must be {kind}") from None
+    return msgspec.convert(named, SpeculativeConfig, strict=False)
+
+
+def _wrong_speculative(what: str) -> StartupError:
+    return StartupError(f"speculative_config: {what}", param="speculative_config")
 
 
 def _check_speculative(config: SpeculativeConfig) -> None:
@@ -336,9 +363,19 @@ def refuse_utilization(share: float) -> NoReturn:
 def _check_lora(lora: LoraConfig) -> None:
     if lora.modules and not lora.enable_lora:
         raise StartupError("lora_modules is set, which needs enable_lora", param="lora_modules")
+    for name in ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory_bytes"):
+        value = getattr(lora, name)
+        if not lora.enable_lora and value != getattr(LoraConfig(), name):
+            raise StartupError(f"{name} is {value}, which needs enable_lora", param=name)
     _bound("max_loras", lora.max_loras, 1, 4096)
     _bound("max_lora_rank", lora.max_lora_rank, 1, 1024)
-    _bound("max_cpu_loras", lora.max_cpu_loras, lora.max_loras, 1 << 20)
+    _bound(
+        "max_cpu_loras",
+        lora.max_cpu_loras,
+        lora.max_loras,
+        1 << 20,
+        why="what a step of max_loras uses is in memory",
+    )
     _bound("lora_memory_bytes", lora.lora_memory_bytes, 1, 1 << 50)
 
 

@@ -20,6 +20,20 @@ MAX_LISTED: Final = 20
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}")
 
 
+def check_model_name(name: str, *, param: str = "served_model_name") -> None:
+    """Refuse what no client could write.
+
+    Raises:
+        StartupError: the name is malformed.
+    """
+    if not _NAME.fullmatch(name):
+        raise StartupError(
+            f"{param} is {name!r:.140}, it must be 1 to 128 characters of A-Za-z0-9._/:@- and begin with a "
+            "letter or digit",
+            param=param,
+        )
+
+
 class Catalog:
     """Names and aliases of the models; the first model added is the default.
 
@@ -80,8 +94,7 @@ class Catalog:
         return ModelName(name)
 
     def _check_free(self, name: ModelName) -> None:
-        if not _NAME.fullmatch(name):
-            raise StartupError(f"model name {name!r} must be 1 to 128 characters of A-Za-z0-9._/:@-")
+        check_model_name(name)
         if name in self._clients or name in self._aliases or name in self._adapters:
             raise StartupError(f"model name {name!r} is taken twice")
         if len(self._clients) + len(self._aliases) >= MAX_NAMES:

@@ -136,16 +136,26 @@ def _is_too_slow(options: KernelOptions) -> bool:
     return extension.choose_isa(options.isa) == "scalar" and extension.usable_isas()[1:2] != ["avx2"]
 
 
-def _choose(names: list[str], options: KernelOptions, *, device: str) -> str:
-    if device != "cpu":
-        return names[0]
-    missing = extension.why_missing()
-    if missing is not None:
-        log.warning("the native kernels are not used, torch computes: %s", missing)
-    elif names[0] == "native" and len(names) > 1 and _is_too_slow(options):
-        log.warning("the native kernels are not used, torch computes: this CPU has no AVX2")
-        return names[1]
-    return names[0]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoChoice:
+    """What `--kernels auto` takes."""
+
+    name: str
+    passed_over: str | None
+    """Why the native kernels are not taken on a CPU; None if they are, or cannot serve this anyway."""
+
+
+def auto_choice(
+    *, device: str, dtype: torch.dtype, options: KernelOptions = DEFAULT_OPTIONS
+) -> AutoChoice | None:
+    """The set that `auto` takes; None if none can serve this. Arguments as for `select_kernels`."""
+    names = runnable(device=device, dtype=dtype, options=options)
+    if not names:
+        return None
+    missing = extension.why_missing() if device == "cpu" else None
+    if missing is None and names[0] == "native" and len(names) > 1 and _is_too_slow(options):
+        return AutoChoice(name=names[1], passed_over="this CPU has no AVX2")
+    return AutoChoice(name=names[0], passed_over=missing)
 
 
 def select_kernels(
@@ -163,8 +173,11 @@ def select_kernels(
         StartupError: it is not known or cannot run there; the message says why and lists what can.
     """
     names = runnable(device=device, dtype=dtype, options=options)
-    if name == "auto" and names:
-        name = _choose(names, options, device=device)
+    choice = auto_choice(device=device, dtype=dtype, options=options) if name == "auto" else None
+    if choice is not None:
+        name = choice.name
+        if choice.passed_over is not None:
+            log.warning("the native kernels are not used, torch computes: %s", choice.passed_over)
     if name not in names:
         raise StartupError(
             f"kernels is {name!r}, which cannot run on {device} with {_word(dtype)}"

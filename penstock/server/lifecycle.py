@@ -120,7 +120,11 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         sock = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise StartupError(f"host {host!r} cannot be listened on: {error.strerror}") from None
+        raise StartupError(f"host {host!r} cannot be listened on: {error.strerror}", param="host") from None
+    except UnicodeError:
+        raise StartupError(
+            f"host {host!r:.200}, it must be an address or the name of this machine", param="host"
+        ) from None
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)

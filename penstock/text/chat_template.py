@@ -260,6 +260,8 @@ def _override_text(path: Path) -> str:
     try:
         if not path.exists():
             raise StartupError(f"{name}: no such file", param="chat_template")
+        if not path.is_file():
+            raise StartupError(f"{name}, which is not a file", param="chat_template")
         return _read_text(path)
     except CheckpointError as error:
         raise StartupError(f"{name}: {error.message}", param="chat_template") from None

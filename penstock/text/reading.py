@@ -248,6 +248,7 @@ def make_reading(config: ReadingConfig, *, template: str, tokenizer: Tokenizer) 
     )
     known = {**REASONING_STYLES, TAGS: _tags(config)}
     style = _choice(config.reasoning_parser, _THOUGHT_SIGNS, template, option="reasoning_parser", known=known)
+    _refuse_unused_tags(config)
     # A model of which only the vocabulary knows thoughts has them when it is asked to think.
     is_hidden = config.reasoning_parser == AUTO and style is None and _thinks(tokenizer)
     if is_hidden:
@@ -287,6 +288,16 @@ def _tags(config: ReadingConfig) -> ReasoningStyle:
                 f"{name} has {len(value)} characters, it must have 1 to {MAX_TAG_CHARS}", param=name
             )
     return ReasoningStyle(start=config.reasoning_start_str, end=config.reasoning_end_str)
+
+
+def _refuse_unused_tags(config: ReadingConfig) -> None:
+    for name in ("reasoning_start_str", "reasoning_end_str"):
+        value = getattr(config, name)
+        if config.reasoning_parser != TAGS and value != getattr(ReadingConfig(), name):
+            raise StartupError(
+                f"{name} is {value!r}, which needs reasoning_parser {TAGS}; it is {config.reasoning_parser}",
+                param=name,
+            )
 
 
 def _thinks(tokenizer: Tokenizer) -> bool:

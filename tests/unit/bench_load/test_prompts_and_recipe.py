@@ -112,8 +112,8 @@ def test_the_word_list_has_no_word_twice() -> None:
         ({"num_requests": MAX_REQUESTS + 1}, f"1 to {MAX_REQUESTS}"),
         ({"prefix_len": -1}, "random_prefix_len is -1"),
         ({"num_prefixes": 0}, "num_prefixes 0"),
-        ({"output_lens": constant(0)}, "need a token"),
-        ({"input_lens": constant(0)}, "need a token"),
+        ({"output_lens": constant(0)}, "random_output_len is 0, it must be at least 1"),
+        ({"input_lens": constant(0)}, "random_input_len is 0, it must be at least 1"),
     ],
 )
 def test_a_recipe_out_of_its_limits_is_refused(options: dict[str, object], words: str) -> None:

@@ -123,7 +123,7 @@ def test_points_of_a_rate_are_open_loops_of_twenty_seconds() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"loads": ()}, "loads are"),
+        ({"loads": ()}, "loads is"),
         ({"loads": (2, 1)}, "rising"),
         ({"loads": (0, 1)}, "above 0"),
         ({"loads": (1.5, 2)}, "whole numbers"),

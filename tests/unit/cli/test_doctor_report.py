@@ -2,12 +2,16 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from penstock.cli import doctor
 from penstock.cli.doctor import Finding
+from penstock.kernels import devices
+from penstock.kernels.triton import availability
 
 CPUINFO = "processor\t: 0\nmodel name\t: Test CPU\nflags\t\t: fpu avx2 fma amx_bf16\n\nprocessor\t: 1\n"
 
@@ -75,3 +79,48 @@ def test_without_the_extension_module_doctor_says_why_and_what_computes(
     assert not finding.is_missing
     assert finding.value.startswith("no: the extension module")
     assert finding.value.endswith("torch computes")
+
+
+def test_without_a_device_doctor_says_why_and_that_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "this build of torch has no CUDA"
+    monkeypatch.delenv(availability.INTERPRET_VARIABLE, raising=False)
+    monkeypatch.setattr(availability, "is_interpreted", lambda: False)
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: missing)
+    monkeypatch.setattr(devices, "why_no_triton", lambda: None)
+    assert doctor.gpu_finding().value == f"none: {missing}"
+    assert doctor.triton_finding().value == f"no: {missing}"
+    assert doctor.auto_finding().value.startswith(f"cpu ({missing}); kernels ")
+
+
+def test_a_device_without_triton_is_left_alone_and_doctor_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing = "triton is not installed (pip install 'penstock[gpu]')"
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(devices, "why_no_triton", lambda: missing)
+    assert doctor.triton_finding().value == f"no: {missing}"
+    assert doctor.auto_finding().value.startswith(f"cpu ({missing}); kernels ")
+
+
+def test_a_device_is_named_with_its_memory_and_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(devices, "why_no_triton", lambda: None)
+    monkeypatch.setattr(availability, "is_interpreted", lambda: False)
+    monkeypatch.setattr(availability, "why_missing", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    chip = SimpleNamespace(name="Chip", total_memory=3 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
+    assert doctor.gpu_finding().value == "Chip with 3.0 GiB; torch is built for CUDA 12.8"
+    assert doctor.triton_finding().value.startswith("yes: Triton ")
+    assert doctor.auto_finding().value == (
+        "cuda:0 (torch sees a CUDA device and triton is installed); "
+        "kernels triton for bfloat16, triton for float32"
+    )
+
+
+def test_interpreted_kernels_are_said_to_be_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "why_no_triton", lambda: None)
+    monkeypatch.setattr(availability, "is_interpreted", lambda: True)
+    assert "under its interpreter" in doctor.triton_finding().value

@@ -261,3 +261,9 @@ def test_a_forced_call_waits_for_a_thought_only_where_the_template_knows_thought
     made = matched(lark_of(reading, tools=(TOOL,), tool_choice=ToolChoice(ToolMode.REQUIRED)))
     assert accepts(made, CALL)
     assert accepts(made, f"<think>hm</think>{CALL}") is may_think
+
+
+@pytest.mark.parametrize("name", ["reasoning_start_str", "reasoning_end_str"])
+def test_tags_are_refused_where_no_parser_reads_them(name):
+    with pytest.raises(StartupError, match=f"{name} is '<x>', which needs reasoning_parser tags; it is auto"):
+        choose(**{name: "<x>"})
