@@ -18,6 +18,7 @@ from penstock.engine.runner.rank_group import LocalRank, RankGroup
 from penstock.engine.runner.rank_processes import SeveralRanks, StartedRanks
 from penstock.engine.runner.runner import Runner
 from penstock.engine.runner.samplers import device_sampler
+from penstock.kernels.adapters import AdapterLimits, AdapterTables, RecordsAdapters
 from penstock.models.interface import LoadedModel
 
 
@@ -97,7 +98,20 @@ def _graphs_maker(
             ),
             device=loaded.device,
             recorder=CudaRecorder(loaded.device),
+            adapters=_adapter_tables(config, loaded),
             max_bytes=max_bytes,
         )
 
     return make
+
+
+def _adapter_tables(config: EngineConfig, loaded: LoadedModel) -> AdapterTables | None:
+    """What recorded steps read of their adapters; None if there are none, or the home cannot record them."""
+    if loaded.sites is None or not isinstance(loaded.kernels, RecordsAdapters):
+        return None
+    limits = AdapterLimits(
+        max_rows=config.scheduler.max_num_seqs,
+        max_adapters=config.lora.max_loras,
+        max_rank=config.lora.max_lora_rank,
+    )
+    return loaded.kernels.adapter_tables(limits, num_sites=len(loaded.sites.sites), dtype=loaded.dtype)

@@ -11,7 +11,7 @@ of many adapters without padding: Sheng et al., S-LoRA, 2023, section 5, and Che
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,11 +58,57 @@ class AdapterRows:
     weights: AdapterWeights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLimits:
+    """The largest step that adapters may act in."""
+
+    max_rows: int
+    max_adapters: int
+    """Different ones."""
+    max_rank: int
+
+
+class AdapterTables(Protocol):
+    """What the launches of a recorded step of decodes read of its adapters, at fixed addresses."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tables."""
+        ...
+
+    def fill(self, rows: tuple[AdapterRows, ...], *, num_rows: int) -> None:
+        """Queue what the next replay is to read.
+
+        Args:
+            rows: its runs, within the limits that the tables were made for.
+            num_rows: of the recording.
+        """
+        ...
+
+
+@runtime_checkable
+class RecordsAdapters(Protocol):
+    """A home whose launches with adapters can be recorded."""
+
+    def adapter_tables(self, limits: AdapterLimits, *, num_sites: int, dtype: torch.dtype) -> AdapterTables:
+        """Tables for steps up to some limits; without adapters at first.
+
+        Args:
+            limits: of the steps.
+            num_sites: products on which adapters may act.
+            dtype: of their matrices.
+        """
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class ActiveAdapters:
-    """The runs of rows of the step that is being computed, rising and apart; set anew for every pass."""
+    """The adapters of the step that is being computed; set anew for every pass."""
 
     rows: tuple[AdapterRows, ...] = ()
+    """Runs of rows, rising and apart."""
+    tables: AdapterTables | None = None
+    """Read instead of `rows` in a step that is recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

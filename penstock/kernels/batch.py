@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from penstock.kernels.adapters import AdapterRows
+from penstock.kernels.adapters import AdapterRows, AdapterTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +111,8 @@ class ForwardBatch:
     """For each model layer its keys and values."""
     adapters: tuple[AdapterRows, ...] = ()
     """Runs of rows that use an adapter, rising and apart."""
+    adapter_tables: AdapterTables | None = None
+    """Where they are read instead, if the step is recorded with adapters."""
 
     def attention(self, layer_idx: int) -> tuple[AttentionBatch, KvSlab]:
         """What the attention of `layer_idx` reads and writes."""

@@ -56,6 +56,20 @@ def views_like(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]
     ]
 
 
+def overwrite(target: Tensor, source: Tensor) -> None:
+    """Write a tensor of the host over one on the device, without waiting: after what is queued by then.
+
+    Args:
+        target: contiguous; it keeps its address.
+        source: of the same shape and dtype; may change after this call.
+    """
+    assert target.shape == source.shape, (target.shape, source.shape)
+    assert target.dtype == source.dtype, (target.dtype, source.dtype)
+    staged = host_buffer(source.nbytes, device=target.device)
+    fill(staged, [source], [0])
+    target.view(torch.uint8).view(-1).copy_(staged, non_blocking=True)
+
+
 def indices(values: Sequence[int], *, device: torch.device) -> Tensor:
     """[n] int64 on the device, without waiting for it (`torch.tensor(..., device=)` would)."""
     if device.type != "cuda":

@@ -30,11 +30,11 @@ class AdaptedModel:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As `CausalLM.forward`."""
-        self._active.rows = batch.adapters
+        self._active.rows, self._active.tables = batch.adapters, batch.adapter_tables
         try:
             return self._model.forward(batch)
         finally:
-            self._active.rows = ()
+            self._active.rows, self._active.tables = (), None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `CausalLM.logits`."""

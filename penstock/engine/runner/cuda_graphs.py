@@ -11,8 +11,12 @@ rows     1  2  4  8 16 24 32 .. 64  80 .. 256  288 ..  max_num_seqs
 length   1024  4096  16384  65536  ..  max_model_len       bounds the grid of attention over long contexts
 ```
 
-A step runs launch by launch where its rung is not recorded, where it computes more than one token of a
-sequence, or where rows use an adapter. Recordings are made in warm-up for as long as `RECORD_AT_START_S`
+Where adapters are enabled there are two recordings of each such size, without them and with them: a plain
+step pays nothing for those that others use. The recording with adapters reads from tables which rows use
+which, and where their matrices lie; so adapters may come, go and be replaced between two replays.
+
+A step runs launch by launch where its rung is not recorded, or where it computes more than one token of a
+sequence. Recordings are made in warm-up for as long as `RECORD_AT_START_S`
 lasts, the shortest contexts first, and the others when the engine has nothing to do: a request waits for one
 of them at most.
 
@@ -22,7 +26,7 @@ The runner calls it. `Recorder` is the seam to CUDA; `CudaRecorder` has not run 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from typing import Final, NamedTuple, Protocol
 
@@ -32,6 +36,7 @@ from torch import Tensor
 from penstock.engine.runner.device_batch import LastDrawn, tensors_of, with_tensors
 from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.scheduler.plan import ScheduledSequence
+from penstock.kernels.adapters import AdapterTables
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
 from penstock.kernels.ops import KernelSet, not_finite
 from penstock.kernels.transfer import ALIGNMENT, fill, host_buffer, indices, views_like
@@ -53,6 +58,8 @@ class Rung(NamedTuple):
     length: int
     """Tokens that a context may have at most, the step's own included."""
     num_rows: int
+    has_adapters: bool = False
+    """Some rows may use one."""
 
 
 def row_ladder(max_num_seqs: int) -> tuple[int, ...]:
@@ -169,6 +176,8 @@ class DecodeGraphs:
     limits: GraphLimits
     device: torch.device
     recorder: Recorder
+    adapters: AdapterTables | None = None
+    """Of the steps in which adapters act; None records none of them."""
     max_bytes: int | None = None
     """No recording is begun beyond it."""
     _output: PassOutput | None = None
@@ -183,6 +192,7 @@ class DecodeGraphs:
     def num_bytes(self) -> int:
         """Bytes of the recordings' memory and of their inputs."""
         inputs = sum(each.buffer.nbytes for each in self._made.values())
+        inputs += self.adapters.num_bytes if self.adapters else 0
         return self.recorder.num_bytes + inputs + (self._output.num_bytes if self._output else 0)
 
     @property
@@ -215,6 +225,8 @@ class DecodeGraphs:
             self._missed[rung] = self._missed.get(rung, 0) + 1
             return None
         self._send(made, padded(batch, rung=rung, limits=self.limits))
+        if self.adapters and rung.has_adapters:
+            self.adapters.fill(batch.adapters, num_rows=rung.num_rows)
         targets, origins = last.sources(sequences)
         if targets and last.tokens is not None:
             places = indices([*targets, *origins], device=self.device)
@@ -229,9 +241,8 @@ class DecodeGraphs:
         Args:
             example: any step on the host, for the slabs and the layers' groups.
         """
-        lengths, rows = length_ladder(self.limits.max_model_len), row_ladder(self.limits.max_num_seqs)
         known = self._made.keys() | self._failed
-        missing = [Rung(*pair) for pair in product(lengths, rows) if Rung(*pair) not in known]
+        missing = [rung for rung in self._ladder() if rung not in known]
         if not missing or (self.max_bytes is not None and self.num_bytes >= self.max_bytes):
             return False
         rung = max(missing, key=lambda each: self._missed.get(each, 0))
@@ -252,16 +263,27 @@ class DecodeGraphs:
         while clock() < end_s and self.record_next(example):
             pass
 
+    def _ladder(self) -> list[Rung]:
+        """All rungs, those with adapters last: a step without them is the usual one."""
+        lengths, rows = length_ladder(self.limits.max_model_len), row_ladder(self.limits.max_num_seqs)
+        kinds = (False, True) if self.adapters else (False,)
+        return [Rung(length, num, kind) for kind, length, num in product(kinds, lengths, rows)]
+
     def _rung_of(self, batch: ForwardBatch) -> Rung | None:
         lens = batch.groups[0].query_lens_host
-        if batch.adapters or max(lens) > 1 or len(lens) > self.limits.max_num_seqs:
+        has_adapters = bool(batch.adapters)
+        if max(lens) > 1 or len(lens) > self.limits.max_num_seqs or (has_adapters and not self.adapters):
             return None
         longest = max(batch.groups[0].seq_lens_host)
         length = next(each for each in length_ladder(self.limits.max_model_len) if each >= longest)
-        return Rung(length, next(n for n in row_ladder(self.limits.max_num_seqs) if n >= len(lens)))
+        num_rows = next(n for n in row_ladder(self.limits.max_num_seqs) if n >= len(lens))
+        return Rung(length, num_rows, has_adapters)
 
     def _record(self, rung: Rung, example: ForwardBatch) -> None:
         host = padded(_first_rows(example), rung=rung, limits=self.limits)
+        if self.adapters and rung.has_adapters:
+            host = replace(host, adapter_tables=self.adapters)
+            self.adapters.fill((), num_rows=rung.num_rows)
         tensors = tensors_of(host)
         offsets = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
         buffer = torch.zeros(offsets[-1], dtype=torch.uint8, device=self.device)

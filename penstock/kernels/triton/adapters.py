@@ -1,33 +1,36 @@
 """Many adapters in one step: `y += scale * B (A x)` for runs of rows, in two launches a product.
 
-The rows of all runs are cut into tiles of neighbours that have the same adapter. A first kernel makes `A x`
-of every tile, the inputs cut into chunks of fixed length side by side; a second adds the chunks, multiplies
-with B and adds to y. What the tiles are and where each adapter's matrices lie is sent to the device once a
-step. Tiles and chunks are the same whatever the batch, so that results do not depend on it.
+A first kernel makes `A x` of every tile of rows, the inputs cut into chunks of fixed length side by side; a
+second adds the chunks, multiplies with B and adds to y. What the tiles are and where adapters' matrices lie
+is read on the device (`adapter_tables`). Tiles and chunks are the same whatever the batch, so that results do
+not depend on it.
 
-Matrices lie anywhere; the kernels are told their distance from an *anchor*, a tensor of the same dtype.
+The launches of a recorded step follow from its number of rows alone: there are as many tiles as rows, ranks
+are those of the largest adapter that may come, and programs of tiles without rows, or of ranks that an
+adapter lacks, end at once.
+
 Letters: T rows, I inputs, O outputs, R ranks, rounded up to a power of two.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 
-from penstock.kernels.adapters import AdapterRows, LoraSite, LowRankPair
-from penstock.kernels.transfer import upload
-from penstock.kernels.triton.launch import dot, inlined, narrow
+from penstock.kernels.adapters import LoraSite
+from penstock.kernels.triton.adapter_tables import (
+    FIELDS,
+    ROWS,
+    TILE_FIELDS,
+    Adapters,
+    FixedTables,
+    StagedRows,
+)
+from penstock.kernels.triton.launch import bound, dot, inlined, narrow
 
-ALIGNMENT: Final = 16
-"""Elements that matrices begin at a multiple of, so that the kernels load 16 bytes at once."""
-ROWS: Final = 16
-"""Of a tile: the least that the matrix instructions take; most tiles of decodes have one."""
 CHUNK: Final = 1024
 """Inputs that one program of the first kernel sums."""
 STEP: Final = 64
@@ -36,149 +39,20 @@ OUTPUTS: Final = 128
 """Of one program of the second kernel."""
 MAX_RANKS: Final = 64
 """Ranks in one product; more are done in turn."""
-FIELDS: Final = tl.constexpr(4)
-"""Numbers that are known of an adapter at a site: distances of A and B, rank, the bits of the scale."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class TritonAdapter:
-    """Matrices on the device, by the number of their site; all lie in one piece of memory."""
-
-    pairs: Mapping[int, LowRankPair]
-    num_sites: int
-    anchor: Tensor
-    """[1] of the matrices' dtype."""
-    places: Tensor = field(init=False)
-    """[num_sites, FIELDS] int64 on the host; of sites without matrices all zero."""
-    addresses: tuple[int, int] = field(init=False, default=(0, 0))
-    """Of matrices and anchor when `places` was made: they may be moved while the engine sleeps."""
-
-    def __post_init__(self) -> None:
-        self._find_places()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all matrices."""
-        return sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs.values())
-
-    @property
-    def max_rank(self) -> int:
-        """The largest; 0 without matrices."""
-        return max((pair.rank for pair in self.pairs.values()), default=0)
-
-    def current_places(self) -> Tensor:
-        """`places`, made anew if the matrices were moved."""
-        if self._addresses_now() != self.addresses:
-            self._find_places()
-        return self.places
-
-    def _addresses_now(self) -> tuple[int, int]:
-        first = next((pair.a.data_ptr() for pair in self.pairs.values()), 0)
-        return first, self.anchor.data_ptr()
-
-    def _distance(self, matrix: Tensor) -> int:
-        distance, rest = divmod(matrix.data_ptr() - self.anchor.data_ptr(), matrix.element_size())
-        assert rest == 0, (matrix.data_ptr(), self.anchor.data_ptr())
-        assert distance % ALIGNMENT == 0, distance
-        return distance
-
-    def _find_places(self) -> None:
-        self.places = torch.zeros(self.num_sites, FIELDS.value, dtype=torch.int64)
-        for site, pair in self.pairs.items():
-            bits = torch.tensor(pair.scale, dtype=torch.float32).view(torch.int32).item()
-            found = (self._distance(pair.a), self._distance(pair.b), pair.rank, bits)
-            self.places[site] = torch.tensor(found, dtype=torch.int64)
-        self.addresses = self._addresses_now()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StagedRows:
-    """A step's adapters on the device."""
-
-    tiles: Tensor
-    """[num_tiles, 3] int32: first row, rows, number of the adapter in `places`."""
-    places: Tensor
-    """[num_adapters, num_sites, FIELDS] int64."""
-    anchor: Tensor
-    num_ranks: int
-    """R, of the largest adapter among them; 0 if none has matrices."""
-
-
-def _cut_into_tiles(rows: tuple[AdapterRows, ...], numbers: Mapping[int, int]) -> list[tuple[int, int, int]]:
-    """Runs as tiles. Example: rows 4 to 21 are tiles of 16 and 2 rows, which begin at 4 and at 20."""
-    return [
-        (run.first_row + start, min(ROWS, run.num_rows - start), numbers[id(run.weights)])
-        for run in rows
-        for start in range(0, run.num_rows, ROWS)
-    ]
-
-
-def _stage(rows: tuple[AdapterRows, ...]) -> StagedRows:
-    adapters = {id(run.weights): _known(run) for run in rows}
-    numbers = {key: number for number, key in enumerate(adapters)}
-    first = next(iter(adapters.values()))
-    tiles, places = upload(
-        [
-            torch.tensor(_cut_into_tiles(rows, numbers), dtype=torch.int32),
-            torch.stack([each.current_places() for each in adapters.values()]),
-        ],
-        device=first.anchor.device,
-    )
-    max_rank = max(each.max_rank for each in adapters.values())
-    num_ranks = max(ROWS, next_power_of_2(max_rank)) if max_rank else 0
-    return StagedRows(tiles=tiles, places=places, anchor=first.anchor, num_ranks=num_ranks)
-
-
-def _known(run: AdapterRows) -> TritonAdapter:
-    assert isinstance(run.weights, TritonAdapter), type(run.weights)
-    return run.weights
-
-
-class Adapters:
-    """The adapters of one kernel set: prepares them, and keeps the tables of the step that is computed."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Nothing is allocated yet.
-
-        Args:
-            device: where the model computes.
-        """
-        self._device = device
-        self._anchors: dict[torch.dtype, Tensor] = {}
-        self._rows: tuple[AdapterRows, ...] = ()
-        self._staged: StagedRows | None = None
-
-    def prepare(
-        self, pairs: Mapping[int, LowRankPair], *, num_sites: int, dtype: torch.dtype
-    ) -> TritonAdapter:
-        """As `ops.prepare_adapter`."""
-        if dtype not in self._anchors:
-            self._anchors[dtype] = torch.zeros(1, dtype=dtype, device=self._device)
-        matrices = [matrix for pair in pairs.values() for matrix in (pair.a, pair.b)]
-        ends = [*accumulate((cdiv(each.numel(), ALIGNMENT) * ALIGNMENT for each in matrices), initial=0)]
-        whole = torch.empty(ends[-1], dtype=dtype, device=self._device)
-        views = [
-            whole[start : start + each.numel()].view(each.shape).copy_(each)
-            for start, each in zip(ends, matrices, strict=False)
-        ]
-        kept = {
-            site: LowRankPair(a=a, b=b, scale=pair.scale)
-            for (site, pair), a, b in zip(pairs.items(), views[::2], views[1::2], strict=True)
-        }
-        return TritonAdapter(pairs=kept, num_sites=num_sites, anchor=self._anchors[dtype])
-
-    def staged(self, rows: tuple[AdapterRows, ...]) -> StagedRows:
-        """The tables of a step, sent once; steps are told apart by their runs."""
-        if self._staged is None or rows is not self._rows:
-            self._rows, self._staged = rows, _stage(rows)
-        return self._staged
 
 
 @inlined
 def _place(tiles: tl.tensor, places: tl.tensor, site: tl.tensor, num_sites: tl.tensor) -> tl.tensor:
     """Where the adapter of this program's tile is described."""
-    adapter = tl.load(tiles + tl.program_id(0) * 3 + 2)
+    adapter = tl.load(tiles + tl.program_id(0) * TILE_FIELDS + 2)
     return places + (adapter * num_sites + site) * FIELDS
+
+
+@inlined
+def _rank(tiles: tl.tensor, place: tl.tensor) -> tl.tensor:
+    """Of the adapter of this program's tile; 0 if the tile has no rows."""
+    num_rows = tl.load(tiles + tl.program_id(0) * TILE_FIELDS + 1)
+    return tl.load(place + 2, mask=num_rows > 0, other=0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "site"])
@@ -201,12 +75,12 @@ def _shrink_kernel(
 ) -> None:
     """`A x` of one tile over one chunk of the inputs, some ranks: partials are [chunks, T, RANKS]."""
     place = _place(tiles, places, site, num_sites)
-    rank = tl.load(place + 2)
+    rank = _rank(tiles, place)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(2) * BLOCK_R < rank:
         a = anchor + tl.multiple_of(tl.load(place), 16)
-        row_mask = (tl.arange(0, ROWS) < tl.load(tiles + tl.program_id(0) * 3 + 1))[:, None]
-        rows = (tl.load(tiles + tl.program_id(0) * 3) + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        row_mask = (tl.arange(0, ROWS) < tl.load(tiles + tl.program_id(0) * TILE_FIELDS + 1))[:, None]
+        rows = (tl.load(tiles + tl.program_id(0) * TILE_FIELDS) + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         acc = tl.zeros((ROWS, BLOCK_R), tl.float32)
         for k in range(0, CHUNK, STEP):
             ks = tl.program_id(1) * CHUNK + k + tl.arange(0, STEP)
@@ -238,15 +112,15 @@ def _expand_kernel(
 ) -> None:
     """Add `scale * B s` to some outputs of one tile, where s is the sum of its chunks, first to last."""
     place = _place(tiles, places, site, num_sites)
-    rank = tl.load(place + 2)
+    rank = _rank(tiles, place)
     if rank > 0:
         b = anchor + tl.multiple_of(tl.load(place + 1), 16)
         scale = tl.load(place + 3).to(tl.int32).to(tl.float32, bitcast=True)
-        row_mask = (tl.arange(0, ROWS) < tl.load(tiles + tl.program_id(0) * 3 + 1))[:, None]
-        rows = (tl.load(tiles + tl.program_id(0) * 3) + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        row_mask = (tl.arange(0, ROWS) < tl.load(tiles + tl.program_id(0) * TILE_FIELDS + 1))[:, None]
+        rows = (tl.load(tiles + tl.program_id(0) * TILE_FIELDS) + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         cols = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for first in range(0, RANKS, BLOCK_R):
+        for first in range(0, bound(rank), BLOCK_R):
             ranks = first + tl.arange(0, BLOCK_R)
             mask = row_mask & (ranks < rank)[None, :]
             shrunk = tl.zeros((ROWS, BLOCK_R), tl.float32)
@@ -270,13 +144,19 @@ def lora(x: Tensor, y: Tensor, site: LoraSite, *, adapters: Adapters) -> Tensor:
         site: the product.
         adapters: that prepared the step's.
     """
+    tables = site.active.tables
+    if tables is not None:
+        assert isinstance(tables, FixedTables), type(tables)
+        return _add(x, y, site, tables.staged, num_tiles=x.shape[0])
     if not site.active.rows:
         return y
     staged = adapters.staged(site.active.rows)
-    if not staged.num_ranks:
-        return y
+    return _add(x, y, site, staged, num_tiles=staged.tiles.shape[0]) if staged.num_ranks else y
+
+
+def _add(x: Tensor, y: Tensor, site: LoraSite, staged: StagedRows, *, num_tiles: int) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
-    num_tiles, num_sites = staged.tiles.shape[0], staged.places.shape[1]
+    num_sites = staged.places.shape[1]
     chunks, block = cdiv(x.shape[1], CHUNK), min(MAX_RANKS, staged.num_ranks)
     partials = torch.empty(chunks, x.shape[0], staged.num_ranks, dtype=torch.float32, device=x.device)
     tables = (staged.tiles, staged.places, staged.anchor, partials)

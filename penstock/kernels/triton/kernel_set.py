@@ -6,13 +6,23 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from penstock.kernels.adapters import AdapterWeights, LoraSite, LowRankPair
+from penstock.kernels.adapters import AdapterLimits, AdapterWeights, LoraSite, LowRankPair
 from penstock.kernels.batch import AttentionBatch, KvBlock, KvShape, KvSlab
 from penstock.kernels.ops import AttentionShape, ExpertWeights, LinearWeight, MoeShape, Release
 from penstock.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from penstock.kernels.quantization import ROUNDED_METHODS, Quantization
 from penstock.kernels.rounded import RoundedWeight
-from penstock.kernels.triton import adapters, attention, blocks, elementwise, kv_write, linear, moe, weights
+from penstock.kernels.triton import (
+    adapter_tables,
+    adapters,
+    attention,
+    blocks,
+    elementwise,
+    kv_write,
+    linear,
+    moe,
+    weights,
+)
 from penstock.kernels.triton.launch import INTERPRETED, compute_device
 
 
@@ -31,7 +41,7 @@ class TritonKernels:
         """
         self._is_deterministic = options.is_deterministic
         self._experts = moe.ExpertTables()
-        self._adapters = adapters.Adapters(compute_device())
+        self._adapters = adapter_tables.Adapters(compute_device())
         self._is_rounding = options.quantization.method != "none"
 
     @property
@@ -108,6 +118,12 @@ class TritonKernels:
     ) -> AdapterWeights:
         """As `ops.prepare_adapter`."""
         return self._adapters.prepare(pairs, num_sites=num_sites, dtype=dtype)
+
+    def adapter_tables(
+        self, limits: AdapterLimits, *, num_sites: int, dtype: torch.dtype
+    ) -> adapter_tables.FixedTables:
+        """As `adapters.RecordsAdapters.adapter_tables`."""
+        return self._adapters.fixed_tables(limits, num_sites=num_sites, dtype=dtype)
 
     def lora(self, x: Tensor, y: Tensor, site: LoraSite) -> Tensor:
         """As `ops.lora`."""

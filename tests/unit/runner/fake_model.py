@@ -82,7 +82,9 @@ class FakeLoaded:
         return 0
 
 
-def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=None, make_graphs=None):
+def make_runner(
+    *, layer_windows=(None,), num_blocks=64, block_size=4, faults=None, make_graphs=None, adapters=None
+):
     model = FakeModel(layer_windows)
     make = None if make_graphs is None else lambda pool: make_graphs(model, pool)
     loaded = FakeLoaded(model)
@@ -94,5 +96,7 @@ def make_runner(*, layer_windows=(None,), num_blocks=64, block_size=4, faults=No
         device_sampler=GreedySampler() if loaded.is_queued else None,
         faults=faults,
         make_graphs=make,
+        num_adapter_slots=len(adapters or ()),
+        adapter_weights=None if adapters is None else adapters.__getitem__,
     )
     return runner, model

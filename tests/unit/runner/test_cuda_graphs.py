@@ -13,7 +13,14 @@ from penstock.engine.runner.cuda_graphs import (
     length_ladder,
     row_ladder,
 )
-from penstock.engine.scheduler.plan import PENDING_TOKEN, NewSequence, SampleSpec, ScheduledSequence, StepPlan
+from penstock.engine.scheduler.plan import (
+    PENDING_TOKEN,
+    AdapterBinding,
+    NewSequence,
+    SampleSpec,
+    ScheduledSequence,
+    StepPlan,
+)
 from penstock.kernels.devices import CPU
 from penstock.kernels.reference.kernel_set import ReferenceKernels
 
@@ -63,6 +70,40 @@ def recorded(monkeypatch):
 
     runner, model = make_runner(make_graphs=make)
     return runner, model, kept[0]
+
+
+class FakeTables:
+    """Remembers what it was filled with."""
+
+    num_bytes = 7
+
+    def __init__(self):
+        self.filled = []
+
+    def fill(self, rows, *, num_rows):
+        self.filled.append((tuple((run.first_row, run.num_rows, run.weights) for run in rows), num_rows))
+
+
+@pytest.fixture
+def adapted(monkeypatch):
+    """As `recorded`, with two slots for adapters and their tables."""
+    monkeypatch.setattr(FakeLoaded, "is_queued_by_default", True)
+
+    def make(model, pool):
+        limits = GraphLimits(
+            max_num_seqs=2, max_model_len=100, block_size=4, scratch_block=pool.scratch_block
+        )
+        return DecodeGraphs(
+            model=model,
+            kernels=ReferenceKernels(),
+            limits=limits,
+            device=CPU,
+            recorder=FakeRecorder(),
+            adapters=FakeTables(),
+        )
+
+    runner, model = make_runner(make_graphs=make, adapters={"a": "weights of a", "b": "weights of b"})
+    return runner, model, runner._recordings.graphs
 
 
 def new(seq_id):
@@ -224,3 +265,42 @@ def test_recording_ends_where_its_memory_does(recorded):
     graphs.max_bytes = graphs.num_bytes
     assert not runner.record_next()
     assert len(graphs.rungs) == 1
+
+
+def adapted_seq(seq_id, start, slot, table):
+    return ScheduledSequence(seq_id, [3], start, (table,), (SampleSpec(seq_id, 0),), adapter_slot=slot)
+
+
+def test_steps_with_adapters_replay_a_recording_of_their_own(adapted):
+    """Tables are filled before it; a plain step of the same size replays one that knows nothing of them."""
+    runner, model, graphs = adapted
+    while runner.record_next():
+        pass
+    assert graphs.rungs == [Rung(100, 1, False), Rung(100, 1, True), Rung(100, 2, False), Rung(100, 2, True)]
+    told = [(len(batch.token_ids), batch.adapter_tables) for batch in model.batches[-4:]]
+    tables = graphs.adapters
+    assert told == [(1, None), (2, None), (1, tables), (2, tables)], "the usual steps come first"
+    tables.filled.clear()
+    bindings = [AdapterBinding(0, "a"), AdapterBinding(1, "b")]
+    mixed = [adapted_seq(1, 0, -1, [1]), adapted_seq(2, 0, 1, [2])]
+    wanted = step(runner, *mixed, new_sequences=[new(1), new(2)], adapter_bindings=bindings)
+    assert wanted == {1: 4, 2: 4}
+    assert tables.filled == [(((1, 1, "weights of b"),), 2)]
+    step(runner, adapted_seq(1, 1, -1, [1]), adapted_seq(2, 1, -1, [2]))
+    assert len(tables.filled) == 1
+    rebound = [AdapterBinding(1, "a")]
+    step(runner, adapted_seq(2, 2, 1, [2]), adapter_bindings=rebound)
+    assert tables.filled[1:] == [(((0, 1, "weights of a"),), 1)]
+    assert [each.num_replays for each in graphs.recorder.made] == [0, 1, 1, 1]
+
+
+def test_without_tables_steps_with_adapters_run_launch_by_launch(adapted):
+    runner, model, graphs = adapted
+    graphs.adapters = None
+    while runner.record_next():
+        pass
+    assert graphs.rungs == [Rung(100, 1), Rung(100, 2)]
+    bindings = [AdapterBinding(0, "a")]
+    step(runner, adapted_seq(1, 0, 0, [1]), new_sequences=[new(1)], adapter_bindings=bindings)
+    assert [each.num_replays for each in graphs.recorder.made] == [0, 0]
+    assert model.batches[-1].adapters[0].weights == "weights of a"
