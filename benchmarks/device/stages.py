@@ -74,7 +74,7 @@ def _ceilings(setup: Setup) -> dict[str, Any]:
 def _pytest(setup: Setup, *arguments: str) -> Outcome:
     """Tests in a process of their own; on the device without the interpreter."""
     env = {**os.environ, "PENSTOCK_TEST_DEVICE": setup.device}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True)
     tail = done.stdout[-3000:] + done.stderr[-1000:]
     print(tail)
@@ -84,12 +84,11 @@ def _pytest(setup: Setup, *arguments: str) -> Outcome:
 
 
 def kernels(setup: Setup) -> Outcome:
-    """The contract of every kernel on the device itself; attention's splits, rounded caches and bits too."""
-    only = ("-k", "triton and rms_norm") if setup.is_dry else ("-k", "triton")
+    """Every test of a Triton kernel on the device itself: the contract, and what each has beyond it."""
+    only = ("-k", "triton and (rms_norm or alone or one_allowed)") if setup.is_dry else ("-k", "triton")
     contracts = [f"tests/unit/kernels/test_{name}_contract.py" for name in ("kernel", "lora")]
-    names = ("paged_attention_triton", "triton_sampler")
-    more = [f"tests/unit/kernels_triton/test_{name}.py" for name in names]
-    return _pytest(setup, *contracts, *more, *only)
+    more = sorted((ROOT / "tests" / "unit").glob("kernels*/test_*triton*.py"))
+    return _pytest(setup, *contracts, *(str(path.relative_to(ROOT)) for path in more), *only)
 
 
 def families(setup: Setup) -> Outcome:
@@ -350,7 +349,7 @@ def sampling(setup: Setup) -> Outcome:
 
 STAGES: Final[dict[str, tuple[Callable[[Setup], Outcome], int]]] = {
     "ceilings": (ceilings, 60),
-    "kernels": (kernels, 240),
+    "kernels": (kernels, 420),
     "families": (families, 180),
     "attention": (attention, 180),
     "dense": (dense, 180),

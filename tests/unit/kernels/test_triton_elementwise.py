@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.reference.kernel_set import ReferenceKernels
-from penstock.kernels.triton import elementwise
+from penstock.kernels.triton import elementwise as on_its_device
+from tests.unit.kernels.device_home import on_test_device
 
+elementwise = on_test_device(on_its_device)
 REFERENCE = ReferenceKernels()
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """One rounding of values of order 1 to the dtype; in float32 also those of a sum of some hundred."""

@@ -9,8 +9,11 @@ from penstock.kernels import ops
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.quantization import NO_QUANTIZATION, Quantization
 from penstock.kernels.reference.kernel_set import ReferenceKernels
+from penstock.kernels.triton import moe
 from penstock.kernels.triton.kernel_set import TritonKernels
-from penstock.kernels.triton.moe import choose_experts, order_pairs
+from tests.unit.kernels.device_home import on_test_device
+
+choose_experts, order_pairs = on_test_device(moe).choose_experts, on_test_device(moe).order_pairs
 
 HIDDEN, INNER, EXPERTS = 72, 40, 5
 
@@ -79,7 +82,7 @@ def test_rounded_experts_are_those_of_the_reference(rule: Quantization) -> None:
         rand(EXPERTS, HIDDEN, seed=91),
         ops.MoeShape(top_k=2, renormalize=True),
     )
-    plain, kernels = ReferenceKernels(), TritonKernels()
+    plain, kernels = ReferenceKernels(), on_test_device(TritonKernels())
     expected = ops.moe(plain, x, router, make_experts(plain, rule), shape)
     got = ops.moe(kernels, x, router, make_experts(kernels, rule), shape)
     # The hidden values are rounded to bfloat16, and to int8 by what that rounding left of them.
@@ -87,7 +90,7 @@ def test_rounded_experts_are_those_of_the_reference(rule: Quantization) -> None:
 
 
 def test_deterministic_rows_are_bit_equal_alone_and_in_a_batch() -> None:
-    kernels = TritonKernels(KernelOptions(is_deterministic=True))
+    kernels = on_test_device(TritonKernels(KernelOptions(is_deterministic=True)))
     experts = make_experts(kernels, NO_QUANTIZATION)
     x, router, shape = (
         rand(33, HIDDEN, seed=90),
@@ -101,7 +104,7 @@ def test_deterministic_rows_are_bit_equal_alone_and_in_a_batch() -> None:
 
 def test_weights_that_were_moved_are_found_again() -> None:
     """As after a sleep: the same layer, its tensors elsewhere."""
-    kernels = TritonKernels()
+    kernels = on_test_device(TritonKernels())
     experts = make_experts(kernels, NO_QUANTIZATION)
     x, router, shape = (
         rand(2, HIDDEN, seed=90),
@@ -111,14 +114,13 @@ def test_weights_that_were_moved_are_found_again() -> None:
     before = ops.moe(kernels, x, router, experts, shape)
     for expert in experts:
         for weight in (expert.gate, expert.up, expert.down):
-            weight.values = torch.cat([torch.zeros(64, dtype=torch.bfloat16), weight.values.flatten()])[
-                64:
-            ].view_as(weight.values)
+            old = weight.values
+            weight.values = torch.cat([old.new_zeros(64), old.flatten()])[64:].view_as(old)
     assert torch.equal(ops.moe(kernels, x, router, experts, shape), before)
 
 
 def test_experts_that_are_rounded_differently_are_refused_by_name() -> None:
-    kernels = TritonKernels()
+    kernels = on_test_device(TritonKernels())
     experts = make_experts(kernels, NO_QUANTIZATION)
     experts[3] = make_experts(kernels, Quantization(method="int8"))[3]
     with pytest.raises(UnsupportedModelError, match="quantized in different ways"):

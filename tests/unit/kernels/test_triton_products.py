@@ -14,8 +14,12 @@ from penstock.kernels.reference.weights import prepare_plain
 from penstock.kernels.rounded import RoundedWeight
 from penstock.kernels.triton import linear, weights
 from penstock.kernels.triton.kernel_set import TritonKernels
-from penstock.kernels.triton.linear import choose_tiling, multiply
+from penstock.kernels.triton.linear import choose_tiling
 from penstock.kernels.triton.weights import TritonLinear
+from tests.unit.kernels.device_home import on_test_device
+
+prepare = on_test_device(weights).prepare
+multiply, round_to_device = on_test_device(linear).multiply, on_test_device(linear).round_rows
 
 RULES = [
     NO_QUANTIZATION,
@@ -39,7 +43,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 def make(rule: Quantization, *, outputs: int, inputs: int) -> tuple[Tensor, Tensor, TritonLinear]:
     weight, bias = rand(outputs, inputs, seed=1) / inputs**0.5, rand(outputs, seed=2)
-    return weight, bias, weights.prepare(weight, bias, quantization=rule)
+    return weight, bias, prepare(weight, bias, quantization=rule)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,7 @@ def test_products_of_any_size_are_those_of_the_reference(
 def test_deterministic_rows_are_bit_equal_alone_and_in_a_batch(rule: Quantization) -> None:
     """66 rows are more than a tile: their chunks are summed in turn, those of one row side by side."""
     _, _, prepared = make(rule, outputs=24, inputs=1100)
-    kernels = TritonKernels(KernelOptions(is_deterministic=True))
+    kernels = on_test_device(TritonKernels(KernelOptions(is_deterministic=True)))
     x = rand(66, 1100, seed=3)
     whole = kernels.linear(x, prepared)
     assert not choose_tiling(66, prepared, is_deterministic=True).is_parallel
@@ -123,9 +127,9 @@ def test_int4_packing_by_hand() -> None:
 
 def test_rounded_rows_are_those_of_the_rule() -> None:
     x = rand(5, 300) * torch.tensor([[1.0], [1e-3], [1e4], [0.0], [1.0]]).bfloat16()
-    values, scales = linear.round_rows(x, "int8")
+    values, scales = round_to_device(x, "int8")
     assert torch.equal(values.float() * scales[:, None], round_rows(x))
-    values, scales = linear.round_rows(x, "fp8")
+    values, scales = round_to_device(x, "fp8")
     expected, expected_scales = quantize_fp8(x)
     assert torch.equal(values.float(), expected.float())
     assert torch.equal(scales, expected_scales)
@@ -145,7 +149,7 @@ def test_a_row_that_is_not_finite_stays_so_when_it_is_rounded() -> None:
 
 def test_a_fused_piece_and_a_transposed_weight_are_read_right() -> None:
     fused, weight = rand(4, 96), rand(48, 10, seed=1).t()
-    prepared = weights.prepare(weight, None, quantization=NO_QUANTIZATION)
+    prepared = prepare(weight, None, quantization=NO_QUANTIZATION)
     for is_deterministic in (False, True):
         for rows in (1, 4):
             x = fused[:rows, 48:]
