@@ -55,27 +55,31 @@ class _Call:
         """Keys of a split; 0 where they depend on the step."""
         return FIXED_SPLIT if self.is_deterministic else 0
 
-    def inputs(self) -> tuple[Tensor | int | float, ...]:
-        """What both attention kernels read: their arguments from `key_numbers` to `short_limit`."""
+    def inputs(self) -> dict[str, Tensor | int | float]:
+        """What both attention kernels read, by the names of their parameters."""
         kv, slab = self.slab.shape, self.slab
         keys, values = planes(slab.keys, kv), planes(slab.values, kv)
         assert keys.block_stride == values.block_stride, (slab.keys.stride(), slab.values.stride())
-        return (
-            keys.numbers,
-            values.numbers,
-            keys.scales,
-            values.scales,
-            self.batch.block_tables,
-            self.batch.query_start_loc,
-            self.batch.seq_lens,
-            self.query.stride(0),
-            self.query.stride(1),
-            keys.block_stride,
-            keys.scale_stride,
-            self.batch.block_tables.stride(0),
-            *_scoring(self.shape),
-            tiles.short_limit(self.heads),
-        )
+        scale, softcap = _scoring(self.shape)
+        return {
+            "query": self.query,
+            "out": self.out,
+            "key_numbers": keys.numbers,
+            "value_numbers": values.numbers,
+            "key_scales": keys.scales,
+            "value_scales": values.scales,
+            "block_tables": self.batch.block_tables,
+            "query_start": self.batch.query_start_loc,
+            "seq_lens": self.batch.seq_lens,
+            "stride_t": self.query.stride(0),
+            "stride_h": self.query.stride(1),
+            "block_stride": keys.block_stride,
+            "scale_stride": keys.scale_stride,
+            "table_stride": self.batch.block_tables.stride(0),
+            "scale": scale,
+            "softcap": softcap,
+            "short_limit": tiles.short_limit(self.heads),
+        }
 
     def constants(self, tile: Tile) -> dict[str, int | bool]:
         """Compile-time arguments of both attention kernels, and how to compile them."""
@@ -103,7 +107,7 @@ class _Call:
 
 
 def _scoring(shape: AttentionShape) -> tuple[float, float]:
-    """Factors of `_exponents`: on the product of query and key, and on the capped score."""
+    """Factors of `_exponents`: `scale` on the product of query and key, `softcap` on the capped score."""
     if shape.softcap is None:
         return shape.scale * LOG2_E, 0.0
     return shape.scale * 2 * LOG2_E / shape.softcap, shape.softcap * LOG2_E
@@ -118,34 +122,33 @@ def _run_short(call: _Call) -> None:
         num_splits = tiles.num_splits(mix, heads, num_processors=num_processors(call.query.device))
     num_heads = heads.num_kv_heads * heads.group
     parts = (mix.num_seqs * mix.max_short * num_heads * num_splits) if num_splits > 1 else 0
-    acc = call.query.new_empty(parts, heads.head_dim, dtype=torch.float32)
-    peak, total = (call.query.new_empty(parts, dtype=torch.float32) for _ in range(2))
+    partial = {
+        "partial_acc": call.query.new_empty(parts, heads.head_dim, dtype=torch.float32),
+        "partial_peak": call.query.new_empty(parts, dtype=torch.float32),
+        "partial_total": call.query.new_empty(parts, dtype=torch.float32),
+    }
     attention_kernels.short_kernel[mix.num_seqs, heads.num_kv_heads, num_splits](
-        call.query,
-        call.out,
-        acc,
-        peak,
-        total,
-        *call.inputs(),
-        num_splits,
+        **call.inputs(),
+        **partial,
+        num_splits=num_splits,
         ROWS=mix.max_short,
         MIN_SPLIT=MIN_SPLIT,
         **call.constants(tile),
     )
     if num_splits > 1:
-        _reduce(call, (acc, peak, total), tile=tile, num_splits=num_splits)
+        _reduce(call, partial, tile=tile, num_splits=num_splits)
 
 
-def _reduce(call: _Call, partial: tuple[Tensor, Tensor, Tensor], *, tile: Tile, num_splits: int) -> None:
+def _reduce(call: _Call, partial: dict[str, Tensor], *, tile: Tile, num_splits: int) -> None:
     heads, mix = call.heads, call.mix
     num_heads = heads.num_kv_heads * heads.group
     attention_kernels.reduce_kernel[mix.num_seqs * mix.max_short, num_heads](
-        call.out,
-        *partial,
-        call.batch.query_start_loc,
-        call.batch.seq_lens,
-        tiles.short_limit(heads),
-        num_splits,
+        **partial,
+        out=call.out,
+        query_start=call.batch.query_start_loc,
+        seq_lens=call.batch.seq_lens,
+        short_limit=tiles.short_limit(heads),
+        num_splits=num_splits,
         NUM_HEADS=num_heads,
         HEAD_DIM=heads.head_dim,
         WINDOW=call.shape.window or 0,
@@ -165,10 +168,8 @@ def _run_long(call: _Call) -> None:
     tile = tiles.fixed_tile(heads) if call.is_deterministic else tiles.long_tile(heads)
     rows = tile.block_m // heads.group
     attention_kernels.long_kernel[mix.num_rows // rows + mix.num_seqs, heads.num_kv_heads](
-        call.query,
-        call.out,
-        *call.inputs(),
-        mix.num_seqs,
+        **call.inputs(),
+        num_seqs=mix.num_seqs,
         ROWS=rows,
         **call.constants(tile),
     )

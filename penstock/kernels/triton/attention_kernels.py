@@ -5,6 +5,11 @@ of the G heads that share the keys, so that keys are read once for all of them. 
 time, looks their blocks up in the table, and keeps for each row the largest exponent so far, the sum of the
 powers of two and the sum of values weighted by them, all in float32.
 
+What several functions read together goes through them as one tuple: `state` (see `_nothing`), `cache` (see
+`_head_cache`), `scoring` (scale, softcap) and `sight` (the rows' positions; keys [low, end) are there).
+Constants are listed one by one, since a constant in a tuple becomes a number on the device; so are the
+kernels' own parameters, which a launch names and compiles for.
+
 Letters: M rows of a tile, N keys of a tile, D head size (filled up to a power of two), S splits.
 
 **Source:** Dao, FlashAttention-2, 2023, section 3; Dao et al., Flash-Decoding for long-context inference,
@@ -67,11 +72,9 @@ def _sweep(
     q_MD: tl.tensor,
     cache: tl.tensor,
     scoring: tl.tensor,
-    position_M: tl.tensor,
+    sight: tl.tensor,
     start: tl.tensor,
     stop: tl.tensor,
-    low: tl.tensor,
-    end: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,6 +87,7 @@ def _sweep(
 
     Keys outside [low, end) are not loaded. Without IS_MASKED all of them are there and seen by every row.
     """
+    position_M, low, end = sight
     acc_MD, peak_M, total_M = state
     keys, values, key_scales, value_scales, table, block_stride, scale_stride = cache
     column_N, dim_D = tl.arange(0, BLOCK_N), tl.arange(0, q_MD.shape[1])
@@ -141,11 +145,9 @@ def _attend_run(
     q_MD: tl.tensor,
     cache: tl.tensor,
     scoring: tl.tensor,
-    position_M: tl.tensor,
+    sight: tl.tensor,
     start: tl.tensor,
     stop: tl.tensor,
-    low: tl.tensor,
-    end: tl.tensor,
     first_position: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -161,19 +163,20 @@ def _attend_run(
     state = _nothing(q_MD.shape[0], q_MD.shape[1])
     clear = start
     if WINDOW > 0:
+        _position_M, _low, end = sight
         behind = tl.maximum(end - WINDOW, 0)  # keys before it the last row does not see
         clear = tl.minimum(tl.maximum(start, tl.cdiv(behind, BLOCK_N) * BLOCK_N), stop)
         state = _sweep(
-            state, q_MD, cache, scoring, position_M, start, clear, low, end,
+            state, q_MD, cache, scoring, sight, start, clear,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES, True,
         )  # fmt: skip
     clouded = tl.maximum(tl.minimum(stop, (first_position + 1) // BLOCK_N * BLOCK_N), clear)
     state = _sweep(
-        state, q_MD, cache, scoring, position_M, clear, clouded, low, end,
+        state, q_MD, cache, scoring, sight, clear, clouded,
         HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES, False,
     )  # fmt: skip
     return _sweep(
-        state, q_MD, cache, scoring, position_M, clouded, stop, low, end,
+        state, q_MD, cache, scoring, sight, clouded, stop,
         HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES, True,
     )  # fmt: skip
 
@@ -183,12 +186,10 @@ def _attend_splits(
     q_MD: tl.tensor,
     cache: tl.tensor,
     scoring: tl.tensor,
-    position_M: tl.tensor,
+    sight: tl.tensor,
     first_split: tl.tensor,
     last_split: tl.tensor,
     base: tl.tensor,
-    low: tl.tensor,
-    end: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -201,12 +202,13 @@ def _attend_splits(
 
     Every tile is masked, so that there is one way to compute a score.
     """
+    _position_M, low, end = sight
     state = _nothing(q_MD.shape[0], q_MD.shape[1])
     for split in range(bound(first_split), bound(last_split)):
         start = tl.maximum(base + split * FIXED_SPLIT, low // BLOCK_N * BLOCK_N)
         stop = tl.minimum(base + (split + 1) * FIXED_SPLIT, end)
         more = _sweep(
-            _nothing(q_MD.shape[0], q_MD.shape[1]), q_MD, cache, scoring, position_M, start, stop, low, end,
+            _nothing(q_MD.shape[0], q_MD.shape[1]), q_MD, cache, scoring, sight, start, stop,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES, True,
         )  # fmt: skip
         state = _join(state, more)
@@ -370,16 +372,16 @@ def short_kernel(
         block_stride, scale_stride, HEAD_DIM, BLOCK_SIZE,
     )  # fmt: skip
     scoring = scale, softcap
-    position_M = first_position + new_M
+    sight = first_position + new_M, low, end
     if FIXED_SPLIT > 0:
         state = _attend_splits(
-            q_MD, cache, scoring, position_M, split, split + 1, base, low, end,
+            q_MD, cache, scoring, sight, split, split + 1, base,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES, FIXED_SPLIT,
         )  # fmt: skip
     else:
         start = base + split * piece
         state = _attend_run(
-            q_MD, cache, scoring, position_M, start, tl.minimum(start + piece, end), low, end, first_position,
+            q_MD, cache, scoring, sight, start, tl.minimum(start + piece, end), first_position,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES,
         )  # fmt: skip
     if num_live == 1:
@@ -442,16 +444,16 @@ def long_kernel(
         block_stride, scale_stride, HEAD_DIM, BLOCK_SIZE,
     )  # fmt: skip
     scoring = scale, softcap
-    position_M = before + new_M
+    sight = before + new_M, low, end
     if FIXED_SPLIT > 0:
         base, _piece, num_live = _geometry(low, end, 1, BLOCK_N, 0, FIXED_SPLIT)
         state = _attend_splits(
-            q_MD, cache, scoring, position_M, 0, num_live, base, low, end,
+            q_MD, cache, scoring, sight, 0, num_live, base,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES, FIXED_SPLIT,
         )  # fmt: skip
     else:
         state = _attend_run(
-            q_MD, cache, scoring, position_M, low // BLOCK_N * BLOCK_N, end, low, end, first_position,
+            q_MD, cache, scoring, sight, low // BLOCK_N * BLOCK_N, end, first_position,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, HAS_SOFTCAP, HAS_SCALES,
         )  # fmt: skip
     _store_answer(out, state, (row + new_M) * NUM_HEADS + head_M, is_row_M, HEAD_DIM)

@@ -20,8 +20,10 @@ are. `engine/sampling/device` builds what goes in.
 **Source:** keys as ordered integers as in radix selection; the share of top-p as in Holtzman et al. (2020).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ COLUMNS: Final = kernels.COLUMNS.value
 FEW: Final = kernels.FEW.value
 LIST: Final = kernels.LIST.value
 TILE: Final = kernels.TILE.value
+NOTHING: Final[Mapping[str, Tensor | int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,36 +90,26 @@ class DrawRequest:
     """Alternatives in the table; None where nobody asks for logprobs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Desk:
+Arguments = dict[str, Tensor | int]
+"""Of a kernel, by the names that it gives its parameters."""
+
+
+def _desk(num_draws: int, num_splits: int, *, device: torch.device) -> Arguments:
     """Numbers of the draws under way; from torch's pool, given back after the call."""
-
-    raw_tops: Tensor
-    best: Tensor
-    tops: Tensor
-    sums: Tensor
-    modes: Tensor
-    tokens: Tensor
-    statuses: Tensor
-    firsts: Tensor
-    borders: Tensor
-
-
-def _desk(num_draws: int, num_splits: int, *, device: torch.device) -> _Desk:
     floats = torch.empty(3, num_draws, num_splits, dtype=torch.float32, device=device)
     longs = torch.empty(3, num_draws, dtype=torch.int64, device=device)
     words = torch.empty(2, num_draws, dtype=torch.int32, device=device)
-    return _Desk(
-        raw_tops=floats[0],
-        best=torch.empty(num_draws, num_splits, dtype=torch.int64, device=device),
-        tops=floats[1],
-        sums=floats[2],
-        modes=words[0],
-        tokens=longs[0],
-        statuses=words[1],
-        firsts=longs[1],
-        borders=longs[2],
-    )
+    return {
+        "raw_tops": floats[0],
+        "tops": floats[1],
+        "sums": floats[2],
+        "best": torch.empty(num_draws, num_splits, dtype=torch.int64, device=device),
+        "tokens": longs[0],
+        "firsts": longs[1],
+        "borders": longs[2],
+        "modes": words[0],
+        "statuses": words[1],
+    }
 
 
 def draw_tokens(logits: Tensor, request: DrawRequest) -> Tensor:
@@ -135,7 +128,11 @@ def draw_tokens(logits: Tensor, request: DrawRequest) -> Tensor:
 
 
 class _Drawing:
-    """The launches of one call."""
+    """The launches of one call.
+
+    A kernel's parameters bear the same names wherever they mean the same, so a launch names only what is its
+    own: the rest is looked up.
+    """
 
     def __init__(self, logits: Tensor, request: DrawRequest) -> None:
         self._logits = logits
@@ -147,16 +144,40 @@ class _Drawing:
         self._has_candidates = request.has_top_k or (
             request.has_top_p and self._vocab > kernels.SMALL_VOCAB.value
         )
-        self._desk = _desk(self._num_draws, self._num_splits, device=logits.device)
-        self._edited = logits if request.edits is None else self._edit(request.edits)
+        self._known: Arguments = {
+            "logits": logits,
+            "stride": logits.stride(0),
+            "vocab": self._vocab,
+            "num_columns": self._num_columns,
+            "num_splits": self._num_splits,
+            "num_draws": self._num_draws,
+            "rows": request.rows,
+            "places": request.places,
+            "numbers": request.numbers,
+            "SPLITS": next_power_of_2(self._num_splits),
+            **_desk(self._num_draws, self._num_splits, device=logits.device),
+        }
+        self._known["edited"] = logits if request.edits is None else self._edit(request.edits)
 
     def run(self) -> Tensor:
         """All launches, in order."""
-        columns = self._scan()
-        self._settle()
+        self._scan()
+        self._launch(kernels.settle_kernel, (self._num_draws,), num_warps=1)
         if self._request.is_random:
-            self._filter_and_pick(columns)
+            self._filter_and_pick()
         return self._tell()
+
+    def _launch(
+        self,
+        kernel: Any,  # triton's own type, which is another one in the interpreter
+        grid: tuple[int, ...],
+        own: Mapping[str, Tensor | int] = NOTHING,
+        *,
+        num_warps: int = 4,
+    ) -> None:
+        """Launch a kernel over what it names: its own arguments first, then what all have in common."""
+        given = {name: own[name] if name in own else self._known[name] for name in kernel.arg_names}
+        kernel[grid](**given, num_warps=num_warps)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self._logits.device)
@@ -165,229 +186,80 @@ class _Drawing:
         """[edits, vocab] float32."""
         number = edits.rows.shape[0]
         edited = self._empty(number, self._vocab, dtype=torch.float32)
-        kernels.copy_kernel[(cdiv(self._vocab, TILE), number)](
-            self._logits,
-            edited,
-            edits.rows,
-            edits.mask_of,
-            edits.masks,
-            self._logits.stride(0),
-            self._vocab,
-            edits.masks.shape[1],
-            num_warps=8,
-        )
+        own: Arguments = {
+            "edited": edited,
+            "rows": edits.rows,
+            "mask_of": edits.mask_of,
+            "masks": edits.masks,
+            "mask_words": edits.masks.shape[1],
+            "offsets": edits.offsets,
+            "ids": edits.ids,
+            "kinds": edits.kinds,
+            "biases": edits.biases,
+            "counts": edits.counts,
+            "penalties": edits.penalties,
+            "BLOCK": TOUCH_BLOCK,
+        }
+        self._launch(kernels.copy_kernel, (cdiv(self._vocab, TILE), number), own, num_warps=8)
         if edits.most_tokens:
-            kernels.touch_kernel[(cdiv(edits.most_tokens, TOUCH_BLOCK), number)](
-                edited,
-                edits.offsets,
-                edits.ids,
-                edits.kinds,
-                edits.biases,
-                edits.counts,
-                edits.penalties,
-                self._vocab,
-                BLOCK=TOUCH_BLOCK,
-            )
+            self._launch(kernels.touch_kernel, (cdiv(edits.most_tokens, TOUCH_BLOCK), number), own)
         return edited
 
-    def _source(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Where a draw's logits are."""
-        return self._logits, self._edited, self._request.rows, self._request.places
-
-    def _scan(self) -> Tensor:
-        """The keys of the columns: [draws, columns], nothing in it where none are asked for."""
+    def _scan(self) -> None:
+        """Leaves the keys of the columns too: [draws, columns], nothing in it where none are asked for."""
         number = self._num_draws if self._has_candidates else 0
-        columns, desk = self._empty(max(1, number), self._num_columns, dtype=torch.int64), self._desk
-        kernels.scan_kernel[(self._num_splits, self._num_draws)](
-            *self._source(),
-            self._request.numbers,
-            desk.raw_tops,
-            desk.best,
-            desk.tops,
-            desk.sums,
-            columns,
-            self._vocab,
-            self._logits.stride(0),
-            self._num_columns,
-            KEEPS_COLUMNS=self._has_candidates,
-            num_warps=8,
-        )
-        return columns
+        self._known["columns"] = self._empty(max(1, number), self._num_columns, dtype=torch.int64)
+        self._known["KEEPS_COLUMNS"] = self._has_candidates
+        self._launch(kernels.scan_kernel, (self._num_splits, self._num_draws), num_warps=8)
 
-    def _settle(self) -> None:
-        desk = self._desk
-        kernels.settle_kernel[(self._num_draws,)](
-            desk.raw_tops,
-            desk.best,
-            self._request.numbers,
-            desk.modes,
-            desk.tokens,
-            desk.statuses,
-            desk.firsts,
-            desk.borders,
-            self._num_draws,
-            self._vocab,
-            self._num_splits,
-            SPLITS=next_power_of_2(self._num_splits),
-            num_warps=1,
-        )
-
-    def _filter_and_pick(self, columns: Tensor) -> None:
-        request = self._request
+    def _filter_and_pick(self) -> None:
+        request, each = self._request, (self._num_draws,)
         if self._has_candidates:
-            self._choose(columns)
+            self._choose()
         if request.has_top_k or request.has_top_p:
-            self._search()
+            self._launch(kernels.search_kernel, each, num_warps=16)
         if request.has_top_p or request.has_min_p:
-            self._filter()
-        self._pick()
+            self._launch(kernels.filter_kernel, (self._num_splits, self._num_draws), num_warps=8)
+        self._launch(kernels.pick_kernel, each, num_warps=8)
 
-    def _choose(self, columns: Tensor) -> None:
-        desk, number = self._desk, self._num_draws
-        chosen = self._empty(number, FEW, dtype=torch.int32)
-        limits, counts = self._empty(number, dtype=torch.int64), self._empty(number, dtype=torch.int32)
-        listed = self._empty(number, LIST, dtype=torch.int64)
-        kernels.columns_kernel[(number,)](
-            columns,
-            desk.modes,
-            desk.firsts,
-            chosen,
-            limits,
-            self._vocab,
-            self._num_columns,
-            PADDED=next_power_of_2(self._num_columns),
-            num_warps=8,
-        )
-        kernels.narrow_kernel[(number,)](
-            *self._source(),
-            desk.modes,
-            chosen,
-            limits,
-            listed,
-            counts,
-            self._vocab,
-            self._logits.stride(0),
-            self._num_columns,
-            num_warps=8,
-        )
-        kernels.choose_kernel[(number,)](
-            listed,
-            counts,
-            self._request.numbers,
-            desk.tops,
-            desk.sums,
-            desk.modes,
-            desk.tokens,
-            desk.firsts,
-            desk.borders,
-            number,
-            self._vocab,
-            self._num_splits,
-            SPLITS=next_power_of_2(self._num_splits),
-            num_warps=8,
-        )
-
-    def _search(self) -> None:
-        desk = self._desk
-        kernels.search_kernel[(self._num_draws,)](
-            *self._source(),
-            self._request.numbers,
-            desk.modes,
-            desk.tokens,
-            desk.firsts,
-            desk.borders,
-            self._num_draws,
-            self._vocab,
-            self._logits.stride(0),
-            num_warps=16,
-        )
-
-    def _filter(self) -> None:
-        desk = self._desk
-        kernels.filter_kernel[(self._num_splits, self._num_draws)](
-            *self._source(),
-            self._request.numbers,
-            desk.modes,
-            desk.firsts,
-            desk.borders,
-            desk.tops,
-            desk.sums,
-            self._num_draws,
-            self._vocab,
-            self._logits.stride(0),
-            self._num_columns,
-            num_warps=8,
-        )
-
-    def _pick(self) -> None:
-        desk = self._desk
-        kernels.pick_kernel[(self._num_draws,)](
-            *self._source(),
-            self._request.numbers,
-            desk.modes,
-            desk.tokens,
-            desk.firsts,
-            desk.borders,
-            desk.tops,
-            desk.sums,
-            self._num_draws,
-            self._vocab,
-            self._logits.stride(0),
-            self._num_columns,
-            self._num_splits,
-            SPLITS=next_power_of_2(self._num_splits),
-            num_warps=8,
-        )
+    def _choose(self) -> None:
+        number = self._num_draws
+        own: Arguments = {
+            "chosen": self._empty(number, FEW, dtype=torch.int32),
+            "limits": self._empty(number, dtype=torch.int64),
+            "listed": self._empty(number, LIST, dtype=torch.int64),
+            "counts": self._empty(number, dtype=torch.int32),
+            "PADDED": next_power_of_2(self._num_columns),
+        }
+        for kernel in (kernels.columns_kernel, kernels.narrow_kernel, kernels.choose_kernel):
+            self._launch(kernel, (number,), own, num_warps=8)
 
     def _tell(self) -> Tensor:
         """Token and status of each draw; logprobs are written over the zeros beside them."""
-        desk, number, num_top = self._desk, self._num_draws, self._request.num_top
+        number, num_top = self._num_draws, self._request.num_top
         width = TABLE_HEAD + 2 * (num_top or 0)
         table = self._empty(number, width, dtype=torch.float64)
-        kernels.tell_kernel[(cdiv(number, TELL_BLOCK),)](
-            desk.tokens, desk.statuses, table, number, width, BLOCK=TELL_BLOCK
-        )
+        own: Arguments = {"table": table, "width": width, "BLOCK": TELL_BLOCK}
+        self._launch(kernels.tell_kernel, (cdiv(number, TELL_BLOCK),), own)
         if num_top is not None:
             self._tell_logprobs(table, num_top=num_top)
         return table
 
     def _tell_logprobs(self, table: Tensor, *, num_top: int) -> None:
-        desk, number, num_tiles = self._desk, self._num_draws, cdiv(self._vocab, TILE)
+        number, num_tiles = self._num_draws, cdiv(self._vocab, TILE)
         room = next_power_of_2(num_top) if num_top else 0
         tops, sums = self._empty(2, number, num_tiles, dtype=torch.float32)
-        ahead = self._empty(number, num_tiles, dtype=torch.int32)
-        likeliest = self._empty(number, num_tiles, max(1, room), dtype=torch.int64)
-        kernels.facts_kernel[(num_tiles, number)](
-            self._logits,
-            self._request.rows,
-            self._request.numbers,
-            desk.tokens,
-            tops,
-            sums,
-            ahead,
-            likeliest,
-            number,
-            self._vocab,
-            self._logits.stride(0),
-            NUM_TOP=room,
-            num_warps=8,
-        )
-        kernels.tell_logprobs_kernel[(number,)](
-            self._logits,
-            self._request.rows,
-            self._request.numbers,
-            desk.tokens,
-            desk.statuses,
-            tops,
-            sums,
-            ahead,
-            likeliest,
-            table,
-            number,
-            self._logits.stride(0),
-            num_tiles,
-            num_top,
-            NUM_TOP=room,
-            TILES=next_power_of_2(num_tiles),
-            KEYS=next_power_of_2(num_tiles * max(1, room)),
-        )
+        own: Arguments = {
+            "tops": tops,
+            "sums": sums,
+            "ahead": self._empty(number, num_tiles, dtype=torch.int32),
+            "likeliest": self._empty(number, num_tiles, max(1, room), dtype=torch.int64),
+            "table": table,
+            "num_tiles": num_tiles,
+            "num_top": num_top,
+            "NUM_TOP": room,
+            "TILES": next_power_of_2(num_tiles),
+            "KEYS": next_power_of_2(num_tiles * max(1, room)),
+        }
+        self._launch(kernels.facts_kernel, (num_tiles, number), own, num_warps=8)
+        self._launch(kernels.tell_logprobs_kernel, (number,), own)

@@ -7,6 +7,10 @@ another program adds to.
 
 The order of tokens (logit falling, id rising) is that of int64 keys; "key at most a border" is therefore a
 prefix of the sorted row, equal logits included, and no row is ever sorted.
+
+What several functions read together goes through them as one tuple: `source`, where a draw's logits lie
+(logits, edited, row, place, stride, vocab), and `scale`, what makes weights of them (top, sharpness). The
+kernels themselves list every parameter: a launch compiles for each of them, by its name and its divisors.
 """
 
 import triton
@@ -108,17 +112,9 @@ def sharpness_of(numbers: tl.tensor, draw: tl.tensor) -> tl.tensor:
 
 
 @inlined
-def read(
-    logits: tl.tensor,
-    edited: tl.tensor,
-    row: tl.tensor,
-    place: tl.tensor,
-    ids: tl.tensor,
-    mask: tl.tensor,
-    stride: tl.tensor,
-    vocab: tl.tensor,
-) -> tl.tensor:
+def read(source: tl.tensor, ids: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """Float32 logits as the draw sees them: raw, or of its own row in `edited` if `place` is 0 or more."""
+    logits, edited, row, place, stride, vocab = source
     raw = tl.load(logits + row * stride + ids, mask=mask & (place < 0), other=-float("inf")).to(tl.float32)
     own = tl.load(edited + place * vocab + ids, mask=mask & (place >= 0), other=-float("inf"))
     return tl.where(place < 0, raw, own)
@@ -332,13 +328,13 @@ def narrow_kernel(
     """The keys at or before the limit, out of the chosen columns: a prefix of the sorted row, unsorted."""
     draw = tl.program_id(0).to(tl.int64)
     if tl.load(modes + draw) == CANDIDATES:
-        row, place = tl.load(rows + draw), tl.load(places + draw)
+        source = logits, edited, tl.load(rows + draw), tl.load(places + draw), stride, vocab
         index = tl.arange(0, FEW)
         is_chosen = index < num_columns
         column = tl.load(chosen + draw * FEW + index, mask=is_chosen, other=0)
         ids = tl.arange(0, LANES)[:, None].to(tl.int64) * num_columns + column[None, :]
         is_token = (ids < vocab) & is_chosen[None, :]
-        key = order_key(read(logits, edited, row, place, ids, is_token, stride, vocab), ids)
+        key = order_key(read(source, ids, is_token), ids)
         taken = (is_token & (key <= tl.load(limits + draw))).to(tl.int32)
         flat, keys = tl.reshape(taken, (LANES * FEW,)), tl.reshape(key, (LANES * FEW,))
         slot = running_total(flat, 0) - 1
@@ -417,22 +413,14 @@ def choose_kernel(
 
 @inlined
 def mass_upto(
-    logits: tl.tensor,
-    edited: tl.tensor,
-    row: tl.tensor,
-    place: tl.tensor,
-    stride: tl.tensor,
-    vocab: tl.tensor,
-    top: tl.tensor,
-    sharpness: tl.tensor,
-    floor: tl.tensor,
-    border: tl.tensor,
+    source: tl.tensor, vocab: tl.tensor, scale: tl.tensor, floor: tl.tensor, border: tl.tensor
 ) -> tl.tensor:
     """Mass of the tokens up to a key, without those lighter than `floor`; summed as in `shortest`."""
+    top, sharpness = scale
     mass = tl.full((FINE_TILE,), 0.0, tl.float32)
     for start in range(0, bound(vocab), FINE_TILE):
         ids = start + tl.arange(0, FINE_TILE).to(tl.int64)
-        x = read(logits, edited, row, place, ids, ids < vocab, stride, vocab)
+        x = read(source, ids, ids < vocab)
         weight = weigh(x, top, sharpness)
         mass += tl.where((order_key(x, ids) <= border) & (weight.to(tl.float64) >= floor), weight, 0.0)
     return total_of(mass.to(tl.float64), 0)
@@ -451,14 +439,9 @@ def is_reached(mass: tl.tensor, target: tl.tensor, STRICTLY: tl.constexpr) -> tl
 
 @inlined
 def shortest(
-    logits: tl.tensor,
-    edited: tl.tensor,
-    row: tl.tensor,
-    place: tl.tensor,
-    stride: tl.tensor,
+    source: tl.tensor,
     vocab: tl.tensor,
-    top: tl.tensor,
-    sharpness: tl.tensor,
+    scale: tl.tensor,
     floor: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
@@ -473,6 +456,7 @@ def shortest(
     A lane adds some hundred numbers in float32, the lanes are added in float64; a longer prefix never has
     less, since rounding is monotone.
     """
+    top, sharpness = scale
     while low < high:
         second = (low & high) + ((low ^ high) >> 1)
         first = (low & second) + ((low ^ second) >> 1)
@@ -485,7 +469,7 @@ def shortest(
         next_2, next_3 = next_1, next_1
         for start in range(0, bound(vocab), FINE_TILE):
             ids = start + tl.arange(0, FINE_TILE).to(tl.int64)
-            x = read(logits, edited, row, place, ids, ids < vocab, stride, vocab)
+            x = read(source, ids, ids < vocab)
             key = tl.where(ids < vocab, order_key(x, ids), NO_KEY)
             weight = weigh(x, top, sharpness)
             is_kept = weight.to(tl.float64) >= floor
@@ -528,31 +512,22 @@ def search_kernel(
     """Rows whose candidates did not tell: borders by passes over the whole row, which lies in the cache."""
     draw = tl.program_id(0).to(tl.int64)
     if tl.load(modes + draw) == SEARCH:
-        row, place = tl.load(rows + draw), tl.load(places + draw)
+        source = logits, edited, tl.load(rows + draw), tl.load(places + draw), stride, vocab
         low = tl.load(firsts + draw)
-        top, sharpness = value_of(low), sharpness_of(numbers, draw)
+        scale = value_of(low), sharpness_of(numbers, draw)
         top_k, top_p = number(numbers, TOP_K, draw, num_draws), number(numbers, TOP_P, draw, num_draws)
         min_p = number(numbers, MIN_P, draw, num_draws)
         has_k = (top_k > 0) & (top_k < vocab)
         border, any_weight = tl.maximum(low, LAST_KEY), top_p * 0.0
         if has_k:
-            border = shortest(
-                logits, edited, row, place, stride, vocab, top, sharpness, any_weight, low, border,
-                top_k, True, False,
-            )  # fmt: skip
+            border = shortest(source, vocab, scale, any_weight, low, border, top_k, True, False)
         if top_p < 1.0:
-            total = mass_upto(logits, edited, row, place, stride, vocab, top, sharpness, any_weight, border)
-            border = shortest(
-                logits, edited, row, place, stride, vocab, top, sharpness, any_weight, low, border,
-                top_p * total, False, False,
-            )  # fmt: skip
+            total = mass_upto(source, vocab, scale, any_weight, border)
+            border = shortest(source, vocab, scale, any_weight, low, border, top_p * total, False, False)
         if has_k:
-            total = mass_upto(logits, edited, row, place, stride, vocab, top, sharpness, min_p, border)
+            total = mass_upto(source, vocab, scale, min_p, border)
             target = tl.minimum(number(numbers, UNIFORM, draw, num_draws) * total, total * BELOW_ONE)
-            drawn = shortest(
-                logits, edited, row, place, stride, vocab, top, sharpness, min_p, low, border,
-                target, False, True,
-            )  # fmt: skip
+            drawn = shortest(source, vocab, scale, min_p, low, border, target, False, True)
             tl.store(tokens + draw, drawn & ID_MASK)
         tl.store(borders + draw, border)
         tl.store(modes + draw, tl.where(has_k, DONE, FILTERED))
@@ -578,22 +553,11 @@ def filter_kernel(
     """The sum of a split's kept tokens in place of that of all."""
     draw = tl.program_id(1).to(tl.int64)
     if tl.load(modes + draw) == FILTERED:
-        row, place = tl.load(rows + draw), tl.load(places + draw)
-        top = value_of(tl.load(firsts + draw))
-        weights = kept_weights(
-            logits,
-            edited,
-            row,
-            place,
-            tl.program_id(0),
-            top,
-            sharpness_of(numbers, draw),
-            tl.load(borders + draw),
-            number(numbers, MIN_P, draw, num_draws),
-            vocab,
-            stride,
-            num_columns,
-        )
+        source = logits, edited, tl.load(rows + draw), tl.load(places + draw), stride, vocab
+        top, split = value_of(tl.load(firsts + draw)), tl.program_id(0)
+        scale = top, sharpness_of(numbers, draw)
+        border, floor = tl.load(borders + draw), number(numbers, MIN_P, draw, num_draws)
+        weights = kept_weights(source, vocab, scale, floor, border, split, num_columns)
         at = draw * tl.num_programs(0) + tl.program_id(0)
         tl.store(tops + at, top)
         tl.store(sums + at, total_of(total_of(weights, 0), 0))
@@ -601,24 +565,20 @@ def filter_kernel(
 
 @inlined
 def kept_weights(
-    logits: tl.tensor,
-    edited: tl.tensor,
-    row: tl.tensor,
-    place: tl.tensor,
-    split: tl.tensor,
-    top: tl.tensor,
-    sharpness: tl.tensor,
-    border: tl.tensor,
-    floor: tl.tensor,
+    source: tl.tensor,
     vocab: tl.tensor,
-    stride: tl.tensor,
+    scale: tl.tensor,
+    floor: tl.tensor,
+    border: tl.tensor,
+    split: tl.tensor,
     num_columns: tl.tensor,
 ) -> tl.tensor:
     """[LANES, COLUMNS] of a split, 0 where a filter dropped a token."""
+    top, sharpness = scale
     column = split * COLUMNS + tl.arange(0, COLUMNS)
     ids = tl.arange(0, LANES)[:, None].to(tl.int64) * num_columns + column[None, :]
     is_token = (ids < vocab) & (column < num_columns)[None, :]
-    x = read(logits, edited, row, place, ids, is_token, stride, vocab)
+    x = read(source, ids, is_token)
     weights = weigh(x, top, sharpness)
     is_kept = is_token & (order_key(x, ids) <= border) & (weights.to(tl.float64) >= floor)
     return tl.where(is_kept, weights, 0.0)
@@ -656,16 +616,15 @@ def pick_kernel(
     """The draw in the order of columns: first the split, then the column, then the token in it."""
     draw = tl.program_id(0).to(tl.int64)
     if tl.load(modes + draw) >= PLAIN:
-        row, place = tl.load(rows + draw), tl.load(places + draw)
+        source = logits, edited, tl.load(rows + draw), tl.load(places + draw), stride, vocab
         top, sharpness = value_of(tl.load(firsts + draw)), sharpness_of(numbers, draw)
         masses = shares(tops, sums, draw, top, sharpness, num_splits, SPLITS)
         running = running_total(masses, 0)
         target = number(numbers, UNIFORM, draw, num_draws) * largest(running, 0)
         split, rest = step_down(running, target)
         min_p, border = number(numbers, MIN_P, draw, num_draws), tl.load(borders + draw)
-        weights = kept_weights(
-            logits, edited, row, place, split, top, sharpness, border, min_p, vocab, stride, num_columns
-        ).to(tl.float64)
+        weights = kept_weights(source, vocab, (top, sharpness), min_p, border, split, num_columns)
+        weights = weights.to(tl.float64)
         column, rest = step_down(running_total(total_of(weights, 0), 0), rest)
         is_column = (tl.arange(0, COLUMNS) == column)[None, :]
         lane, _ = step_down(running_total(total_of(tl.where(is_column, weights, 0.0), 1), 0), rest)
