@@ -158,6 +158,10 @@ class KernelSet(Protocol):
         """See `prepare_rounded`."""
         ...
 
+    def join_linears(self, apart: Sequence[LinearWeight]) -> LinearWeight | None:
+        """See `join_linears`."""
+        ...
+
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """See `linear`."""
         ...
@@ -422,6 +426,20 @@ def prepare_rounded(
     assert bias is None or bias.shape == weight.values.shape[:1], (weight.values.shape, bias)
     assert weight.quantization.method in kernels.rounded_methods, (weight.quantization, kernels.name)
     return kernels.prepare_rounded(weight, bias, dtype=dtype, parts=parts)
+
+
+def join_linears(kernels: KernelSet, apart: Sequence[LinearWeight]) -> LinearWeight | None:
+    """One weight whose product is those of several side by side, for products of one input; while loading.
+
+    Args:
+        kernels: the home that prepared them and will use the result.
+        apart: at least two, [O, I] each; not needed any more by the result.
+
+    Returns:
+        [sum of O, I], the same values; None where the home gains nothing by it or their formats differ.
+    """
+    assert len({each.in_features for each in apart}) == 1, [each.in_features for each in apart]
+    return kernels.join_linears(apart)
 
 
 def linear(kernels: KernelSet, x: Tensor, weight: LinearWeight) -> Tensor:

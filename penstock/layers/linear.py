@@ -1,7 +1,9 @@
-"""A dense layer over a prepared weight."""
+"""Dense layers over prepared weights, alone and several of one input."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from penstock.kernels import ops
@@ -27,3 +29,36 @@ class Linear:
         if self.site is not None:
             y = ops.lora(self.kernels, x, y, self.site)
         return y if self.summed_over is None else self.summed_over.sum(y)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeparateLinears:
+    """Several products of one input, one by one."""
+
+    linears: tuple[Linear, ...]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, in_features] to [T, out_features] of each."""
+        return tuple(linear(x) for linear in self.linears)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedLinears:
+    """Several products of one input as one: where the kernels gain by it, or as the checkpoint has it."""
+
+    product: Linear
+    sizes: list[int]
+    """Of each, in the order of the product's outputs."""
+    sites: tuple[LoraSite | None, ...]
+    """Where adapters act on each; those of a checkpoint that has it joined act on the product."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, in_features] to [T, size] of each, columns of one tensor: from row to row lie all of them."""
+        parts = torch.split(self.product(x), self.sizes, dim=1)
+        return tuple(self._adapted(x, *each) for each in zip(parts, self.sites, strict=True))
+
+    def _adapted(self, x: Tensor, part: Tensor, site: LoraSite | None) -> Tensor:
+        return part if site is None else ops.lora(self.product.kernels, x, part, site)
+
+
+Linears: TypeAlias = SeparateLinears | JoinedLinears

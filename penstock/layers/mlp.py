@@ -6,7 +6,7 @@ from enum import Enum
 from torch import Tensor
 
 from penstock.kernels import ops
-from penstock.layers.linear import Linear
+from penstock.layers.linear import Linear, Linears
 
 
 class Activation(Enum):
@@ -27,27 +27,14 @@ class Activation(Enum):
 class GatedMlp:
     """`down(activation(gate(x)) * up(x))`."""
 
-    gate: Linear
-    up: Linear
+    gate_up: Linears
+    """Gate, then up."""
     down: Linear
     activation: Activation
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden_size] to the same shape."""
-        return self.down(self.activation.gated(self.gate.kernels, self.gate(x), self.up(x)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FusedGatedMlp:
-    """The same with gate and up stored as one weight, gate first (Phi-3)."""
-
-    gate_up: Linear
-    down: Linear
-    activation: Activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] to the same shape."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x)
         return self.down(self.activation.gated(self.down.kernels, gate, up))
 
 

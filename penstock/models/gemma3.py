@@ -88,9 +88,7 @@ class Gemma3Attention:
     def __init__(self, config: Gemma3Config, *, layer_idx: int, parts: Parts) -> None:
         shape, bias = config.shape, config.attention_bias
         self.head_dim = shape.head_dim
-        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size, bias=bias)
-        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size, bias=bias)
-        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size, bias=bias)
+        self.query_key_value = parts.query_key_value(shape, bias=bias)
         self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size, bias=bias)
         eps = config.rms_norm_eps
         self.query_norm = parts.rms_norm("q_norm", shape.head_dim, eps=eps, weight_offset=1.0)
@@ -104,9 +102,10 @@ class Gemma3Attention:
     def __call__(self, x: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
         """[T, hidden_size] to the same shape."""
         per_head = (x.shape[0], -1, self.head_dim)
-        query_THD = angles.rotate(self.query_norm(self.query(x).view(per_head)))
-        key_TND = angles.rotate(self.key_norm(self.key(x).view(per_head)))
-        value_TND = self.value(x).view(per_head)
+        query, key, value = self.query_key_value(x)
+        query_THD = angles.rotate(self.query_norm(query.view(per_head)))
+        key_TND = angles.rotate(self.key_norm(key.view(per_head)))
+        value_TND = value.view(per_head)
         return self.output(self.attention(query_THD, key_TND, value_TND, batch))
 
 

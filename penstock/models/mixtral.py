@@ -52,9 +52,7 @@ class MixtralAttention:
     def __init__(self, config: MixtralConfig, *, layer_idx: int, parts: Parts) -> None:
         shape = config.shape
         self.head_dim = shape.head_dim
-        self.query = parts.column_linear("q_proj", shape.hidden_size, shape.query_size)
-        self.key = parts.column_linear("k_proj", shape.hidden_size, shape.kv_size)
-        self.value = parts.column_linear("v_proj", shape.hidden_size, shape.kv_size)
+        self.query_key_value = parts.query_key_value(shape)
         self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
@@ -65,9 +63,10 @@ class MixtralAttention:
     def __call__(self, x: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
         """[T, hidden_size] to the same shape."""
         per_head = (x.shape[0], -1, self.head_dim)
-        query_THD = angles.rotate(self.query(x).view(per_head))
-        key_TND = angles.rotate(self.key(x).view(per_head))
-        value_TND = self.value(x).view(per_head)
+        query, key, value = self.query_key_value(x)
+        query_THD = angles.rotate(query.view(per_head))
+        key_TND = angles.rotate(key.view(per_head))
+        value_TND = value.view(per_head)
         return self.output(self.attention(query_THD, key_TND, value_TND, batch))
 
 

@@ -6,7 +6,7 @@ milliseconds, then over the data; so nothing is half loaded.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,9 +20,10 @@ from penstock.kernels.ops import KernelSet, LinearWeight
 from penstock.kernels.quantization import NO_QUANTIZATION, Method, Quantization
 from penstock.kernels.rounded import RoundedWeight
 from penstock.layers.embedding import Embedding, LmHead, SharedEmbedding
-from penstock.layers.linear import Linear
+from penstock.layers.linear import JoinedLinears, Linear, Linears, SeparateLinears
 from penstock.layers.mlp import Activation, GatedMlp
 from penstock.layers.norm import LayerNorm, RmsNorm
+from penstock.models.config import DecoderShape
 from penstock.models.stored import StoredMatrix, StoredParts, StoredTensor, TensorSource
 from penstock.parallel.cut import Cut
 from penstock.parallel.rank import ALONE, Rank
@@ -251,6 +252,39 @@ class Parts:
         site = self._site(name, in_features, out_features)
         return Linear(kernels=self.kernels, weight=weight, site=site)
 
+    def column_linears(self, sizes: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linears:
+        """As `column_linear`, several of one input: one product where the kernels have it so.
+
+        Args:
+            sizes: names, and the outputs of each.
+            in_features: I.
+            bias: each has one.
+        """
+        linears = tuple(
+            self.column_linear(name, in_features, num_outputs, bias=bias)
+            for name, num_outputs in sizes.items()
+        )
+        apart = [linear.weight for linear in linears]
+        weight = ops.join_linears(self.kernels, apart)
+        if weight is None:
+            return SeparateLinears(linears=linears)
+        self.weights.resident_bytes += weight.num_bytes - sum(each.num_bytes for each in apart)
+        return JoinedLinears(
+            product=Linear(kernels=self.kernels, weight=weight),
+            sizes=[each.out_features for each in apart],
+            sites=tuple(linear.site for linear in linears),
+        )
+
+    def stored_joined(self, name: str, in_features: int, sizes: Sequence[int]) -> Linears:
+        """As `column_linears` of layers that the checkpoint has as one, without bias; adapters act on all."""
+        product = self.column_linear(name, in_features, sum(sizes), parts=sizes)
+        return JoinedLinears(product=product, sizes=self.shares(sizes), sites=(None,) * len(sizes))
+
+    def query_key_value(self, shape: DecoderShape, *, bias: bool = False) -> Linears:
+        """The projections of attention, stored as `q_proj`, `k_proj` and `v_proj`."""
+        sizes = {"q_proj": shape.query_size, "k_proj": shape.kv_size, "v_proj": shape.kv_size}
+        return self.column_linears(sizes, shape.hidden_size, bias=bias)
+
     def row_linear(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> Linear:
         """A dense layer stored as [out, in], of which each rank has some inputs; the first adds the bias."""
         cut = self.rank.cut((in_features,), dim=1, of=f"the inputs of {self.prefix}{name}")
@@ -390,8 +424,9 @@ class Parts:
         """An MLP stored as `gate_proj`, `up_proj` and `down_proj`."""
         mlp = self.at(name)
         return GatedMlp(
-            gate=mlp.column_linear("gate_proj", hidden_size, inner_size, bias=bias),
-            up=mlp.column_linear("up_proj", hidden_size, inner_size, bias=bias),
+            gate_up=mlp.column_linears(
+                {"gate_proj": inner_size, "up_proj": inner_size}, hidden_size, bias=bias
+            ),
             down=mlp.row_linear("down_proj", inner_size, hidden_size, bias=bias),
             activation=activation,
         )

@@ -6,13 +6,12 @@ H query heads, N key/value heads, D head size.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from penstock.kernels.batch import ForwardBatch
 from penstock.kernels.ops import AttentionShape
 from penstock.layers.attention import PagedAttention
-from penstock.layers.mlp import Activation, FusedGatedMlp
+from penstock.layers.mlp import Activation, GatedMlp
 from penstock.layers.rope import Rope, RopeAngles, RopeSpec
 from penstock.models.config import ConfigReader, DecoderShape, read_activation, read_decoder_shape
 from penstock.models.interface import CausalLM
@@ -51,8 +50,7 @@ class Phi3Attention:
         shape = config.shape
         self.head_dim = shape.head_dim
         sizes = (shape.query_size, shape.kv_size, shape.kv_size)
-        self.sizes = parts.shares(sizes)
-        self.query_key_value = parts.column_linear("qkv_proj", shape.hidden_size, sum(sizes), parts=sizes)
+        self.query_key_value = parts.stored_joined("qkv_proj", shape.hidden_size, sizes)
         self.output = parts.row_linear("o_proj", shape.query_size, shape.hidden_size)
         self.attention = PagedAttention(
             kernels=parts.kernels,
@@ -63,18 +61,18 @@ class Phi3Attention:
     def __call__(self, x: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
         """[T, hidden_size] to the same shape."""
         per_head = (x.shape[0], -1, self.head_dim)
-        query, key, value = torch.split(self.query_key_value(x), self.sizes, dim=1)
+        query, key, value = self.query_key_value(x)
         query_THD = angles.rotate(query.view(per_head))
         key_TND = angles.rotate(key.view(per_head))
         value_TND = value.view(per_head)
         return self.output(self.attention(query_THD, key_TND, value_TND, batch))
 
 
-def make_mlp(config: Phi3Config, parts: Parts) -> FusedGatedMlp:
+def make_mlp(config: Phi3Config, parts: Parts) -> GatedMlp:
     """The gated MLP of one block."""
     hidden, inner = config.shape.hidden_size, config.shape.intermediate_size
-    return FusedGatedMlp(
-        gate_up=parts.column_linear("gate_up_proj", hidden, 2 * inner, parts=(inner, inner)),
+    return GatedMlp(
+        gate_up=parts.stored_joined("gate_up_proj", hidden, (inner, inner)),
         down=parts.row_linear("down_proj", inner, hidden),
         activation=config.activation,
     )

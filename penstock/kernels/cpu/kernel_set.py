@@ -220,6 +220,11 @@ class NativeKernels:
         del dtype
         return weights.pack_rounded(self.machine.pool, weight, bias, parts=parts)
 
+    def join_linears(self, apart: Sequence[LinearWeight]) -> LinearWeight | None:
+        """As `ops.join_linears`: each is packed by itself, and a recording joins the operations."""
+        del apart
+        return None
+
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""
         writer = self._writer(x.shape[0])

@@ -85,6 +85,11 @@ class EagerKernels:
         del parts
         return prepare_plain_rounded(weight, bias, dtype=dtype)
 
+    def join_linears(self, apart: Sequence[LinearWeight]) -> LinearWeight | None:
+        """As `ops.join_linears`: they stay apart, mapped from the files; a join would be a copy."""
+        del apart
+        return None
+
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""
         known = plain(weight)

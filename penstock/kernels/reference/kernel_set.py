@@ -80,6 +80,11 @@ class ReferenceKernels:
         del dtype, parts
         return prepare_plain_rounded(weight, bias, dtype=None)
 
+    def join_linears(self, apart: Sequence[LinearWeight]) -> LinearWeight | None:
+        """As `ops.join_linears`: the obvious version multiplies one by one."""
+        del apart
+        return None
+
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""
         known = plain(weight)

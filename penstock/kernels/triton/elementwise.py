@@ -39,6 +39,11 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def _heads(x: Tensor) -> Tensor:
+    """[..., I] as [T, H, I] with features side by side: heads as they lie in a joined product, or H is 1."""
+    return x if x.dim() == 3 and x.stride(2) == 1 else _rows(x)[:, None]
+
+
 @inlined
 def sigmoid(x: tl.tensor) -> tl.tensor:
     """Of float32; by the exponential of a negative number, which cannot overflow."""
@@ -78,7 +83,9 @@ def _rms_norm_kernel(
     summed: tl.tensor,
     num_rows: tl.tensor,
     width: tl.tensor,
-    x_stride: tl.tensor,
+    num_heads: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
     residual_stride: tl.tensor,
     eps: tl.tensor,
     offset: tl.tensor,
@@ -86,10 +93,12 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    # A row is a head of a token, or a token as if it had one head.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (rows < num_rows) & (cols < width)
-    wide = tl.load(x + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    source = x + rows // num_heads * token_stride + rows % num_heads * head_stride
+    wide = tl.load(source + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         wide += tl.load(residual + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
         # The norm is of the sum as the next layer sees it.
@@ -105,22 +114,24 @@ def _rms_norm_kernel(
 def _launch_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor]:
-    flat, width = _rows(x), x.shape[-1]
-    other = flat if residual is None else _rows(residual)
-    out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    heads, width = _heads(x), x.shape[-1]
+    other = heads[:, 0] if residual is None else _rows(residual)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = out if residual is None else torch.empty_like(out)
-    block = next_power_of_2(width)
+    num_rows, block = heads.shape[0] * heads.shape[1], next_power_of_2(width)
     rows = max(1, TILE // block)
-    if out.numel():
-        _rms_norm_kernel[(cdiv(flat.shape[0], rows),)](
-            flat,
+    if num_rows:
+        _rms_norm_kernel[(cdiv(num_rows, rows),)](
+            heads,
             other,
             weight,
             out,
             summed,
-            flat.shape[0],
+            num_rows,
             width,
-            flat.stride(0),
+            heads.shape[1],
+            heads.stride(0),
+            heads.stride(1),
             other.stride(0),
             eps,
             weight_offset,
@@ -129,7 +140,7 @@ def _launch_rms_norm(
             BLOCK=block,
             num_warps=_num_warps(rows * block),
         )
-    return out.view(x.shape), summed.view(x.shape)
+    return out, summed
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, weight_offset: float) -> Tensor:

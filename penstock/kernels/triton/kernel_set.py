@@ -108,6 +108,10 @@ class TritonKernels:
         del parts, dtype
         return weights.prepare_rounded(weight, bias)
 
+    def join_linears(self, apart: Sequence[LinearWeight]) -> LinearWeight | None:
+        """As `ops.join_linears`: one launch, large enough to use the whole bandwidth at few rows."""
+        return weights.join([weights.triton_weight(each) for each in apart])
+
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As `ops.linear`."""
         known = weights.triton_weight(weight)

@@ -17,6 +17,7 @@ byte j of block b     low nibble: input 2 half b + j      high nibble: input 2 h
 The inputs are filled up to whole blocks with zeros. Letters: O outputs, I inputs, G groups of inputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -119,6 +120,41 @@ def prepare(weight: Tensor, bias: Tensor | None, *, quantization: Quantization) 
         values=values[:, : weight.shape[1]].contiguous(), scales=scales, quantization=quantization
     )
     return prepare_rounded(rounded, bias)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Rows of one below those of the other; as bytes, since fp8 cannot be joined everywhere."""
+    dtype = tensors[0].dtype
+    if dtype.itemsize > 1:
+        return torch.cat(list(tensors))
+    return torch.cat([each.view(torch.uint8) for each in tensors]).view(dtype)
+
+
+def _stacked_bias(weights: Sequence[TritonLinear]) -> Tensor | None:
+    """[sum of O], zeros for those without; None if all are."""
+    given = next((each.bias for each in weights if each.bias is not None), None)
+    if given is None:
+        return None
+    return torch.cat(
+        [given.new_zeros(each.out_features) if each.bias is None else each.bias for each in weights]
+    )
+
+
+def join(weights: Sequence[TritonLinear]) -> TritonLinear | None:
+    """As `ops.join_linears`: every format keeps an output by itself, so they are put together as they are."""
+    first = weights[0]
+    if any(
+        (each.quantization, each.values.dtype) != (first.quantization, first.values.dtype) for each in weights
+    ):
+        return None
+    scales = [each.scales for each in weights if each.scales is not None]
+    return TritonLinear(
+        values=_stacked([each.values for each in weights]),
+        scales=_stacked(scales) if scales else None,
+        bias=_stacked_bias(weights),
+        in_features=first.in_features,
+        quantization=first.quantization,
+    )
 
 
 def prepare_rounded(weight: RoundedWeight, bias: Tensor | None) -> TritonLinear:

@@ -8,8 +8,8 @@ from penstock.kernels.ops import AttentionShape
 from penstock.kernels.registry import select_kernels
 from penstock.layers.attention import PagedAttention
 from penstock.layers.embedding import Embedding, LmHead
-from penstock.layers.linear import Linear
-from penstock.layers.mlp import Activation, FusedGatedMlp, GatedMlp
+from penstock.layers.linear import JoinedLinears, Linear, SeparateLinears
+from penstock.layers.mlp import Activation, GatedMlp
 from tests.unit.kernels.attention_case import make_case
 
 KERNELS = select_kernels("eager", device="cpu", dtype=torch.float32)
@@ -23,9 +23,12 @@ def linear(rows: list[list[float]]) -> Linear:
 def test_fused_gate_and_up_are_the_two_halves_of_one_weight_gate_first(activation: Activation) -> None:
     gate, up, down = [[1.0, 2.0]], [[0.5, -1.0]], [[2.0], [3.0]]
     x = torch.tensor([[0.3, -0.2], [1.0, 1.0]])
-    apart = GatedMlp(gate=linear(gate), up=linear(up), down=linear(down), activation=activation)
-    fused = FusedGatedMlp(gate_up=linear([*gate, *up]), down=linear(down), activation=activation)
-    assert torch.allclose(apart(x), fused(x))
+    apart = SeparateLinears(linears=(linear(gate), linear(up)))
+    joined = JoinedLinears(product=linear([*gate, *up]), sizes=[1, 1], sites=(None, None))
+    first, second = (
+        GatedMlp(gate_up=each, down=linear(down), activation=activation)(x) for each in (apart, joined)
+    )
+    assert torch.allclose(first, second)
 
 
 def test_the_three_activations_differ() -> None:
