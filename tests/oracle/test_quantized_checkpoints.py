@@ -9,6 +9,7 @@ from torch import Tensor
 from penstock.kernels.cpu.weights import PackedLinear, unpacked
 from penstock.kernels.options import KernelOptions
 from penstock.kernels.quantization import Quantization
+from penstock.layers.linear import SeparateLinears
 from penstock.models.llama import LlamaForCausalLM
 from penstock.models.loader import load_model
 from penstock.models.recorded import RecordedModel
@@ -70,7 +71,9 @@ def packed_weights(folder: Path) -> dict[str, Tensor]:
     model = loaded.model.plain
     assert isinstance(model, LlamaForCausalLM)
     block = model.blocks[0]
-    layers = {"self_attn.q_proj": block.attention.query, "mlp.down_proj": block.mlp.down}
+    projections = block.attention.query_key_value
+    assert isinstance(projections, SeparateLinears)
+    layers = {"self_attn.q_proj": projections.linears[0], "mlp.down_proj": block.mlp.down}
     found = {}
     for name, layer in layers.items():
         assert isinstance(layer.weight, PackedLinear)

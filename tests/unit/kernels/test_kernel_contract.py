@@ -247,6 +247,61 @@ def test_write_kv_stores_each_token_in_its_slot_and_nothing_else(
     assert torch.equal(torch.stack([slab.keys, slab.values]), expected)
 
 
+def beside(x: Tensor) -> Tensor:
+    """The same values [T, ...] as columns of a wider product; NaN before and behind them."""
+    wide = torch.full((len(x), x[0].numel() + 8), torch.nan, dtype=x.dtype)
+    return wide[:, 5:-3].copy_(x.flatten(1)).view(x.shape)
+
+
+def test_parts_of_a_joined_product_are_read_where_they_lie(
+    kernels: ops.KernelSet, dtype: torch.dtype
+) -> None:
+    """From row to row lie all parts: none but the own is read, and none is written."""
+    x, weight, angles = (
+        rand(5, 3, 8, dtype=dtype),
+        rand(8, dtype=dtype, seed=1),
+        rand(5, 8, dtype=torch.float32),
+    )
+    gate, up = rand(5, 33, dtype=dtype), rand(5, 33, dtype=dtype, seed=1)
+
+    def results(*parts: Tensor) -> list[Tensor]:
+        heads, gate, up = parts
+        return [
+            ops.rope(kernels, heads, angles),
+            ops.rms_norm(kernels, heads, weight, eps=1e-5),
+            ops.silu_and_mul(kernels, gate, up),
+            ops.gelu_and_mul(kernels, gate, up, tanh=True),
+        ]
+
+    parts = [beside(each) for each in (x, gate, up)]
+    for got, expected in zip(results(*parts), results(x, gate, up), strict=True):
+        check(got, expected.double(), kernels, dtype)
+    for part, before in zip(parts, (x, gate, up), strict=True):
+        assert torch.equal(part, before)
+        base = part._base
+        assert base is not None
+        assert int(base.isnan().sum()) == 8 * len(part)
+
+
+def test_keys_values_and_queries_may_be_parts_of_a_joined_product(
+    kernels: ops.KernelSet, dtype: torch.dtype, sizes: dict[str, int]
+) -> None:
+    case = make_case([(3, 3), (1, 9)], kernels=kernels, **sizes, dtype=dtype)
+    query = beside(case.query)
+    check(
+        ops.paged_attention(kernels, query, case.slab, case.batch, case.shape), case.expected, kernels, dtype
+    )
+    kv = KvShape(**sizes, num_kv_heads=2, dtype=dtype)
+    keys, values = (rand(2, 2, sizes["head_dim"], dtype=dtype, seed=i) for i in range(2))
+    plain, strided = (ops.make_slab(kernels, kv, num_blocks=3) for _ in range(2))
+    slots = torch.tensor([sizes["block_size"] + 1, 3])
+    ops.write_kv(kernels, keys, values, plain, slots)
+    ops.write_kv(kernels, beside(keys), beside(values), strided, slots)
+    assert plain.keys.any()
+    assert torch.equal(plain.keys, strided.keys)
+    assert torch.equal(plain.values, strided.values)
+
+
 def plain_moe(
     x: Tensor, router: Tensor, experts: list[tuple[Tensor, Tensor, Tensor]], shape: ops.MoeShape
 ) -> Tensor:

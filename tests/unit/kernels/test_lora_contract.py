@@ -39,7 +39,11 @@ def make_pair(site: LoraSite, *, rank: int, seed: int) -> LowRankPair:
     return LowRankPair(a=a, b=b, scale=0.5 + 1 / rank)
 
 
-def test_each_row_gets_its_own_adapter_and_ranks_may_differ(home: tuple[str, torch.dtype]) -> None:
+@pytest.mark.parametrize("is_part", [False, True])
+def test_each_row_gets_its_own_adapter_and_ranks_may_differ(
+    home: tuple[str, torch.dtype], is_part: bool
+) -> None:
+    """Also where the product is some columns of a wider one, whose others stay as they are."""
     name, dtype = home
     made = HOMES[name].build(DEFAULT_OPTIONS)
     kernels, sites = on_test_device(made) if name == "triton" else made, make_sites()
@@ -65,7 +69,12 @@ def test_each_row_gets_its_own_adapter_and_ranks_may_differ(home: tuple[str, tor
                 rows = slice(first, first + num)
                 expected[rows] += pair.scale * (x[rows].double() @ pair.a.double().t()) @ pair.b.double().t()
         before = y.clone()
+        if is_part:
+            wide = torch.full((NUM_ROWS, y.shape[1] + 8), torch.nan, dtype=dtype)
+            y = wide[:, 5:-3].copy_(y)
         got = ops.lora(kernels, x, y, site)
+        if is_part:
+            assert int(wide.isnan().sum()) == 8 * NUM_ROWS
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         untouched = [3, *range(17, NUM_ROWS), *([16] if site.index == 1 else [])]
