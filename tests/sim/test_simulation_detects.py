@@ -5,6 +5,7 @@ import pytest
 from penstock.engine.kv.block_pool import BlockPool
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.scheduler import answer, planner
+from penstock.engine.scheduler.placement import Placement
 from penstock.engine.scheduler.plan import SampleSpec
 from penstock.engine.scheduler.planner import Planner
 from penstock.engine.scheduler.policy import ArrivalQueue, FairPolicy
@@ -139,15 +140,21 @@ def keep_bad_blocks_in_the_tree(monkeypatch):
 
 def neglect_the_oldest(monkeypatch):
     """It starts in order and ends once, with the right tokens: only its own bound of steps tells."""
-    original = Planner._place
+    plan_of_all, place_anyone, last_step_id = Planner.plan, Placement.place, 0
+
+    def plan(self, *, is_ahead=False):
+        nonlocal last_step_id
+        last_step_id = self._last_step_id
+        return plan_of_all(self, is_ahead=is_ahead)
 
     def place(self, draft, seq, *, num_tokens):
-        oldest = min(group.arrival_idx for group in self._roster.groups)
-        if seq.group.arrival_idx == oldest and self._last_step_id % 8:
+        oldest = min(group.arrival_idx for group in self._preemption._roster.groups)
+        if seq.group.arrival_idx == oldest and last_step_id % 8:
             return 0
-        return original(self, draft, seq, num_tokens=num_tokens)
+        return place_anyone(self, draft, seq, num_tokens=num_tokens)
 
-    monkeypatch.setattr(Planner, "_place", place)
+    monkeypatch.setattr(Planner, "plan", plan)
+    monkeypatch.setattr(Placement, "place", place)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +199,12 @@ def free_an_answer_that_is_in_a_step(monkeypatch):
 
 
 def draw_for_the_place_of_the_token_before(monkeypatch):
-    original = Planner._samples
+    original = Placement._samples
 
     def samples(self, seq, *, end):
         return tuple(SampleSpec(spec.seq_id, seq.num_outputs) for spec in original(self, seq, end=end))
 
-    monkeypatch.setattr(Planner, "_samples", samples)
+    monkeypatch.setattr(Placement, "_samples", samples)
 
 
 def let_beams_and_drafts_go_ahead(monkeypatch):

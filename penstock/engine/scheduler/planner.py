@@ -1,33 +1,38 @@
 """What the next step computes: running decodes, then running prefills, then waiting requests.
 
-It hands out the step's tokens, seats and blocks, preempts where there are too few, and leaves a `StepPlan`
-and the counts so far. It ends nothing but requests whose adapter is gone. Called by `scheduler`.
+It hands out the step's tokens and leaves a `StepPlan` and the counts so far:
+
+```
+decodes, prefills > placement > slots, draws; preemption where there is no block
+waiting requests  > newcomers > seats, prefix hits; preemption of lower tiers; then placement
+```
+
+It ends nothing but requests whose adapter is gone. Called by `scheduler`.
 """
 
 from typing import NamedTuple
 
 from penstock.core.ports import Clock
 from penstock.engine.config import SchedulerConfig
-from penstock.engine.kv.kv_manager import EMPTY_MATCH, KvManager
-from penstock.engine.kv.prefix_tree import PrefixMatch
-from penstock.engine.lora.slots import AdapterSlots, Readiness
+from penstock.engine.kv.kv_manager import KvManager
+from penstock.engine.lora.slots import AdapterSlots
 from penstock.engine.scheduler.computed_blocks import settle_blocks
 from penstock.engine.scheduler.cost import CostModel, StepLoad, step_target_s
 from penstock.engine.scheduler.drafting import Drafting, Wanted, num_possible
 from penstock.engine.scheduler.figures import StepCounts
 from penstock.engine.scheduler.lookahead import can_go_ahead, needs_result
 from penstock.engine.scheduler.memory_pressure import MemoryPressure
+from penstock.engine.scheduler.newcomers import Newcomers
+from penstock.engine.scheduler.placement import Placement
 from penstock.engine.scheduler.plan import (
     AdapterBinding,
     BlockCopy,
     NewSequence,
-    SampleSpec,
     ScheduledSequence,
-    SequenceFailure,
     StepPlan,
 )
-from penstock.engine.scheduler.prefix_wait import is_held_back, next_place
-from penstock.engine.scheduler.request import GroupState, Sequence, SequenceGroup
+from penstock.engine.scheduler.preemption import Preemption
+from penstock.engine.scheduler.request import GroupState, Sequence
 from penstock.engine.scheduler.roster import Roster
 from penstock.engine.scheduler.step_draft import StepDraft, new_sequence
 
@@ -60,12 +65,22 @@ class Planner:
         self._config = config
         self._roster = roster
         self._kv = kv
-        self._clock = clock
         self._cost = cost
         self._drafting = drafting
         self._speculates = drafting is not None
         self._adapters = adapters
         self._pressure = pressure
+        self._preemption = Preemption(roster=roster, kv=kv)
+        self._placement = Placement(config, kv=kv, preemption=self._preemption)
+        self._newcomers = Newcomers(
+            config,
+            roster=roster,
+            kv=kv,
+            clock=clock,
+            adapters=adapters,
+            placement=self._placement,
+            preemption=self._preemption,
+        )
         self._last_step_id = 0
         self.is_paused = False
         """Requests that run go back to their places in the queue, and nobody starts."""
@@ -82,12 +97,12 @@ class Planner:
         draft = StepDraft(num_tokens_left=self._pressure.budget, is_ahead=is_ahead)
         self._end_loads(draft)
         if self.is_paused:
-            self._put_all_back(draft)
+            self._preemption.put_all_back(draft)
             return self._finish_plan(draft)
         if self._pressure.is_high:
-            self._shed(draft)
+            self._preemption.shed(draft)
         if self._roster.must_recheck_paths:
-            self._restart_contaminated(draft)
+            self._preemption.restart_contaminated(draft)
         prefills = self._schedule_decodes(draft)
         if self._drafting and draft.decodes and not self._drafting.rests(len(draft.decodes)):
             self._add_drafts(draft, self._drafting)
@@ -96,7 +111,7 @@ class Planner:
             start = prefills[0].next_position if prefills else 0
             self._limit_chunks(draft, chunk_start=start, num_prefills=len(prefills))
         self._schedule_prefills(draft, prefills)
-        self._admit(draft)
+        self._newcomers.admit(draft)
         return self._finish_plan(draft)
 
     def _end_loads(self, draft: StepDraft) -> None:
@@ -124,7 +139,9 @@ class Planner:
                 gap = len(seq.token_ids) - seq.num_computed_tokens - seq.num_inflight_tokens
                 if needs_fork or gap > 1 or (gap == 1 and seq.num_outputs == 0):
                     prefills.append(seq)
-                elif (gap == 1 or self._goes_ahead(draft, seq)) and self._place(draft, seq, num_tokens=1):
+                    continue
+                is_decode = gap == 1 or self._goes_ahead(draft, seq)
+                if is_decode and self._placement.place(draft, seq, num_tokens=1):
                     draft.decodes.add(seq.seq_id)
         return prefills
 
@@ -201,231 +218,10 @@ class Planner:
             gap = seq.group.target(seq) - seq.next_position
             if gap <= 0 or seq.group.state is not GroupState.RUNNING:
                 continue
-            if not self._fits_step(draft, num_tokens=gap):
+            if not self._placement.fits_step(draft, num_tokens=gap):
                 draft.num_tokens_left = 0  # nobody behind it gets what it waits for
                 return
-            self._place(draft, seq, num_tokens=min(gap, draft.num_tokens_left))
-
-    def _fits_step(self, draft: StepDraft, *, num_tokens: int) -> bool:
-        """True if the step has room for the rest of a prompt, or may compute a part of it.
-
-        Without chunked prefill it waits for a step with enough room: running answers end, and the budget is
-        at least `max_model_len`.
-        """
-        return self._config.enable_chunked_prefill or num_tokens <= draft.num_tokens_left
-
-    def _place(self, draft: StepDraft, seq: Sequence, *, num_tokens: int) -> int:
-        """Put up to `num_tokens` of `seq` into the step, preempting if there is no block at all.
-
-        Without chunked prefill it is all of them or none, preempting as long as some lack a slot.
-        """
-        start = seq.next_position
-        if not self._kv.has_slots(seq.blocks, end=start + num_tokens):
-            num_tokens = self._find_slots(draft, seq, start=start, num_tokens=num_tokens)
-            if not num_tokens:
-                return 0
-        draft.add(seq, num_tokens=num_tokens, samples=self._samples(seq, end=start + num_tokens))
-        place = next_place(seq, block_size=self._kv.block_size)
-        if place is not None:
-            draft.note_next_block(seq, place)
-        return num_tokens
-
-    def _find_slots(self, draft: StepDraft, seq: Sequence, *, start: int, num_tokens: int) -> int:
-        """Allocate blocks for as many of `num_tokens` as `_place` says; returns for how many."""
-        kv, blocks = self._kv, seq.blocks
-        kv.free_behind_window(blocks, num_computed_tokens=seq.num_computed_tokens)
-        num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
-        num_least = 1 if self._config.enable_chunked_prefill else num_tokens
-        while num_fit < num_least:
-            if not self._make_room(draft, seq.group):
-                return 0
-            num_fit = kv.num_tokens_allocatable(blocks, start=start, num_tokens=num_tokens)
-        kv.allocate(blocks, start=start, end=start + num_fit)
-        return num_fit
-
-    def _samples(self, seq: Sequence, *, end: int) -> tuple[SampleSpec, ...]:
-        group = seq.group
-        if group.needs_fork:
-            return self._first_samples(group, end=end)
-        if end < seq.num_tokens or group.ends_with_prompt:
-            return ()
-        return (SampleSpec(seq.seq_id, seq.num_outputs + (end > seq.num_tokens)),)
-
-    def _first_samples(self, group: SequenceGroup, *, end: int) -> tuple[SampleSpec, ...]:
-        """Of the sequence that computes the prompt for all of its group."""
-        seq = group.live[0]
-        if end < group.num_prompt_tokens or group.ends_with_prompt:
-            return ()
-        if group.beams is not None:
-            return () if seq.num_outputs else (SampleSpec(seq.seq_id, 0),)
-        # After a preemption the prompt is computed once more for all, but each has a next token already.
-        return tuple(SampleSpec(each.seq_id, 0) for each in group.live if each.num_outputs == 0)
-
-    # -- preemption ------------------------------------------------------------------------------------------
-
-    def _make_room(self, draft: StepDraft, group: SequenceGroup) -> bool:
-        """Preempt somebody for `group`; False if `group` itself had to go or has to wait.
-
-        A protected group never waits for long: what protected groups may need together fits the pool. A step
-        that is planned ahead preempts nobody: most are in the step under way, and who is not would always go.
-        """
-        victim = self._roster.running.worst(even_busy=draft.is_ahead)
-        if victim is None or draft.is_ahead:
-            draft.needs_result |= victim is not None
-            return False
-        self._preempt(draft, victim)
-        return victim is not group
-
-    def _shed(self, draft: StepDraft) -> None:
-        """Memory is short: preempt down to what steps may hold now, and plan none ahead."""
-        draft.needs_result = True
-        running = self._roster.running
-        while sum(len(group.active) for group in running) > draft.num_tokens_left:
-            victim = running.worst()
-            if victim is None:
-                return
-            self._preempt(draft, victim)
-
-    def _preempt(self, draft: StepDraft, group: SequenceGroup) -> None:
-        group.num_preemptions += 1
-        draft.counts.num_preemptions += 1
-        self._put_back(draft, group)
-
-    def _put_back(self, draft: StepDraft, group: SequenceGroup, *, taint: bool = False) -> None:
-        """Take a running group out of the step and the running set; it is recomputed later."""
-        for seq in group.live:
-            if draft.remove(seq):
-                self._kv.drop_copies_to(seq.blocks)
-        draft.num_promised_blocks = None
-        self._roster.requeue(group, taint=taint)
-
-    def _put_all_back(self, draft: StepDraft) -> None:
-        """Not counted as preemption: it is nobody's fault, and protects nobody."""
-        for group in list(self._roster.running):
-            if group.state is GroupState.RUNNING and not group.is_busy:
-                self._put_back(draft, group)
-
-    def _restart_contaminated(self, draft: StepDraft) -> None:
-        """Recompute groups that share blocks which a failed sequence computed; not counted as preemption.
-
-        One that is in flight gets no further work until that step is applied.
-        """
-        self._roster.must_recheck_paths = False
-        for group in list(self._roster.running):
-            if not any(seq.blocks.has_lost_path for seq in group.active):
-                continue
-            if group.is_busy:
-                self._roster.must_recheck_paths = True
-            else:
-                self._put_back(draft, group, taint=True)
-
-    # -- admission to the running set ------------------------------------------------------------------------
-
-    def _admit(self, draft: StepDraft) -> None:
-        """Start waiting groups in the policy's order until tokens, seats or blocks run out.
-
-        A group whose next block a running one (of no lower tier) computes in this very step is held back:
-        one step later it finds that block in the tree. It keeps its place; only such groups are passed over.
-        """
-        held_back: list[SequenceGroup] = []
-        broken: list[SequenceFailure] = []
-        while draft.num_tokens_left > 0 and len(held_back) < self._config.max_num_seqs:
-            group = self._roster.policy.pop()
-            if group is None:
-                break
-            leader = group.live[0]
-            if self._waits_for_adapter(draft, group, broken):
-                held_back.append(group)
-                continue
-            match = self._match(group)
-            if is_held_back(draft, group, match, block_size=self._kv.block_size):
-                held_back.append(group)
-            elif self._fits_step(
-                draft, num_tokens=group.target(leader) - match.num_blocks * self._kv.block_size
-            ) and self._find_room(draft, group, match):
-                self._start(draft, group, match)
-                if draft.num_promised_blocks is not None:
-                    draft.num_promised_blocks += self._roster.running.num_promised(group)
-            else:
-                held_back.append(group)
-                break
-        for group in held_back:
-            self._roster.policy.push(group)
-        self._roster.fail(broken)
-
-    def _waits_for_adapter(
-        self, draft: StepDraft, group: SequenceGroup, broken: list[SequenceFailure]
-    ) -> bool:
-        """True if the group cannot start because its adapter is not in memory, or no slot is free.
-
-        Who waits for a slot is not passed by others that would keep the slots in use. A group whose adapter
-        cannot be read any more is put on `broken`.
-        """
-        revision = group.request.adapter_revision
-        if self._adapters is None or not revision:
-            return False
-        readiness = self._adapters.ask(revision)
-        if readiness is Readiness.BROKEN:
-            message = "the adapter's files are gone or have changed"
-            broken.append(SequenceFailure(group.live[0].seq_id, "adapter_unavailable", message))
-            return True
-        if readiness is Readiness.COMING:
-            return True
-        has_slot = readiness is Readiness.READY and self._adapters.can_take(revision)
-        draft.owes_slot |= not has_slot
-        return draft.owes_slot
-
-    def _match(self, group: SequenceGroup) -> PrefixMatch:
-        """The cached blocks that `group` can begin with."""
-        leader = group.live[0]
-        if group.needs_whole_prompt:
-            return EMPTY_MATCH
-        return self._kv.match(leader.blocks, leader.token_ids, num_tokens=group.target(leader))
-
-    def _find_room(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> bool:
-        """True if `group` can start; preempts running groups of lower tiers if that is what it takes."""
-        if not self._roster.running.can_reserve(group):
-            return False
-        while not self._roster.running.has_room(draft, group, match):
-            victim = self._victim(group, even_busy=draft.is_ahead)
-            if victim is None or draft.is_ahead:
-                draft.needs_result |= victim is not None
-                return False
-            self._preempt(draft, victim)
-        return True
-
-    def _victim(self, group: SequenceGroup, *, even_busy: bool) -> SequenceGroup | None:
-        """Who would be preempted so that `group` can start; None if nobody may be, or it would not help."""
-        running = self._roster.running
-        victim = running.worst(even_busy=even_busy)
-        if victim is None or victim.tier <= group.tier:
-            return None
-        return victim if running.could_get_seats(group, even_busy=even_busy) else None
-
-    def _start(self, draft: StepDraft, group: SequenceGroup, match: PrefixMatch) -> None:
-        leader = group.live[0]
-        leader.num_computed_tokens = self._kv.acquire(leader.blocks, match)
-        self._roster.start(group)
-        if group.first_scheduled_s is None:
-            self._count_start(draft, group, num_hit=leader.num_computed_tokens)
-        num_loadable = 0 if group.needs_whole_prompt else self._roster.transfers.num_loadable_tokens(leader)
-        if num_loadable:
-            group.move_to(GroupState.WAITING_KV)
-            self._roster.transfers.begin_load(leader, num_tokens=num_loadable)
-            return
-        group.move_to(GroupState.RUNNING)
-        gap = group.target(leader) - leader.next_position
-        self._place(draft, leader, num_tokens=min(gap, draft.num_tokens_left))
-
-    def _count_start(self, draft: StepDraft, group: SequenceGroup, *, num_hit: int) -> None:
-        draft.started.append(group)
-        draft.counts.num_prefix_query_tokens += group.num_prompt_tokens
-        draft.counts.num_prefix_hit_tokens += num_hit
-        group.first_scheduled_s = self._clock.monotonic()
-        group.num_cached_tokens = num_hit
-        self._roster.policy.charge(group, num_prompt_tokens=group.num_prompt_tokens - num_hit)
-
-    # -- the plan --------------------------------------------------------------------------------------------
+            self._placement.place(draft, seq, num_tokens=min(gap, draft.num_tokens_left))
 
     def _finish_plan(self, draft: StepDraft) -> Planned:
         self._last_step_id += 1
