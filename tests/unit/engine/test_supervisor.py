@@ -19,7 +19,7 @@ from penstock.core.ids import ModelName, RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason
 from penstock.core.tokens import EngineInfo, EngineRequest, RequestStats, StepStats, TokenDelta
-from penstock.engine import supervisor
+from penstock.engine import engine_run, restarts, supervisor
 from penstock.engine.config import EngineConfig, SchedulerConfig
 from penstock.engine.supervisor import SubprocessEngine
 from penstock.engine.wire import Accepted, Fatal, FromEngine, Output, Shutdown, Started, Submit, ToEngine
@@ -109,8 +109,8 @@ def on_spawn(action: Callable[[Child], None]) -> None:
 def children(monkeypatch: pytest.MonkeyPatch) -> list[Child]:
     Child.made = []
     on_spawn(started)
-    monkeypatch.setattr(supervisor, "EngineProcess", Child)
-    monkeypatch.setattr(supervisor, "RESTART_PAUSES_S", (0.0,))
+    monkeypatch.setattr(engine_run, "EngineProcess", Child)
+    monkeypatch.setattr(restarts, "RESTART_PAUSES_S", (0.0,))
     monkeypatch.setattr(supervisor, "CLOSE_TIMEOUT_S", 0.01)
     return Child.made
 
