@@ -7,9 +7,6 @@ touches of it; fuel bounds each part. Called by `compile_pool` from its threads;
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,6 +16,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from penstock.core.errors import CheckpointError, InvalidParameterError
 from penstock.core.grammar import GRAMMAR_PARAM, GrammarSpec, validate_grammar
+from penstock.engine.grammar.cache import GrammarCache
+from penstock.engine.grammar.compiled import Compiled
 from penstock.engine.grammar.dialects import to_llguidance
 from penstock.engine.grammar.schema_rewrite import SchemaTooLargeError
 from penstock.text.tokenizer import Tokenizer
@@ -39,7 +38,6 @@ take 6; no schema was found whose masks need as many and whose rows fit."""
 MAX_FIRST_TOKENS: Final = 8
 """First tokens of an answer behind which a grammar is tried, when it is compiled."""
 MAX_CACHE_BYTES: Final = 64 << 20
-MAX_CACHED_REFUSALS: Final = 256
 BYTES_PER_GRAMMAR: Final = 1 << 20
 """What an entry is charged beside its source: a plain grammar takes less, the limit of states allows more."""
 BYTES_PER_SOURCE_BYTE: Final = 64
@@ -56,21 +54,6 @@ MAX_REWRITTEN_CHARS: Final = 1 << 15
 log = logging.getLogger("penstock.engine.grammar")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compiled:
-    """A grammar that can be enforced."""
-
-    start: LLMatcher
-    """At its beginning; copied for each answer. Copies share what the lexer has derived."""
-    tokenizer: LLTokenizer
-    forget: Callable[[], None]
-    """Drops it from the cache, when a copy's lexer has met a limit."""
-    charge: Callable[[int], None]
-    """Counts more bytes, for lexer states that its answers have derived: they stay with the grammar."""
-    num_bytes: int
-    """Charged for it in the cache, about."""
-
-
 def refusal(spec: GrammarSpec, reason: str) -> InvalidParameterError:
     """The 400 for a grammar that cannot be enforced."""
     return InvalidParameterError(
@@ -81,7 +64,7 @@ def refusal(spec: GrammarSpec, reason: str) -> InvalidParameterError:
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer; remembers grammars and refusals, the least recently used go first."""
+    """Compiles for one tokenizer, and keeps what came of it in a `GrammarCache`."""
 
     def __init__(self, folder: Path, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
         """Do nothing yet.
@@ -91,18 +74,16 @@ class GrammarCompiler:
             max_cache_bytes: for compiled grammars; one alone may be larger.
         """
         self._folder = folder
-        self._max_cache_bytes = max_cache_bytes
         self._tokenizer: LLTokenizer | None = None
         self._special_ids: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._cache: OrderedDict[GrammarSpec, Compiled] = OrderedDict()
-        self._refused: OrderedDict[GrammarSpec, InvalidParameterError] = OrderedDict()
-        self._num_bytes = 0
+        self._reading = threading.Lock()
+        """Held while the vocabulary is read."""
+        self._cache = GrammarCache(max_bytes=max_cache_bytes)
 
     @property
     def num_bytes(self) -> int:
         """Charged for cached grammars."""
-        return self._num_bytes
+        return self._cache.num_bytes
 
     def prepare(self) -> LLTokenizer:
         """Read the vocabulary, once; takes 50 ms for 4,000 tokens and 1.5 s for 150,000, and holds the GIL.
@@ -111,7 +92,7 @@ class GrammarCompiler:
             CheckpointError: the folder has no tokenizer, or one that is not known here.
             ValueError: llguidance does not know its kind.
         """
-        with self._lock:
+        with self._reading:
             if self._tokenizer is None:
                 tokenizer = Tokenizer.from_folder(self._folder)
                 made = LLTokenizer(tokenizer.to_json(), eos_token=list(tokenizer.eos_token_ids))
@@ -134,13 +115,7 @@ class GrammarCompiler:
         Raises:
             InvalidParameterError: it was refused before.
         """
-        with self._lock:
-            if (error := self._refused.get(spec)) is not None:
-                raise error.with_traceback(None)
-            found = self._cache.get(spec)
-            if found is not None:
-                self._cache.move_to_end(spec)
-            return found
+        return self._cache.find(spec)
 
     def compile(self, spec: GrammarSpec) -> Compiled:
         """Compile a grammar and its first mask; releases the GIL meanwhile. Does not look into the cache.
@@ -151,22 +126,10 @@ class GrammarCompiler:
         try:
             compiled = self._compile(spec)
         except InvalidParameterError as error:
-            self._remember_refusal(spec, error)
+            self._cache.put_refusal(spec, error)
             raise
-        self._remember(spec, compiled)
+        self._cache.put(spec, compiled)
         return compiled
-
-    def _forget(self, spec: GrammarSpec) -> None:
-        with self._lock:
-            if (dropped := self._cache.pop(spec, None)) is not None:
-                self._num_bytes -= dropped.num_bytes
-
-    def _charge(self, spec: GrammarSpec, num_bytes: int) -> None:
-        with self._lock:
-            if (grown := self._cache.get(spec)) is not None:
-                self._cache[spec] = replace(grown, num_bytes=grown.num_bytes + num_bytes)
-                self._num_bytes += num_bytes
-                self._evict()
 
     def _compile(self, spec: GrammarSpec) -> Compiled:
         validate_grammar(spec)
@@ -184,7 +147,7 @@ class GrammarCompiler:
         if start.is_error():
             raise refusal(spec, _reason(start))
         num_bytes = _num_bytes(spec, cpu_s=time.thread_time() - began_s)
-        forget, charge = partial(self._forget, spec), partial(self._charge, spec)
+        forget, charge = partial(self._cache.forget, spec), partial(self._cache.charge, spec)
         return Compiled(start=start, tokenizer=tokenizer, forget=forget, charge=charge, num_bytes=num_bytes)
 
     def _second_attempt(self, spec: GrammarSpec, tokenizer: LLTokenizer, first: str) -> LLMatcher | None:
@@ -195,25 +158,6 @@ class GrammarCompiler:
             return None
         second = None if source == first else _started(tokenizer, source)
         return None if second is None or second.is_error() else second
-
-    def _remember(self, spec: GrammarSpec, compiled: Compiled) -> None:
-        with self._lock:
-            if spec in self._cache:
-                return
-            self._cache[spec] = compiled
-            self._num_bytes += compiled.num_bytes
-            self._evict()
-
-    def _evict(self) -> None:
-        while self._num_bytes > self._max_cache_bytes and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
-            self._num_bytes -= dropped.num_bytes
-
-    def _remember_refusal(self, spec: GrammarSpec, error: InvalidParameterError) -> None:
-        with self._lock:
-            self._refused[spec] = error
-            if len(self._refused) > MAX_CACHED_REFUSALS:
-                self._refused.popitem(last=False)
 
 
 def _num_bytes(spec: GrammarSpec, *, cpu_s: float) -> int:

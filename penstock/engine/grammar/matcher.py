@@ -9,7 +9,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
 from penstock.core.tokens import EngineRequest
-from penstock.engine.grammar.compile import Compiled
+from penstock.engine.grammar.compiled import Compiled
 
 NO_BITS: Final = np.int32(0)
 MARK_OF_SPECIAL: Final = b"\xff"
