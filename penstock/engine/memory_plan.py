@@ -12,6 +12,7 @@ from penstock.engine.kv.host_tier import HostTier
 from penstock.engine.loaded_engine import LoadedEngine
 from penstock.engine.ranks import make_runner
 from penstock.engine.runner.device_memory import DeviceMemory, memory_of
+from penstock.engine.runner.host_memory import available_memory_bytes
 from penstock.engine.runner.kv_budget import (
     GRAPHS_OVERHEAD_BYTES,
     PROFILE_BLOCKS_PER_GROUP,
@@ -20,7 +21,6 @@ from penstock.engine.runner.kv_budget import (
     resolve_num_blocks,
     resolve_num_host_blocks,
 )
-from penstock.engine.runner.memory import available_memory_bytes
 from penstock.engine.runner.out_of_memory import is_out_of_memory
 from penstock.engine.runner.warmup import StepPeaks
 

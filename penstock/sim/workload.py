@@ -16,8 +16,8 @@ from penstock.core.params import SamplingParams
 from penstock.core.text import Priority
 from penstock.core.tokens import EngineRequest, Pooling
 from penstock.engine.config import SchedulerConfig
+from penstock.engine.kv.block_needs import num_blocks_needed
 from penstock.engine.kv.cache_groups import CacheLayout, make_cache_layout
-from penstock.engine.kv.kv_manager import num_blocks_needed
 from penstock.sim.runner import FaultRates, StepTimes
 
 EOS: Final = 0

@@ -9,7 +9,7 @@ from penstock.core.errors import StartupError
 from penstock.engine.kv.cache_groups import CacheGroupSpec, CacheLayout
 from penstock.engine.runner.device_batch import on_device
 from penstock.engine.runner.input_batch import InputBatchBuilder
-from penstock.engine.runner.kv_pool import KvPool, bytes_per_block
+from penstock.engine.runner.kv_pool import bytes_per_block, pool_for
 from penstock.engine.runner.stored_weights import StoredWeights
 from penstock.engine.sampling.vocabulary import Floats
 from penstock.engine.scheduler.plan import BlockCopy, ScheduledSequence
@@ -60,14 +60,7 @@ class ModelPasses:
             num_blocks: blocks of the model's pool.
             block_size: token slots in a block.
         """
-        shape = draft.kv_shape(block_size=block_size)
-        self._pool = KvPool(
-            layout,
-            num_blocks=num_blocks,
-            shape=shape,
-            block=kv_block(draft.kernels, shape),
-            device=draft.device,
-        )
+        self._pool = pool_for(draft, layout, num_blocks=num_blocks, block_size=block_size)
         self._inputs = InputBatchBuilder(layout, pool=self._pool)
         self._draft = draft
         self._weights = StoredWeights(draft.model)

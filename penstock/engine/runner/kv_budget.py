@@ -9,8 +9,8 @@ from typing import Final
 
 from penstock.core.errors import StartupError
 from penstock.engine.config import GIB, KvConfig, SchedulerConfig
+from penstock.engine.kv.block_needs import num_blocks_needed
 from penstock.engine.kv.cache_groups import CacheLayout
-from penstock.engine.kv.kv_manager import num_blocks_needed
 
 DEFAULT_BYTES_MAX: Final = 2 * GIB
 """A laptop's share: enough for dozens of conversations, small enough to go unnoticed."""

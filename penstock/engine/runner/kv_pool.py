@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from penstock.engine.kv.cache_groups import CacheLayout
-from penstock.engine.runner.memory import release_pages
+from penstock.engine.runner.host_memory import release_pages
 from penstock.engine.scheduler.plan import BlockCopy
 from penstock.kernels.batch import KvBlock, KvShape, KvSlab
 from penstock.kernels.devices import CPU
+from penstock.kernels.ops import kv_block
+from penstock.models.interface import LoadedModel
 
 KEYS_AND_VALUES: Final = 2
 
@@ -101,6 +103,13 @@ class KvPool:
         """Clear blocks in all layers: NaN times a weight of zero would still be NaN."""
         for block_id in block_ids:
             self._storage[block_id].zero_()
+
+
+def pool_for(loaded: LoadedModel, layout: CacheLayout, *, num_blocks: int, block_size: int) -> KvPool:
+    """A pool on the model's device, its blocks as the model's kernels keep them."""
+    shape = loaded.kv_shape(block_size=block_size)
+    block = kv_block(loaded.kernels, shape)
+    return KvPool(layout, num_blocks=num_blocks, shape=shape, block=block, device=loaded.device)
 
 
 def layer_slabs(layout: CacheLayout, *, slabs: Sequence[KvSlab]) -> tuple[KvSlab, ...]:

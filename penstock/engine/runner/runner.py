@@ -42,7 +42,7 @@ from penstock.engine.runner.host_blocks import host_blocks
 from penstock.engine.runner.host_draws import HostDraws
 from penstock.engine.runner.inference import inference_mode
 from penstock.engine.runner.input_batch import InputBatchBuilder
-from penstock.engine.runner.kv_pool import KvPool
+from penstock.engine.runner.kv_pool import KvPool, pool_for
 from penstock.engine.runner.last_tokens import LastTokens
 from penstock.engine.runner.memory_shortage import MemoryShortage
 from penstock.engine.runner.pooling import Pools
@@ -71,7 +71,6 @@ from penstock.engine.scheduler.plan import (
 from penstock.engine.spec.proposer import Guesses, RunnerProposer
 from penstock.kernels.adapters import AdapterWeights
 from penstock.kernels.batch import ForwardBatch
-from penstock.kernels.ops import kv_block
 from penstock.models.interface import CausalLM, LoadedModel
 
 
@@ -112,14 +111,7 @@ class Runner:
         """
         assert loaded.is_queued == (device_sampler is not None), "draws are queued where passes are"
         self._loaded = loaded
-        shape = loaded.kv_shape(block_size=block_size)
-        self._pool = pool = KvPool(
-            layout,
-            num_blocks=num_blocks,
-            shape=shape,
-            block=kv_block(loaded.kernels, shape),
-            device=loaded.device,
-        )
+        self._pool = pool = pool_for(loaded, layout, num_blocks=num_blocks, block_size=block_size)
         num_groups = len(layout.groups)
         self._canary = make_canary(scratch_block=pool.scratch_block, num_groups=num_groups)
         self._host_blocks = host_blocks(pool.storage, num_slots=num_host_blocks)

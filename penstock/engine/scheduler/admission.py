@@ -13,7 +13,7 @@ import msgspec
 from penstock.core.errors import InvalidParameterError, QueueFullError
 from penstock.core.params import SamplingParams, validate_sampling
 from penstock.core.tokens import EngineInfo, EngineRequest
-from penstock.engine.kv.kv_manager import num_blocks_needed
+from penstock.engine.kv.block_needs import num_blocks_needed
 from penstock.engine.scheduler.beams import BeamSearch
 
 MAX_CANDIDATES: Final = 256

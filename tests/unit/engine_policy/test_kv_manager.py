@@ -1,8 +1,9 @@
 """KV manager: exact block ids for allocation, hits, windows, forks, copies and freeing."""
 
+from penstock.engine.kv.block_needs import num_blocks_needed
 from penstock.engine.kv.block_table import SequenceBlocks
 from penstock.engine.kv.cache_groups import make_cache_layout
-from penstock.engine.kv.kv_manager import KvManager, num_blocks_needed
+from penstock.engine.kv.kv_manager import KvManager
 
 
 def make_kv(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock.engine.runner.memory import available_memory_bytes
+from penstock.engine.runner.host_memory import available_memory_bytes
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.engine.runner.memory import release_pages
+from penstock.engine.runner.host_memory import release_pages
 from penstock.engine.runner.stored_weights import StoredWeights, tensors_in
 from penstock.observe.memory import resident_bytes
 
