@@ -37,7 +37,8 @@ other. A cell is
 
 The pairs run on the `reference` kernels in float32, where a greedy or seeded answer is exactly the same with
 and without chunked prefill, prefix hits and preemption; the rows and columns *kernels eager* and *kernels
-native* run the same features on the fast kernels.
+native* run the same features on the fast kernels, and *kernels triton* on those of a CUDA device, interpreted
+(`make test-slow`).
 """
 
 POOLED_INTRO: Final = """\

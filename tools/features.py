@@ -97,6 +97,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("sliding_window", "sliding window"),
     _engine("eager_bfloat16", "kernels eager, bfloat16"),
     _engine("native_bfloat16", "kernels native, bfloat16"),
+    _engine("triton", "kernels triton"),
     _engine("int8", "quantization int8"),
     _engine("int4", "quantization int4"),
     _engine("fp8", "quantization fp8"),
@@ -110,7 +111,10 @@ FEATURES: Final[tuple[Feature, ...]] = (
     _engine("lora", "LoRA adapters"),
     _engine("tensor_parallel", "tensor parallelism"),
 )
-"""Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others."""
+"""Every pair of these runs, on the `reference` kernels in float32 unless the pair asks for others.
+
+Those of the kernels triton, which tests interpret on a CPU, run in `make test-slow`.
+"""
 
 REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
     *(
@@ -166,11 +170,14 @@ REFUSED_PAIRS: Final[tuple[RefusedPair, ...]] = (
         words=("max_num_batched_tokens", "enable_chunked_prefill"),
         reason="a budget below a whole context cuts prompts",
     ),
-    RefusedPair(
-        first="eager_bfloat16",
-        second="native_bfloat16",
-        words=("eager", "native"),
-        reason="there is one kernel set",
+    *(
+        RefusedPair(
+            first=f"{first}_bfloat16",
+            second=second,
+            words=(first, second.removesuffix("_bfloat16")),
+            reason="there is one kernel set",
+        )
+        for first, second in (("eager", "native_bfloat16"), ("eager", "triton"), ("native", "triton"))
     ),
     RefusedPair(
         first="eager_bfloat16",

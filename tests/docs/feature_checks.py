@@ -492,6 +492,8 @@ def check_engine_feature(name: str, run: Run, plain: Run, case: Case) -> None:
         assert case.engine.order(case.request) == [Priority.BATCH, Priority.REALTIME]
     if name == "async_scheduling":
         assert case.engine.is_async
+    if name == "triton":
+        assert case.engine.kernels == "triton"
     if name == "chunked_prefill":
         assert run.max_step_tokens <= CHUNK
     if name == "whole_prompts" and not case.names & {"prefix_caching", "kv_offload"}:

@@ -2,9 +2,11 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -118,6 +120,8 @@ class FeatureEngine:
             adapter = make_tiny_adapter(folder / "adapter", head_dim=head_dim, mlp=mlp)
             module = LoraModule(name=ADAPTER, path=str(adapter))
             config = msgspec.structs.replace(config, lora=LoraConfig(enable_lora=True, modules=(module,)))
+        if {"triton", "tensor_parallel"} <= features:
+            _let_launches_take_turns()
         # Ranks as threads: as processes they cost seconds each, for the same plans and sums.
         with patch("penstock.engine.build.StartedRanks", new=ThreadRanks):
             self._local: LocalModel = self._thread.run(
@@ -127,6 +131,10 @@ class FeatureEngine:
     @property
     def execution(self) -> str:
         return self._local.info.execution
+
+    @property
+    def kernels(self) -> str:
+        return self._local.info.kernels
 
     @property
     def is_async(self) -> bool:
@@ -259,6 +267,20 @@ class FeatureEngine:
             )
 
 
+@cache
+def _let_launches_take_turns() -> None:
+    """Triton's interpreter knows one program at a time, and ranks are threads here."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launch, turn = InterpretedFunction.run, threading.Lock()
+
+    def run(self, *args, **options):  # type: ignore[no-untyped-def]
+        with turn:
+            return launch(self, *args, **options)
+
+    InterpretedFunction.run = run
+
+
 def _all_of(features: frozenset[str], words: dict[str, str], otherwise: str) -> str:
     """The values that the features ask of one option; several are refused."""
     return ",".join(word for name, word in words.items() if name in features) or otherwise
@@ -273,7 +295,8 @@ def _speculative(features: frozenset[str], draft: Path) -> SpeculativeConfig | N
 
 def _config(path: Path, features: frozenset[str], *, draft: Path) -> EngineConfig:
     is_native = bool(features & NATIVE)
-    kernels = _all_of(features, {"eager_bfloat16": "eager", "native_bfloat16": "native"}, "reference")
+    homes = {"eager_bfloat16": "eager", "native_bfloat16": "native", "triton": "triton"}
+    kernels = _all_of(features, homes, "reference")
     if is_native and kernels == "reference":
         kernels = "native"
     return EngineConfig(

@@ -82,7 +82,18 @@ def _ids(pair: tuple[Feature, Feature]) -> str:
     return pair_id(pair[0].name, pair[1].name)
 
 
-@pytest.mark.parametrize("pair", served_pairs(), ids=_ids)
+def _marks(*names: str) -> list[pytest.MarkDecorator]:
+    """Triton's interpreter takes seconds a pair: of its pairs `make test-slow` runs all but itself."""
+    return [pytest.mark.slow] if "triton" in names and set(names) != {"triton"} else []
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, id=_ids(pair), marks=_marks(*(each.name for each in pair)))
+        for pair in served_pairs()
+    ],
+)
 def test_pair(pair: tuple[Feature, Feature], engines: Engines, alone_runs: AloneRuns) -> None:
     """Both features keep their law when used together."""
     names = frozenset(feature.name for feature in pair)
@@ -200,7 +211,9 @@ BODIES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("engine_name", sorted(ENGINE_FEATURES))
+@pytest.mark.parametrize(
+    "engine_name", [pytest.param(name, marks=_marks(name, "pooled")) for name in sorted(ENGINE_FEATURES)]
+)
 @pytest.mark.parametrize("pooled", POOLED, ids=lambda pooled: pooled.name)
 def test_pooled_feature(pooled: PooledFeature, engine_name: str, engines: Engines) -> None:
     """Beside answers, chunked, preempted, found in the cache: the same vector."""
