@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from rich.console import Console
 
@@ -28,6 +28,8 @@ from penstock.text.reading import ReadingConfig
 from penstock.text.service import TextService
 
 Result = TypeVar("Result")
+END_S: Final = 10.0
+"""Most that a step under way is waited for where nobody asked for the end."""
 
 
 class LoopThread:
@@ -48,7 +50,9 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """End the thread; nothing may run on it any more."""
+        """End the thread; nothing may run on it any more. Safe to call twice."""
+        if self.loop.is_closed():
+            return
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
@@ -126,6 +130,45 @@ class LocalModel:
         """End the engine's thread and the template's processes."""
         await self.engine.close()
         await self.service.close()
+
+    def end(self) -> None:
+        """As `close`, for when its loop cannot be asked: at the interpreter's end it runs nothing new."""
+        self.engine.end(timeout_s=END_S)
+        self.service.end()
+
+
+class HeldModel:
+    """What an `LLM` runs on: a thread with a loop and, unless it sleeps deeply, the model on it.
+
+    Apart from the `LLM`, so that one that is dropped without `close` can be told from what it leaves.
+    """
+
+    def __init__(self) -> None:
+        self.thread = LoopThread()
+        self.local: LocalModel | None = None
+
+    def close(self) -> None:
+        """End both; safe to call twice."""
+        local, self.local = self.local, None
+        if local is not None:
+            self.thread.run(local.close())
+        self.thread.close()
+
+    def end(self) -> None:
+        """End both for an `LLM` that nobody closed: the collector's part, or the interpreter's at its end.
+
+        The collector may run in any thread, also in those that end here, which must not wait for themselves.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._end()
+        else:
+            threading.Thread(target=self._end, name="penstock-end", daemon=True).start()
+
+    def _end(self) -> None:
+        local, self.local = self.local, None
+        if local is not None:
+            local.end()
+        self.thread.close()
 
 
 async def open_local_model(

@@ -5,6 +5,7 @@ The engine runs in a thread of this process. What this version does not have is 
 
 import itertools
 import random
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import aclosing
 from functools import partial
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from penstock.cli.feed import with_room
-from penstock.cli.local_model import LocalModel, LoopThread, StepTotals, open_local_model
+from penstock.cli.local_model import HeldModel, LocalModel, LoopThread, StepTotals, open_local_model
 from penstock.cli.model_source import ModelSource, find_draft, find_model
 from penstock.cli.outputs import CompletionOutput, RequestOutput
 from penstock.cli.pooled import (
@@ -247,9 +248,9 @@ class LLM:
         """Sums over the engine's steps so far."""
         self._rng = random.Random(seed)  # noqa: S311 - seeds of answers, no secret
         self._ids = itertools.count()
-        self._thread = LoopThread()
+        self._held = HeldModel()
+        self._finalizer = weakref.finalize(self, self._held.end)
         template = None if chat_template is None else Path(chat_template)
-        self._local: LocalModel | None = None
         self._is_put_away = False
         self._open = partial(
             open_local_model,
@@ -261,9 +262,9 @@ class LLM:
             pooling=PoolingConfig(score_yes_token=score_yes_token, score_no_token=score_no_token),
         )
         try:
-            self._local = self._thread.run(self._open())
+            self._held.local = self._thread.run(self._open())
         except BaseException:
-            self._thread.close()
+            self.close()
             raise
 
     @property
@@ -275,9 +276,13 @@ class LLM:
     def _model(self) -> LocalModel:
         if self._is_put_away:
             raise NotReadyError("this LLM is sleeping, call wake_up()", code="sleeping")
-        if self._local is None:
+        if self._held.local is None:
             raise StartupError("this LLM has been closed")
-        return self._local
+        return self._held.local
+
+    @property
+    def _thread(self) -> LoopThread:
+        return self._held.thread
 
     def __enter__(self) -> Self:
         return self
@@ -288,17 +293,18 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End the engine's thread and give the memory back; safe to call twice."""
-        if self._local is not None:
-            self._thread.run(self._local.close())
-        if self._local is not None or self._is_put_away:
-            self._thread.close()
-        self._local, self._is_put_away = None, False
+        """End the engine's thread and its ranks, and give the memory back; safe to call twice.
+
+        An `LLM` that is dropped, or still there when the interpreter ends, does the same by itself.
+        """
+        self._finalizer.detach()
+        self._held.close()
+        self._is_put_away = False
 
     @property
     def is_sleeping(self) -> bool:
         """True between `sleep` and `wake_up`."""
-        return self._is_put_away or (self._local is not None and self._local.engine.is_sleeping)
+        return self._is_put_away or (self._held.local is not None and self._held.local.engine.is_sleeping)
 
     def sleep(self, level: Literal[1, 2] = 1) -> None:
         """Give memory back until `wake_up`; until then calls raise `NotReadyError`.
@@ -313,12 +319,12 @@ class LLM:
             self._thread.run(self._model.engine.sleep(1))
         elif level == 2 and not self._is_put_away:
             self._thread.run(self._model.close())
-            self._local, self._is_put_away = None, True
+            self._held.local, self._is_put_away = None, True
 
     def wake_up(self) -> None:
         """Be ready again; nothing if it does not sleep."""
         if self._is_put_away:
-            self._local = self._thread.run(self._open())
+            self._held.local = self._thread.run(self._open())
             self._is_put_away = False
         else:
             self._thread.run(self._model.engine.wake_up())

@@ -133,6 +133,16 @@ class InProcessEngine:
         self._channel.inbox.put(Shutdown())
         await asyncio.to_thread(self._thread.join)
 
+    def end(self, *, timeout_s: float) -> None:
+        """Stop the thread from any other; for when nobody waits for a stream, nor for the loop.
+
+        Args:
+            timeout_s: most that the step under way is waited for.
+        """
+        self._stop_reason = self._stop_reason or "closed"
+        self._channel.inbox.put(Shutdown())
+        self._thread.join(timeout_s)
+
     def _run(self) -> None:
         import torch  # whoever has an engine in this process has it already
 

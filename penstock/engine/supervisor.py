@@ -21,10 +21,7 @@ import asyncio
 import contextlib
 import enum
 import logging
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 from penstock.core.error_info import info_to_error
@@ -48,6 +45,7 @@ from penstock.engine.client import StreamTable
 from penstock.engine.config import EngineConfig, LoraModule, validate_engine_config
 from penstock.engine.engine_run import EngineRun
 from penstock.engine.kept_adapters import KeptAdapters
+from penstock.engine.owned_folder import OwnedFolder
 from penstock.engine.restarts import Restarts
 from penstock.engine.scheduler.admission import QueueLoad, check_admissible, check_queue, limits_from_info
 from penstock.engine.sleep_orders import SLEEP_RETRY_S, SleepOrders
@@ -104,7 +102,7 @@ class SubprocessEngine:
         """Of the run: each has a number of its own."""
         self._restarts = Restarts()
         self._supervisor: asyncio.Task[None] | None = None
-        self._folder: Path | None = None
+        self._folder: OwnedFolder | None = None
         self._orders = SleepOrders(
             self._table, check_alive=self._refuse_unless_alive, end_process=self._end_process
         )
@@ -149,7 +147,7 @@ class SubprocessEngine:
         """
         validate_engine_config(self._config)
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))  # mode 0700
+            self._folder = OwnedFolder()
         except OSError as error:
             raise StartupError(f"no folder for the engine's socket: {error.strerror}") from error
         self._state = EngineState.LOADING
@@ -190,7 +188,7 @@ class SubprocessEngine:
         if self._run is not None:
             await self._run.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
     async def _shut_down(self, run: EngineRun) -> None:
         """Let the engine end by itself, for a while."""
@@ -315,7 +313,7 @@ class SubprocessEngine:
         assert self._folder is not None
         self._generation += 1
         self._run = EngineRun(
-            folder=self._folder,
+            folder=self._folder.path,
             generation=self._generation,
             clock=self._clock,
             on_message=self._on_message,

@@ -125,6 +125,11 @@ class TextService:
         if self._template is not None:
             await asyncio.to_thread(self._template.close)
 
+    def end(self) -> None:
+        """As `close`, from any thread; waits for the end of the processes."""
+        if self._template is not None:
+            self._template.close()
+
     @property
     def card(self) -> ModelCard:
         """Name and limits."""

@@ -10,7 +10,7 @@ engine ends, and the supervisor starts it again.
 import contextlib
 import subprocess
 import sys
-import tempfile
+import weakref
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from penstock.core.error_info import info_to_error
 from penstock.core.errors import EngineDeadError, StartupError
 from penstock.core.ids import SequenceId
 from penstock.engine.config import EngineConfig
+from penstock.engine.owned_folder import PREFIX, OwnedFolder
 from penstock.engine.rank_wire import (
     RankBuild,
     RankFailed,
@@ -62,6 +63,7 @@ class OtherRank:
             [sys.executable, "-m", "penstock.engine.rank_process", address],
             stdin=subprocess.DEVNULL,
         )
+        self._finalizer = weakref.finalize(self, _end, self.process, self._socket)
 
     def send(self, message: bytes) -> None:
         """Hand over an encoded message.
@@ -89,11 +91,16 @@ class OtherRank:
         return message.weights_bytes
 
     def close(self) -> None:
-        """Kill and reap."""
-        self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(END_S)
-        self._socket.close(linger=0)
+        """Kill and reap; safe to call twice."""
+        self._finalizer()
+
+
+def _end(process: "subprocess.Popen[bytes]", socket: "zmq.Socket[bytes]") -> None:
+    """Also what the collector and the interpreter's end do for a rank that nobody closed."""
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    socket.close(linger=0)
 
 
 class StartedRanks:
@@ -102,11 +109,14 @@ class StartedRanks:
     def __init__(self, config: EngineConfig, *, folder: Path | None) -> None:
         """Start the others; they meet in `join`, in a new folder below `folder`."""
         self._config = config
-        self._folder = tempfile.TemporaryDirectory(prefix="penstock-ranks-", dir=folder)
-        meeting = Path(self._folder.name)
+        self._folder = OwnedFolder(prefix=f"{PREFIX}ranks-", parent=folder)
+        meeting = self._folder.path
         self.others = [OtherRank(index, folder=meeting) for index in range(1, config.tensor_parallel_size)]
         for index, other in enumerate(self.others, start=1):
-            other.send(encode(RankStart(config, index, self._folder.name)))
+            other.send(encode(RankStart(config, index, str(meeting))))
+        # One group at a time: who drops this engine without closing it must be able to start the next.
+        self._finalizer = weakref.finalize(self, leave_ranks)
+        self._finalizer.atexit = False
 
     @property
     def size(self) -> int:
@@ -115,7 +125,7 @@ class StartedRanks:
 
     def join(self, *, device: torch.device) -> Rank:
         """Meet them, as the first rank, which computes on `device`."""
-        return join_ranks(Path(self._folder.name), index=0, size=self.size, device=device)
+        return join_ranks(self._folder.path, index=0, size=self.size, device=device)
 
     def wait_loaded(self) -> int:
         """Bytes of the others' weights.
@@ -139,8 +149,8 @@ class StartedRanks:
         """End the others and leave nothing behind."""
         for other in self.others:
             other.close()
-        leave_ranks()
-        self._folder.cleanup()
+        self._finalizer()
+        self._folder.close()
 
 
 class SeveralRanks:
