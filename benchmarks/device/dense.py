@@ -35,8 +35,25 @@ ROUNDS: Final = 7
 TOLERANCE: Final = 1.5e-2
 """Largest error beside the largest value: a bfloat16 keeps 8 bits, a sum of some thousand errs less."""
 
-LARGE: Final = {"gate": (14336, 4096), "down": (4096, 14336), "query": (4096, 4096), "key": (1024, 4096)}
-SMALL: Final = {"gate": (8192, 2048), "down": (2048, 8192), "query": (2048, 2048), "key": (512, 2048)}
+LARGE: Final = {
+    "gate and up": (28672, 4096),
+    "down": (4096, 14336),
+    "query, key, value": (6144, 4096),
+    "output": (4096, 4096),
+}
+SMALL: Final = {
+    "gate and up": (16384, 2048),
+    "down": (2048, 8192),
+    "query, key, value": (3072, 2048),
+    "output": (2048, 2048),
+}
+APART: Final = {
+    ("8b", "gate and up"): (14336, 14336),
+    ("8b", "query, key, value"): (4096, 1024, 1024),
+    ("1b", "gate and up"): (8192, 8192),
+    ("1b", "query, key, value"): (2048, 512, 512),
+}
+"""Outputs of the products that these are made of."""
 HEADS: Final = {"8b": (128_256, 4096), "1b": (128_256, 2048)}
 FORMATS: Final = {
     "int8": Quantization(method="int8", activations="bf16"),
@@ -137,6 +154,26 @@ def _library(bench: Bench, part: str) -> Case:
     )
 
 
+def _apart(bench: Bench, model: str, part: str) -> Case:
+    """A joined product of a single row as those that it is made of, in turn: what the join is worth."""
+    sizes = [bench.size(each) for each in APART[model, part]]
+    kernels, inputs = bench.home(), bench.size((LARGE if model == "8b" else SMALL)[part][1])
+    dense = [
+        [bench.rand(size, inputs, scale=inputs**-0.5) for size in sizes]
+        for _ in range(bench.copies(2 * sum(sizes) * inputs))
+    ]
+    copies = [[ops.prepare_linear(kernels, each) for each in each_copy] for each_copy in dense]
+    x = bench.rand(1, inputs)
+    got = torch.cat([ops.linear(kernels, x, weight) for weight in copies[0]], dim=1)
+    return Case(
+        name=f"{model} {part}, bf16, 1 row, apart",
+        calls=[lambda apart=apart: [ops.linear(kernels, x, weight) for weight in apart] for apart in copies],  # type: ignore[misc]  # bound early
+        num_bytes=2 * sum(sizes) * inputs + x.nbytes + got.nbytes,
+        num_flops=2.0 * sum(sizes) * inputs,
+        error=_error(got, x.float() @ torch.cat(dense[0]).float().t()),
+    )
+
+
 SLICES: Final = ((0, 1), (63, 64), (5, 70), (64, 300), (299, 300))
 """Rows that are computed again without the others, of 300."""
 
@@ -173,23 +210,30 @@ def _small_experts(bench: Bench, kernels: ops.KernelSet, inputs: int) -> list[op
     ]
 
 
+def _comparisons(bench: Bench) -> Iterator[Callable[[], Case]]:
+    """A single row by others than what serves it."""
+    for part in LARGE:
+        yield lambda part=part: _library(bench, part)  # type: ignore[misc]  # bound early
+    for model, part in APART:
+        yield lambda model=model, part=part: _apart(bench, model, part)  # type: ignore[misc]  # bound early
+
+
 def _products(bench: Bench) -> Iterator[Callable[[], Case]]:
     for model, shapes in (("8b", LARGE), ("1b", SMALL)):
         for part, shape in (*shapes.items(), ("head", HEADS[model])):
             yield lambda model=model, part=part, shape=shape: _product(  # type: ignore[misc]  # bound early
                 bench, f"{model} {part}, bf16, 1 row", shape, rows=1, rule=NO_QUANTIZATION
             )
-    for part in LARGE:
-        yield lambda part=part: _library(bench, part)  # type: ignore[misc]  # bound early
+    yield from _comparisons(bench)
     for rows in (1, 16, 256):
         for word, rule in FORMATS.items():
-            for part in ("gate", "down"):
+            for part in ("gate and up", "down"):
                 yield lambda rows=rows, word=word, rule=rule, part=part: _product(  # type: ignore[misc]  # bound early
                     bench, f"8b {part}, {word}, {rows} rows", LARGE[part], rows=rows, rule=rule
                 )
     for rows in (1, 64, 8192):
         for word, deterministic in (("bf16", False), ("bf16 deterministic", True)):
-            for part in ("gate", "down"):
+            for part in ("gate and up", "down"):
                 yield lambda rows=rows, word=word, deterministic=deterministic, part=part: _product(  # type: ignore[misc]  # bound early
                     bench,
                     f"8b {part}, {word}, {rows} rows",
@@ -219,9 +263,8 @@ def _norm(bench: Bench, rows: int) -> Case:
 
 def _activation(bench: Bench, rows: int) -> Case:
     kernels, rows, width = bench.home(), bench.size(rows), bench.size(14336)
-    pairs = [
-        (bench.rand(rows, width), bench.rand(rows, width)) for _ in range(bench.copies(4 * rows * width))
-    ]
+    joined = [bench.rand(rows, 2 * width) for _ in range(bench.copies(4 * rows * width))]
+    pairs = [each.split(width, dim=1) for each in joined]  # as the product of gate and up leaves them
     gate, up = pairs[0]
     expected = torch.nn.functional.silu(gate.float()) * up.float()
     return Case(
@@ -235,7 +278,8 @@ def _activation(bench: Bench, rows: int) -> Case:
 
 def _rotation(bench: Bench, rows: int) -> Case:
     kernels, rows, heads = bench.home(), bench.size(rows), 32
-    copies = [bench.rand(rows, heads, 128) for _ in range(bench.copies(2 * rows * heads * 128))]
+    joined = [bench.rand(rows, heads + 16, 128) for _ in range(bench.copies(2 * rows * heads * 128))]
+    copies = [each[:, :heads] for each in joined]  # as the product of query, key and value leaves them
     positions = torch.arange(rows, device=bench.device)
     frequencies = 10_000.0 ** (-torch.arange(64, device=bench.device) / 64)
     angles = ops.rope_angles(kernels, positions, frequencies)

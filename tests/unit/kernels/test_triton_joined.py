@@ -8,8 +8,9 @@ from penstock.kernels import ops
 from penstock.kernels.quantization import Method, Quantization
 from penstock.kernels.rounded import RoundedWeight
 from penstock.kernels.triton.kernel_set import TritonKernels
+from tests.unit.kernels.device_home import on_test_device
 
-KERNELS = TritonKernels()
+KERNELS: ops.KernelSet = on_test_device(TritonKernels())
 SIZES = (40, 24, 9)
 INPUTS = 160
 TOLERANCE = 1e-5
