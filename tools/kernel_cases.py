@@ -93,7 +93,7 @@ def _rows(dtype: torch.dtype) -> None:
     positions = torch.zeros(64, dtype=torch.int64)
     angles = ops.rope_angles(kernels, positions, torch.zeros(64), factor=1.5)
     ops.rope(kernels, x.view(64, 32, 128), angles)
-    gate, up = _empty(64, 2 * 4096, dtype=dtype).split(4096, dim=1)
+    gate, up = torch.split(_empty(64, 2 * 4096, dtype=dtype), 4096, dim=1)
     ops.silu_and_mul(kernels, gate, up)
     for tanh in (False, True):
         ops.gelu_and_mul(kernels, x, x, tanh=tanh)
