@@ -26,7 +26,7 @@ from penstock.core.tokens import EngineRequest
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from penstock.engine.core import EngineCore
-from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.compiler import GrammarCompiler
 from penstock.models.embedded_model import embedded_path
 from penstock.text.tokenizer import Tokenizer
 

@@ -19,8 +19,8 @@ import torch
 from benchmarks.device.dense import Bench, Case, ceilings, make_parser, measure, run_and_write
 from penstock.core.ids import SequenceId
 from penstock.core.params import SamplingParams
-from penstock.engine.sampling.device import TritonSampler
 from penstock.engine.sampling.sampler import Sampler
+from penstock.engine.sampling.triton_sampler import TritonSampler
 from penstock.engine.scheduler.plan import NewSequence, SampledToken, SampleSpec
 from penstock.kernels.triton.sampling import draw_tokens
 

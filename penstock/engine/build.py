@@ -23,8 +23,8 @@ from penstock.engine.config import (
 from penstock.engine.core import EngineCore
 from penstock.engine.engine_info import describe
 from penstock.engine.grammar.bitmask import MaskFiller
-from penstock.engine.grammar.compile import GrammarCompiler
 from penstock.engine.grammar.compile_pool import CompilePool
+from penstock.engine.grammar.compiler import GrammarCompiler
 from penstock.engine.kv.kv_manager import KvManager
 from penstock.engine.loaded_engine import LoadedEngine
 from penstock.engine.loading import load_draft, load_part

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from benchmarks.json_schema_suite import run_suite
-from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.compiler import GrammarCompiler
 from penstock.models.embedded_model import embedded_path
 from penstock.text.tokenizer import Tokenizer
 

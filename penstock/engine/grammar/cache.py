@@ -1,4 +1,4 @@
-"""Grammars and refusals by content; the least recently used go first. `compile` fills it; thread-safe."""
+"""Grammars and refusals by content; the least recently used go first. `compiler` fills it; thread-safe."""
 
 import threading
 from collections import OrderedDict

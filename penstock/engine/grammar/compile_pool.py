@@ -23,8 +23,8 @@ from penstock.core.errors import GenerateError, PenstockError, QueueFullError
 from penstock.core.grammar import GrammarSpec
 from penstock.core.ids import RequestId
 from penstock.core.tokens import EngineRequest
-from penstock.engine.grammar.compile import GrammarCompiler, refusal
 from penstock.engine.grammar.compiled import Compiled
+from penstock.engine.grammar.compiler import GrammarCompiler, refusal
 from penstock.engine.grammar.matcher import Matcher, start_matcher
 from penstock.observe.memory import return_free_memory
 

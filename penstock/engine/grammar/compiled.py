@@ -1,4 +1,4 @@
-"""A grammar that can be enforced, as `compile` makes it, `cache` keeps it and `matcher` follows it."""
+"""A grammar that can be enforced, as `compiler` makes it, `cache` keeps it and `matcher` follows it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Every kind of grammar as llguidance's own text. Pure: it compiles nothing. Called by `compile`."""
+"""Every kind of grammar as llguidance's own text. Pure: it compiles nothing. Called by `compiler`."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Refuses JSON Schemas whose objects have more optional properties than the parser has room for.
 
 Each optional property may come next: all of them stand in one row of the parser. Found here, a schema is
-refused with the number; the parser would find out at the answer's first token. Pure; called by `compile`.
+refused with the number; the parser would find out at the answer's first token. Pure; called by `compiler`.
 """
 
 from typing import Final

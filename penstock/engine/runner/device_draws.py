@@ -22,8 +22,8 @@ from torch import Tensor
 from penstock.core.ids import SequenceId
 from penstock.engine.bisection import Culprit, Isolated, isolate
 from penstock.engine.runner.device_batch import LastDrawn
-from penstock.engine.sampling.fast import TOKEN, DeviceSampler, draws_of_table
 from penstock.engine.sampling.masks import MaskSource
+from penstock.engine.sampling.ports import TOKEN, DeviceSampler, draws_of_table
 from penstock.engine.sampling.sampler import Outcome, Sampler, outcomes_of
 from penstock.engine.scheduler.constraint import Mask
 from penstock.engine.scheduler.plan import SampledToken

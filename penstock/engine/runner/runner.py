@@ -54,8 +54,8 @@ from penstock.engine.runner.step_handle import StepHandle
 from penstock.engine.runner.step_passes import StepPasses
 from penstock.engine.runner.stored_weights import StoredWeights
 from penstock.engine.runner.warmup import StepPeaks
-from penstock.engine.sampling.fast import DeviceSampler
 from penstock.engine.sampling.masks import MaskSource
+from penstock.engine.sampling.ports import DeviceSampler
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.cost import TimedStep
 from penstock.engine.scheduler.plan import (

@@ -1,7 +1,7 @@
 """Which samplers go with a set of kernels. Whoever makes a runner asks."""
 
-from penstock.engine.sampling.fast import DeviceSampler
-from penstock.engine.sampling.native import NativeSampler
+from penstock.engine.sampling.native_sampler import NativeSampler
+from penstock.engine.sampling.ports import DeviceSampler
 from penstock.engine.sampling.sampler import Sampler
 from penstock.kernels.ops import KernelSet
 from penstock.models.interface import LoadedModel
@@ -23,6 +23,6 @@ def device_sampler(loaded: LoadedModel) -> DeviceSampler | None:
     if not loaded.is_queued:
         return None
     # Imported here: it needs triton, which is there if such kernels are; no others run behind a queue.
-    from penstock.engine.sampling.device import TritonSampler
+    from penstock.engine.sampling.triton_sampler import TritonSampler
 
     return TritonSampler()

@@ -17,8 +17,8 @@ A row's token depends on its own logits, parameters, seed and history, on no nei
 changes nothing, neither logits nor states, so that it can be repeated; `commit` is what counts tokens.
 The runner calls both.
 
-Given a `HostSampler` (see `fast`), steps 1 to 7 run there, in the same order and with the same result but for
-the rounding of float32 (see `native`); without one, here.
+Given a `HostSampler` (see `ports`), steps 1 to 7 run there, in the same order and with the same result but
+for the rounding of float32 (see `native_sampler`); without one, here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,9 +30,9 @@ from penstock.core.ids import SequenceId
 from penstock.core.text import TokenLogprobs
 from penstock.engine.sampling.constraints import add_bias, apply_bitmask, ban_tokens
 from penstock.engine.sampling.draw import DrawParams, draw
-from penstock.engine.sampling.fast import Draws, DrawStatus, HostSampler
 from penstock.engine.sampling.logprobs import token_logprobs
 from penstock.engine.sampling.penalties import penalise_presence_and_frequency, penalise_repetition
+from penstock.engine.sampling.ports import Draws, DrawStatus, HostSampler
 from penstock.engine.sampling.rare_filters import draw_rare
 from penstock.engine.sampling.sequence_state import SequenceState, SequenceStates
 from penstock.engine.sampling.uniform import uniforms

@@ -15,7 +15,7 @@ A launch that no draw of the call can need is left out; rows that do not need on
 greedy or plain draw reads its logits once, as does a top-k or a usual top-p; min-p and a wide nucleus read
 them twice, logprobs and edits once or twice more. What is launched and its grids follow from the number of
 draws and from their parameters, never from a value on the device, and no sum depends on how many draws there
-are. `engine/sampling/device` builds what goes in.
+are. `engine/sampling/triton_sampler` builds what goes in.
 
 **Source:** keys as ordered integers as in radix selection; the share of top-p as in Holtzman et al. (2020).
 """

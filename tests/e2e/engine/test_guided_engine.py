@@ -15,7 +15,7 @@ from penstock.core.params import SamplingParams
 from penstock.core.tokens import EngineRequest
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
-from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.compiler import GrammarCompiler
 from penstock.engine.in_process import InProcessEngine
 from penstock.engine.supervisor import SubprocessEngine
 from penstock.models.embedded_model import embedded_path

@@ -1,7 +1,7 @@
 """The native passes and numpy's draw the same tokens from the same seeds, whatever the parameters.
 
-Examples are fixed: a uniform number within a rounding of a border may fall to either side (see `native`), about
-once in 100,000 draws.
+Examples are fixed: a uniform number within a rounding of a border may fall to either side (see
+`native_sampler`), about once in 100,000 draws.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.params import SamplingParams
-from penstock.engine.sampling.native import NativeSampler
+from penstock.engine.sampling.native_sampler import NativeSampler
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.plan import NewSequence, SampledToken, SampleSpec
 from penstock.kernels.cpu import _native

@@ -9,7 +9,7 @@ from penstock.core.grammar import GrammarKind, GrammarSpec
 from penstock.core.ids import RequestId
 from penstock.core.params import SamplingParams
 from penstock.core.tokens import EngineRequest
-from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.compiler import GrammarCompiler
 from penstock.engine.grammar.matcher import Matcher, start_matcher
 from penstock.models.embedded_model import embedded_path
 from penstock.text.tokenizer import Tokenizer

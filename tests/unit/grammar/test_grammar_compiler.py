@@ -8,8 +8,8 @@ import pytest
 from grammar_rig import compiler, matches, spec, start
 
 from penstock.core.errors import InvalidParameterError
-from penstock.engine.grammar import compile as compile_file
-from penstock.engine.grammar.compile import BYTES_PER_GRAMMAR, GrammarCompiler
+from penstock.engine.grammar import compiler as compile_file
+from penstock.engine.grammar.compiler import BYTES_PER_GRAMMAR, GrammarCompiler
 from penstock.engine.grammar.schema_width import check_width
 from penstock.models.embedded_model import embedded_path
 

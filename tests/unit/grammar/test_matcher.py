@@ -6,7 +6,7 @@ import pytest
 from grammar_rig import VOCAB_SIZE, allowed, compiler, encode, request, spec, start, tokenizer, walk
 
 from penstock.engine.grammar import matcher as matcher_file
-from penstock.engine.grammar.compile import GrammarCompiler
+from penstock.engine.grammar.compiler import GrammarCompiler
 from penstock.engine.grammar.matcher import start_matcher
 from penstock.models.embedded_model import embedded_path
 

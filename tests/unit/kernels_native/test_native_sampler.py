@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from penstock.core.params import SamplingParams
-from penstock.engine.sampling.native import DrawStatus, NativeSampler
+from penstock.engine.sampling.native_sampler import DrawStatus, NativeSampler
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.scheduler.plan import NewSequence
 from penstock.kernels.cpu import _native

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from penstock.core.params import SamplingParams
 from penstock.engine.sampling import sampler as numpy_sampler
-from penstock.engine.sampling.device import TritonSampler
-from penstock.engine.sampling.fast import DrawStatus, draws_of_table
+from penstock.engine.sampling.ports import DrawStatus, draws_of_table
 from penstock.engine.sampling.sampler import Sampler
+from penstock.engine.sampling.triton_sampler import TritonSampler
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.scheduler.plan import ForcedTokens, NewSequence, SampledToken, SampleSpec
 
 DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
 """`cuda` where `benchmarks.device` runs the tests on a device, without the interpreter."""
 NEAR = 1e-5
-"""Of the mass beside a border, as `native` says: there float32 rounds differently."""
+"""Of the mass beside a border, as `native_sampler` says: there float32 rounds differently."""
 STATUS = {
     "numerical_error": DrawStatus.NOT_FINITE,
     "no_token_allowed": DrawStatus.NONE_ALLOWED,

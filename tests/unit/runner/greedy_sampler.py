@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penstock.engine.sampling.fast import DrawStatus
+from penstock.engine.sampling.ports import DrawStatus
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.scheduler.constraint import Mask
 from penstock.kernels.transfer import indices

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from penstock.engine.sampling.native import NativeSampler
+from penstock.engine.sampling.native_sampler import NativeSampler
 from penstock.kernels.cpu import _native
 
 POOL = _native.Pool(2, [], 0)

@@ -9,7 +9,7 @@ from penstock.core.grammar import GrammarKind, GrammarSpec
 from penstock.core.params import SamplingParams
 from penstock.core.text import FinishReason, ToolChoice, ToolMode
 from penstock.core.tools import add_calls
-from penstock.engine.grammar.compile import refusal
+from penstock.engine.grammar.compiler import refusal
 from penstock.text.reading import ReadingConfig, make_reading
 from penstock.text.service import TextService
 from tests.unit.text.scripted_engine import ScriptedEngine, Sink, TickingClock, last, make_info, tokens

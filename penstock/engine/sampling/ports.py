@@ -1,8 +1,8 @@
 """What a faster way to sample looks like: `sampler` keeps the order and the meaning, these compute it.
 
-`HostSampler` reads logits in host memory and answers at once (`native`, in C++). `DeviceSampler` reads them
-where the model left them and only queues its work: what it draws lies on the device until the step is
-collected, and the next step may take its token from there.
+`HostSampler` reads logits in host memory and answers at once (`native_sampler`, in C++). `DeviceSampler`
+reads them where the model left them and only queues its work (`triton_sampler`): what it draws lies on the
+device until the step is collected, and the next step may take its token from there.
 """
 
 from collections.abc import Sequence

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.text import TokenLogprob, TokenLogprobs
-from penstock.engine.sampling.fast import Draws, DrawStatus
 from penstock.engine.sampling.masks import joined
+from penstock.engine.sampling.ports import Draws, DrawStatus
 from penstock.engine.sampling.sequence_state import SequenceState
 from penstock.engine.sampling.uniform import stream_starts, uniforms_of
 from penstock.engine.sampling.vocabulary import Floats
