@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from penstock.engine.runner.input_batch import DecodeArrays, InputBatchBuilder, adapter_rows
+from penstock.engine.runner.bound_adapters import adapter_rows
+from penstock.engine.runner.decode_arrays import DecodeArrays
+from penstock.engine.runner.input_batch import InputBatchBuilder
 from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.scheduler.plan import SampleSpec, ScheduledSequence
 from penstock.kernels.adapters import AdapterWeights

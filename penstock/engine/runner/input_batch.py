@@ -7,7 +7,6 @@ Worked example: see `kernels/batch.py`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +14,12 @@ import torch
 
 from penstock.core.ids import SequenceId
 from penstock.engine.kv.cache_groups import CacheLayout
-from penstock.engine.lora.slots import NO_SLOT
+from penstock.engine.runner.bound_adapters import adapter_rows
+from penstock.engine.runner.decode_arrays import NO_BLOCK, DecodeArrays, shape_of
 from penstock.engine.runner.kv_pool import KvPool, layer_groups, layer_slabs
 from penstock.engine.scheduler.plan import ScheduledSequence
-from penstock.kernels.adapters import AdapterRows, AdapterWeights
+from penstock.kernels.adapters import AdapterWeights
 from penstock.kernels.batch import AttentionBatch, ForwardBatch
-
-NO_BLOCK: Final = -1
-COLUMNS_STEP: Final = 16
-"""Arrays of decodes grow by so many blocks a sequence."""
 
 Tables = list[npt.NDArray[np.int32]]
 """One array per cache group."""
@@ -168,110 +164,18 @@ class InputBatchBuilder:
             adapters=adapter_rows(sequences, adapters=adapters),
         )
 
-    def fill_decodes(self, sequences: Sequence[ScheduledSequence]) -> "DecodeArrays":
+    def fill_decodes(self, sequences: Sequence[ScheduledSequence]) -> DecodeArrays:
         """The numbers of sequences with one token each; the same object while their shape is the same.
 
         The tensors of the batch that `build` makes lie over these arrays: while the object is the same, a
         batch made before holds the new numbers, but for `seq_lens_host` and the adapters.
         """
-        starts = [seq.start for seq in sequences]
-        num_blocks = [start // self._block_size + 1 for start in starts]
-        shape = (len(starts), -(-max(num_blocks) // COLUMNS_STEP) * COLUMNS_STEP)
+        shape = shape_of(sequences, block_size=self._block_size)
         decodes = self._decodes
         if decodes is None or decodes.shape != shape:
             decodes = self._decodes = DecodeArrays(shape, num_groups=self._num_groups)
-        decodes.token_ids[:] = [seq.token_ids[0] for seq in sequences]
-        decodes.positions[:] = starts
-        decodes.seq_lens[:] = [start + 1 for start in starts]
-        for group_idx, table in enumerate(decodes.tables):
-            rows = [seq.block_tables[group_idx] for seq in sequences]
-            decodes.slots[group_idx][:] = _decode_slots(rows, starts, self._block_size)
-            table.write(rows, num_blocks=num_blocks)
+        decodes.fill(sequences, block_size=self._block_size)
         return decodes
-
-
-def adapter_rows(
-    sequences: Sequence[ScheduledSequence], *, adapters: Sequence[AdapterWeights | None]
-) -> tuple[AdapterRows, ...]:
-    """Runs of rows by adapter; neighbours that have the same one are one run.
-
-    Example: sequences of 3, 1 and 2 tokens in the slots -1, 5 and 5 give one run, rows 3 to 5.
-    """
-    if not adapters:
-        return ()
-    runs: list[AdapterRows] = []
-    row, last_slot = 0, NO_SLOT
-    for seq in sequences:
-        num_rows = len(seq.token_ids)
-        if seq.adapter_slot != NO_SLOT:
-            weights = adapters[seq.adapter_slot]
-            assert weights is not None, "a sequence uses a slot that holds nothing"
-            first = runs.pop().first_row if seq.adapter_slot == last_slot else row
-            runs.append(AdapterRows(first_row=first, num_rows=row + num_rows - first, weights=weights))
-        row, last_slot = row + num_rows, seq.adapter_slot
-    return tuple(runs)
-
-
-class DecodeTable:
-    """The block tables of one cache group in a step of decodes, kept from step to step.
-
-    A row is written only if the sequence in its place has other blocks than the one in the step before, which
-    in most steps few have. The scheduler goes on changing the tables that it hands out, so they are compared
-    with copies.
-    """
-
-    def __init__(self, num_seqs: int, num_columns: int) -> None:
-        self._array = np.full((num_seqs, num_columns), NO_BLOCK, np.int32)
-        self._written: list[list[int]] = [[] for _ in range(num_seqs)]
-        self.tensor = torch.from_numpy(self._array)
-        """[num_seqs, num_columns]: entries beyond a sequence's last token are `NO_BLOCK`."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the array, and of the copies (8 an entry)."""
-        return self._array.nbytes + sum(8 * len(row) for row in self._written)
-
-    def write(self, tables: Sequence[list[int]], *, num_blocks: Sequence[int]) -> None:
-        """Hold the first `num_blocks` entries of each table."""
-        for row, (table, num) in enumerate(zip(tables, num_blocks, strict=True)):
-            used = table[:num]
-            if used != self._written[row]:
-                self._written[row] = used
-                self._array[row, :num] = used
-                self._array[row, num:] = NO_BLOCK
-
-
-class DecodeArrays:
-    """The numbers of a step of decodes, with tensors over the same memory."""
-
-    def __init__(self, shape: tuple[int, int], *, num_groups: int) -> None:
-        """Make them for a number of sequences, and of columns of their block tables."""
-        self.shape = shape
-        num_seqs, num_columns = shape
-        self.token_ids = np.zeros(num_seqs, np.int64)
-        self.positions = np.zeros(num_seqs, np.int64)
-        self.query_start_loc = np.arange(num_seqs + 1, dtype=np.int32)
-        self.seq_lens = np.zeros(num_seqs, np.int32)
-        self.slots = [np.zeros(num_seqs, np.int64) for _ in range(num_groups)]
-        self.query_lens = (1,) * num_seqs
-        arrays = (self.token_ids, self.positions, self.query_start_loc, self.seq_lens, *self.slots)
-        self.tensors = [torch.from_numpy(array) for array in arrays]
-        self.tables = [DecodeTable(num_seqs, num_columns) for _ in range(num_groups)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all."""
-        tensors = sum(each.nbytes for each in self.tensors)
-        return tensors + sum(table.num_bytes for table in self.tables)
-
-
-def _decode_slots(tables: Sequence[list[int]], starts: Sequence[int], block_size: int) -> list[int]:
-    slots = []
-    for table, start in zip(tables, starts, strict=True):
-        block_id = table[start // block_size]
-        assert block_id >= 0, "a token is written to a block that its sequence does not own"
-        slots.append(block_id * block_size + start % block_size)
-    return slots
 
 
 def _attention_batch(tables: Tables, *, rows: _Rows, block_size: int) -> AttentionBatch:
