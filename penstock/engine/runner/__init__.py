@@ -15,10 +15,10 @@ plan > last_tokens > input_batch > forward > inspection > step_draws > result
 beside it
 
 ```
-ranks       rank_group, rank_processes, overlapped_rank        who computes together
-faults      step_passes, failures, memory_shortage, canary     one sequence's fault stays with it
-shortcuts   decode_steps, recordings, cuda_graphs              a step of decodes as one call
-memory      kv_pool, host_blocks, kv_budget, stored_weights    who holds which bytes, and gives them back
-start       rehearsal, warmup                                  steps of our own before the first request
+ranks       rank_group, rank_processes, overlapped_rank            who computes together
+faults      step_passes, failures, memory_shortage, canary         one sequence's fault stays with it
+shortcuts   decode_arrays, decode_steps, recordings, cuda_graphs   a step of decodes as one call
+memory      kv_pool, host_blocks, kv_budget, stored_weights        who holds which bytes, and gives them back
+start       rehearsal, warmup                                      steps of our own before the first request
 ```
 """
