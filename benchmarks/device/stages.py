@@ -92,9 +92,10 @@ def kernels(setup: Setup) -> Outcome:
 
 
 def families(setup: Setup) -> Outcome:
-    """Every family through the whole engine: the tokens of the reference on the CPU."""
-    only = ("-k", "gpt2") if setup.is_dry else ()
-    return _pytest(setup, "tests/oracle/test_triton_families.py", *only)
+    """Every family through the whole engine, the reference's tokens; recorded steps, with adapters too."""
+    only = ("-k", "gpt2 or adapters") if setup.is_dry else ()
+    tests = [f"tests/oracle/test_triton_{name}.py" for name in ("families", "graphs")]
+    return _pytest(setup, *tests, *only)
 
 
 def _decode(setup: Setup, model: str, *, at_least: float) -> Outcome:

@@ -1,12 +1,17 @@
-"""A recorded decode step on the Triton kernels, interpreted: launches that know a rung's lengths alone."""
+"""Recorded decode steps on the Triton kernels: launches that know a rung's lengths alone.
 
+Interpreted, where a recording launches everything anew; as CUDA graphs where `benchmarks.device` runs this on a
+device.
+"""
+
+import os
 from pathlib import Path
 
 import torch
 
 from penstock.core.params import SamplingParams
 from penstock.engine.kv.cache_groups import make_cache_layout
-from penstock.engine.runner.cuda_graphs import DecodeGraphs, GraphLimits, Rung
+from penstock.engine.runner.cuda_graphs import CudaRecorder, DecodeGraphs, GraphLimits, Rung
 from penstock.engine.runner.runner import Runner
 from penstock.engine.runner.samplers import device_sampler
 from penstock.engine.scheduler.plan import (
@@ -18,10 +23,12 @@ from penstock.engine.scheduler.plan import (
 )
 from penstock.kernels import ops
 from penstock.kernels.adapters import AdapterLimits, LowRankPair
-from penstock.kernels.devices import CPU
 from penstock.kernels.options import KernelOptions
 from penstock.models.loader import load_model
 from tests.oracle.checkpoints import tiny_checkpoint
+
+DEVICE = torch.device(os.environ.get("PENSTOCK_TEST_DEVICE", "cpu"))
+"""`cuda` where `benchmarks.device` runs the tests on a device, without the interpreter."""
 
 
 class Again:
@@ -40,6 +47,10 @@ class Again:
         self.run()
 
 
+def recorder():
+    return CudaRecorder(DEVICE) if DEVICE.type == "cuda" else Again()
+
+
 def sequence(seq_id, token_ids, start, tables):
     return ScheduledSequence(seq_id, token_ids, start, tables, (SampleSpec(seq_id, 0),))
 
@@ -47,7 +58,11 @@ def sequence(seq_id, token_ids, start, tables):
 def test_a_padded_step_of_a_rung_draws_what_the_same_step_draws_alone(tmp_path: Path) -> None:
     """Grouped heads and a window, with lengths on the host that are those of no sequence."""
     loaded = load_model(
-        tiny_checkpoint("mistral", tmp_path), dtype="float32", kernels="triton", max_model_len=48
+        tiny_checkpoint("mistral", tmp_path),
+        dtype="float32",
+        kernels="triton",
+        device=DEVICE,
+        max_model_len=48,
     )
     layout = make_cache_layout(loaded.model.layer_windows)
 
@@ -56,7 +71,7 @@ def test_a_padded_step_of_a_rung_draws_what_the_same_step_draws_alone(tmp_path: 
             max_num_seqs=2, max_model_len=48, block_size=16, scratch_block=pool.scratch_block
         )
         return DecodeGraphs(
-            model=loaded.model, kernels=loaded.kernels, limits=limits, device=CPU, recorder=Again()
+            model=loaded.model, kernels=loaded.kernels, limits=limits, device=DEVICE, recorder=recorder()
         )
 
     runner = Runner(
@@ -112,6 +127,7 @@ def test_adapters_that_come_and_go_between_replays_act_on_their_own_rows(tmp_pat
         tiny_checkpoint("llama", tmp_path),
         dtype="float32",
         kernels="triton",
+        device=DEVICE,
         max_model_len=32,
         options=KernelOptions(enable_lora=True),
     )
@@ -124,8 +140,8 @@ def test_adapters_that_come_and_go_between_replays_act_on_their_own_rows(tmp_pat
             model=loaded.model,
             kernels=loaded.kernels,
             limits=sizes,
-            device=CPU,
-            recorder=Again(),
+            device=DEVICE,
+            recorder=recorder(),
             adapters=tables,
         )
 

@@ -29,7 +29,7 @@ from penstock.kernels.triton.adapter_tables import (
     FixedTables,
     StagedRows,
 )
-from penstock.kernels.triton.launch import bound, dot, inlined, narrow
+from penstock.kernels.triton.launch import dot, inlined, narrow
 
 CHUNK: Final = 1024
 """Inputs that one program of the first kernel sums."""
@@ -120,7 +120,7 @@ def _expand_kernel(
         rows = (tl.load(tiles + tl.program_id(0) * TILE_FIELDS) + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         cols = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
         acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for first in range(0, bound(rank), BLOCK_R):
+        for first in range(0, RANKS, BLOCK_R):
             ranks = first + tl.arange(0, BLOCK_R)
             mask = row_mask & (ranks < rank)[None, :]
             shrunk = tl.zeros((ROWS, BLOCK_R), tl.float32)
