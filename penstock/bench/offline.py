@@ -55,8 +55,8 @@ class _Seen:
 
 def run_offline(
     core: EngineCore, sizes: OfflineSizes, *, tell: Callable[[str], None]
-) -> list[dict[str, float]]:
-    """One row for each batch size and round, after a round that is not counted.
+) -> Iterator[dict[str, float]]:
+    """One row for each batch size and round, each when it is measured, after a batch that is not counted.
 
     Args:
         core: a warm engine with nothing to do.
@@ -65,7 +65,6 @@ def run_offline(
     """
     rng = random.Random(sizes.seed)  # noqa: S311 - workload, no secret
     _run_batch(core, _requests(core.info, sizes, rng, batch_size=1, tag="warm"))
-    rows = []
     for round_idx in range(sizes.rounds):
         for batch_size in sizes.batch_sizes:
             requests = _requests(
@@ -74,12 +73,11 @@ def run_offline(
             prefill, decode = _run_batch(core, requests)
             row = {"round": float(round_idx + 1), "batch_size": float(batch_size)}
             row |= _figures(prefill, decode, batch_size=batch_size, info=core.info)
-            rows.append(row)
             tell(
                 f"round {round_idx + 1}, batch {batch_size}: prefill {row['prefill_tokens_per_s']:.0f}, "
                 f"decode {row['decode_tokens_per_s']:.1f} tokens/s"
             )
-    return rows
+            yield row
 
 
 def _requests(

@@ -222,6 +222,8 @@ def _draw_gaps(panel: "Axes", *, result: LoadResult) -> None:
 
 
 def _draw_throughput(panel: "Axes", *, result: LoadResult) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     label(panel, title="Over time", x="seconds after the start", y="texts per second")
     arrivals = np.concatenate([np.zeros(0), *(np.asarray(r.pieces_s) for r in result.records)])
     edges = _time_edges(result)
@@ -234,6 +236,7 @@ def _draw_throughput(panel: "Axes", *, result: LoadResult) -> None:
     times, running = _in_flight(result.records)
     beside.step(times, running, where="post", color=COLORS[1], linewidth=1.4)
     beside.set_ylabel("requests in flight", fontsize=9, color=COLORS[1])
+    beside.yaxis.set_major_locator(MaxNLocator(integer=True))
     beside.tick_params(labelsize=9, colors=COLORS[1])
     beside.set_ylim(bottom=0)
 

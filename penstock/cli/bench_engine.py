@@ -1,5 +1,6 @@
 """`penstock bench offline` and `kernels`: what runs the engine or its operations in this process."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +27,7 @@ from penstock.cli.bench_options import (
     results,
     tell,
     threads_or_all,
+    until_interrupted,
     words,
 )
 from penstock.cli.model_source import find_model
@@ -115,14 +117,15 @@ def _run_offline(
 ) -> int:
     found = measure_limits(num_threads=config.num_threads or 1) if with_limits else None
     core = build_core(config)
-    rows = run_offline(core, sizes, tell=tell)
-    record = offline_record(
-        rows, sizes=sizes, info=core.info, limits=found, model=model, command=command_line()
-    )
-    if output is not None:
-        write_record(record, output)
+
+    def keep(so_far: Sequence[dict[str, float]]) -> None:
+        if output is not None:
+            head = {"model": model, "command": command_line()}
+            write_record(offline_record(so_far, sizes=sizes, info=core.info, limits=found, **head), output)
+
+    rows, code = until_interrupted(run_offline(core, sizes, tell=tell), keep=keep)
     results().print(offline_table(rows, info=core.info, limits=found))
-    return 0
+    return code
 
 
 # -- the kernels ---------------------------------------------------------------------------------------------
@@ -192,20 +195,28 @@ def kernels(*, settings: KernelSettings | None = None) -> int:
     }
     rows: dict[str, list[dict[str, object]]] = {}
     for name in shapes:
-        rows[name] = _measured(home, name, chosen=chosen, limits=limits)
-        if chosen.output is not None:
-            write_record({**head, "shapes": rows}, chosen.output)
-        best = (
-            f"{limits.read_gb_per_s:.1f} GB/s, bf16 {limits.bf16_tflops:.2f}, int8 {limits.int8_tops:.2f} T/s"
-        )
-        title = f"{name}, kernels {home.name}, {limits.isa}, {threads} threads; at best {best}"
-        results().print(kernel_table(rows[name], title=title))
+
+        def keep(so_far: Sequence[dict[str, object]], name: str = name) -> None:
+            rows[name] = list(so_far)
+            if chosen.output is not None:
+                write_record({**head, "shapes": rows}, chosen.output)
+
+        measured = _measured(home, name, chosen=chosen, limits=limits)
+        found, code = until_interrupted(measured, keep=keep)
+        title = f"{name}, kernels {home.name}, {limits.isa}, {threads} threads; at best {_best(limits)}"
+        results().print(kernel_table(found, title=title))
+        if code:
+            return code
     return 0
+
+
+def _best(limits: MachineLimits) -> str:
+    return f"{limits.read_gb_per_s:.1f} GB/s, bf16 {limits.bf16_tflops:.2f}, int8 {limits.int8_tops:.2f} T/s"
 
 
 def _measured(
     home: KernelSet, name: str, *, chosen: KernelSettings, limits: MachineLimits
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     formats = words(chosen.formats, param="formats", known=FORMATS)
     cases = make_cases(
         home,
@@ -214,4 +225,5 @@ def _measured(
         formats=[each for each in FORMATS if each in formats],
         rows=numbers(chosen.rows, param="rows"),
     )
-    return [measure(home, case, seconds=chosen.seconds).row(limits) for case in cases]
+    for case in cases:
+        yield measure(home, case, seconds=chosen.seconds).row(limits)

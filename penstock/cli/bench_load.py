@@ -352,7 +352,7 @@ def serve_options(flags: LoadFlags) -> ServeOptions:
         target=_target(flags.target),
         recipe=recipe,
         prompt_format=prompts.prompt_format,
-        tokenizer=prompts.tokenizer,
+        tokenizer=_tokenizer_folder(prompts.tokenizer),
         token_ids=None if prompts.random_token_ids is None else _id_range(prompts.random_token_ids),
         num_warmups=prompts.num_warmups,
         ready_timeout_s=flags.target.ready_check_timeout_sec,
@@ -448,6 +448,14 @@ def _refuse_changed(flags: PromptFlags, defaults: PromptFlags, *, names: Sequenc
             raise InvalidParameterError(
                 f"{name} is {value}, it has no effect with dataset_name {why}", param=name
             )
+
+
+def _tokenizer_folder(folder: Path | None) -> Path | None:
+    if folder is not None and not (folder / "tokenizer.json").is_file():
+        raise InvalidParameterError(
+            f"tokenizer is {str(folder)!r:.200}, there is no tokenizer.json in it", param="tokenizer"
+        )
+    return folder
 
 
 def _id_range(text: str) -> tuple[int, int]:

@@ -5,9 +5,9 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -15,7 +15,10 @@ from rich.console import Console
 from penstock.cli.setting import Range, setting
 from penstock.core.errors import InvalidParameterError, StartupError
 
+Row = TypeVar("Row")
+
 MAX_BATCH: Final = 4096
+EXIT_INTERRUPTED: Final = 130
 FILE_WIDTH: Final = 160
 """Columns of tables where there is no terminal that has a width."""
 
@@ -36,6 +39,24 @@ PenstockFlags = Annotated[
 def tell(line: str) -> None:
     """A line for the person who waits, on stderr."""
     Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def until_interrupted(rows: Iterable[Row], *, keep: Callable[[Sequence[Row]], None]) -> tuple[list[Row], int]:
+    """The rows of a measurement and the exit code: after Ctrl-C those that were measured, and 130.
+
+    Args:
+        rows: measured while they are taken.
+        keep: called with all of them after each.
+    """
+    kept: list[Row] = []
+    try:
+        for row in rows:
+            kept.append(row)
+            keep(kept)
+    except KeyboardInterrupt:
+        tell("stopped: what was measured until now is shown, and kept where --output says")
+        return kept, EXIT_INTERRUPTED
+    return kept, 0
 
 
 def results() -> Console:

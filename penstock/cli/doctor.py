@@ -196,7 +196,7 @@ def native_finding() -> Finding:
     threads = extension.default_num_threads()
     return Finding(
         name="kernels native",
-        value=f"yes: C++ on {isa} ({why}), {threads} threads, bfloat16 alone",
+        value=f"yes: C++ on {isa} ({why}), {threads} thread{'' if threads == 1 else 's'}, bfloat16 alone",
     )
 
 

@@ -33,7 +33,7 @@ def test_offline_counts_every_token_and_tells_prefill_from_decode():
     )
     sizes = OfflineSizes(prompt_tokens=8, output_tokens=4, batch_sizes=(1, 2), rounds=2, seed=0)
     lines: list[str] = []
-    rows = run_offline(build_core(config), sizes, tell=lines.append)
+    rows = list(run_offline(build_core(config), sizes, tell=lines.append))
     assert [(row["round"], row["batch_size"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(row["decode_steps"] == 3 for row in rows), "the first token comes with the prompt"
     assert all(row["prefill_tokens_per_s"] > 0 and row["step_p99_ms"] > 0 for row in rows)

@@ -80,6 +80,7 @@ def test_a_whole_number_may_be_written_with_a_point(capsys: pytest.CaptureFixtur
         (("sweep", "--loads=inf"), "loads is inf, it must be 1 to"),
         (("sweep", "--loads=1.5"), "loads is 1.5, with over concurrency it must be whole numbers"),
         (("serve", "--random-input-len=0"), "random_input_len is 0, it must be at least 1 token"),
+        (("serve", "--tokenizer=/nope"), "tokenizer is '/nope', there is no tokenizer.json in it"),
         (("serve", "--result-filename=/"), "result_filename is '/', which is a folder"),
         (("kernels", "--formats=x"), "formats has 'x'"),
         (("kernels", "--operations=x"), "operations has 'x'"),
