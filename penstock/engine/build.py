@@ -6,7 +6,6 @@ up (`ranks`), and say what came of it (`engine_info`).
 """
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -85,25 +84,17 @@ def _build(
     began_s = time.monotonic()
     chosen = choose_device(config.device, kernels=config.kernels)
     _refuse_eager_without_device(config, chosen)
-    compiler = GrammarCompiler(Path(config.model_path))
-    warming = threading.Thread(target=compiler.warm_up, name="penstock-vocabulary", daemon=True)
-    if config.warmup:
-        warming.start()  # beside the weights: it takes a second or two for a vocabulary of 150,000
     rank = ALONE if started is None else started.join(device=chosen.device)
     loaded = load_part(config, rank=rank, device=chosen.device, on_progress=on_progress)
     load_time_s = time.monotonic() - began_s
     draft_model = load_draft(config, target=loaded)
-    core = _join(
+    return _join(
         LoadedEngine.over(config, loaded=loaded, draft_model=draft_model),
-        compiler=compiler,
         load_time_s=load_time_s,
         faults=faults,
         device_detail=chosen.detail,
         started=started,
     )
-    if config.warmup:
-        warming.join()
-    return core
 
 
 def _refuse_eager_without_device(config: EngineConfig, chosen: DeviceChoice) -> None:
@@ -118,7 +109,6 @@ def _refuse_eager_without_device(config: EngineConfig, chosen: DeviceChoice) -> 
 def _join(
     engine: LoadedEngine,
     *,
-    compiler: GrammarCompiler,
     load_time_s: float,
     faults: FaultPoints | None,
     device_detail: str,
@@ -146,7 +136,7 @@ def _join(
         scheduler=scheduler,
         kv=kv,
         ranks=ranks,
-        grammars=CompilePool(compiler, vocab_size=loaded.model.vocab_size),
+        grammars=CompilePool(GrammarCompiler(Path(config.model_path)), vocab_size=loaded.model.vocab_size),
         masks=MaskFiller(num_words=-(-loaded.model.vocab_size // 32)),
         info=describe(
             engine,

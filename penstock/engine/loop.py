@@ -64,6 +64,7 @@ class EngineLoop:
         self._core = core
         self._channel = channel
         self._stopped = False
+        self._was_idle = False
         self._sleeper = Sleeper(core)
         core.grammars.wake = channel.wake
 
@@ -81,7 +82,9 @@ class EngineLoop:
             self._core.ranks.close()
 
     def _turn(self) -> None:
-        for message in self._channel.receive(block=self._is_idle()):
+        is_idle = self._is_idle()
+        self._use_idle_time(is_idle)
+        for message in self._channel.receive(block=is_idle):
             self._handle(message)
         for done in self._core.grammars.take_done():
             self._channel.send(Grammar(done.outcome_word, done.compile_s))
@@ -96,6 +99,15 @@ class EngineLoop:
         if self._sleeper.has_work or self._is_loading:
             return False
         return self._sleeper.state is SleepState.ASLEEP or not self._core.prepare()
+
+    def _use_idle_time(self, is_idle: bool) -> None:
+        """Idle since the last message, mostly a ping of a second ago: get ready for the first grammar.
+
+        Not at start: whoever waits for the engine would wait longer, and few of the first requests have one.
+        """
+        if is_idle and self._was_idle and self._sleeper.state is SleepState.AWAKE:
+            self._core.grammars.warm_up()
+        self._was_idle = is_idle
 
     def _tell(self, output: StepOutput) -> None:
         self._channel.send(Output(output.deltas, output.stats))

@@ -53,6 +53,17 @@ def gated():
     source.gate.set()
 
 
+def test_the_vocabulary_is_read_once_however_often_that_is_asked_for():
+    reads = []
+    source = GatedCompiler()
+    source.warm_up = lambda: reads.append(1)
+    rung = Rung(source)
+    for _ in range(3):
+        rung.pool.warm_up()
+    rung.pool._threads.shutdown(wait=True)
+    assert reads == [1]
+
+
 def test_a_request_comes_back_with_a_matcher_of_its_own():
     rung = Rung(compiler())
     rung.pool.submit(request(spec("regex", "compiled in a pool")))
