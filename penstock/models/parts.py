@@ -342,8 +342,11 @@ class Parts:
     def _offsets(
         self, name: str, size: int, *, cut: Cut | None = None, is_of_first: bool = False
     ) -> Tensor | None:
-        """A bias, or this rank's part of it; of one that only the first rank adds, None on the others."""
-        offsets = self.weights.take(self.prefix + name, (size,), cut=cut)
+        """A bias, or this rank's part of it; of one that only the first rank adds, None on the others.
+
+        Its bytes are counted with the weight that takes it.
+        """
+        offsets = self.weights.take(self.prefix + name, (size,), is_kept=False, cut=cut)
         return None if is_of_first and self.rank.index else offsets
 
     def _site(self, name: str, in_features: int, out_features: int) -> LoraSite | None:
@@ -390,7 +393,10 @@ class Parts:
             parts=parts,
             release=self.weights.checkpoint.release,
         )
-        return self._kept(prepared) if self.kernels.copies_weights else prepared
+        if self.kernels.copies_weights:
+            return self._kept(prepared)
+        self.weights.resident_bytes += 0 if bias is None else bias.nbytes
+        return prepared
 
     def _kept(self, prepared: LinearWeight) -> LinearWeight:
         self.weights.resident_bytes += prepared.num_bytes
