@@ -96,17 +96,16 @@ class Weights:
     ) -> "Tensor | RoundedWeight":
         """A matrix [out, in]: its numbers and scales where the kernels have that grid, else as `take`.
 
-        Part of a matrix is dequantized: its groups need not end where the part does.
-
         Raises:
             CheckpointError: missing, not of this shape, or damaged.
         """
-        if self.is_check or cut is not None or not self.checkpoint.is_quantized(name):
+        if self.is_check or not self.checkpoint.is_quantized(name):
             return self.take(name, shape, is_kept=is_kept, cut=cut)
         stored = self._find(name, shape)
         if not isinstance(stored, StoredMatrix):
-            return self.take(name, shape, is_kept=is_kept)
-        weight = stored.kept(self.dtype, methods=self.rounded_methods)
+            return self.take(name, shape, is_kept=is_kept, cut=cut)
+        whole = stored.kept(self.dtype, methods=self.rounded_methods)
+        weight = whole if cut is None else _part_of(whole, cut=cut, dtype=self.dtype)
         if isinstance(weight, RoundedWeight):
             weight = replace(weight, values=self._placed(weight.values), scales=self._placed(weight.scales))
             kind = str(weight.quantization)
@@ -115,6 +114,8 @@ class Weights:
             weight = self._placed(weight)
             self.num_dequantized += 1
             self.resident_bytes += weight.nbytes if is_kept else 0
+        if cut is not None and isinstance(whole, RoundedWeight):
+            self.checkpoint.release(whole.values)
         self._count(name, shape, stored)
         return weight
 
@@ -156,6 +157,18 @@ class Weights:
             raise CheckpointError(
                 f"tensor {rest[0][:200]!r}{more} in the checkpoint fits no layer of the model"
             )
+
+
+def _part_of(whole: Tensor | RoundedWeight, *, cut: Cut, dtype: torch.dtype) -> Tensor | RoundedWeight:
+    """A rank's part of a matrix [out, in]; dequantized where it might end inside a group of inputs."""
+    if isinstance(whole, Tensor):
+        return cut.of(whole)
+    is_of_outputs = cut.dim == 0
+    if whole.quantization.method == "int4" and not is_of_outputs:
+        return cut.of(whole.dequantized()).to(dtype)
+    # As bytes: fp8 cannot be put together everywhere.
+    values = cut.of(whole.values.view(torch.uint8)).view(whole.values.dtype)
+    return replace(whole, values=values, scales=cut.of(whole.scales) if is_of_outputs else whole.scales)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
