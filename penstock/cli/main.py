@@ -143,12 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: CycloptsError) -> str:
     error.verbose = False
-    if isinstance(error, CoercionError) and error.msg is None and error.token is not None:
-        name, value = error.token.keyword, error.token.value[:SHOWN_CHARS]
-        kind = _kind(error.target_type)
-        if name is not None and kind is not None:
-            return f'Invalid value for {name}: "{value}" is not {kind}.'
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    token = error.token if isinstance(error, CoercionError) else None
+    if token is None or token.keyword is None:
+        return text
+    assert isinstance(error, CoercionError)
+    kind = _kind(error.target_type)
+    if error.msg is None and kind is not None:
+        text = f'Invalid value for {token.keyword}: "{token.value[:SHOWN_CHARS]}" is not {kind}.'
+    if token.source in {"", "cli"}:
+        return text
+    return text.replace(f"for {token.keyword}:", f"for {token.keyword} provided by {token.source}:", 1)
 
 
 def _kind(hint: object) -> str | None:

@@ -1,6 +1,7 @@
 """Whom `penstock chat` talks to: a server over HTTP, or a model in this process."""
 
 import json
+import os
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final, Protocol
@@ -171,6 +172,9 @@ class ServerPartner:
 
     def _failed(self, error: Exception) -> TalkError:
         text = " ".join((str(error) or type(error).__name__).split())
+        if isinstance(error, aiohttp.ClientConnectorError):
+            number = error.os_error.errno
+            text = f"no server answers: {os.strerror(number) if number and number > 0 else text}"
         return TalkError(f"{self._url}: {text}"[:MAX_ERROR_CHARS])
 
 

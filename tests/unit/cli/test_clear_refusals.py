@@ -68,6 +68,16 @@ def test_a_wrong_flag_of_serve_is_told_with_its_limit(
     assert words in _refusal(capsys, "serve", flag)
 
 
+def test_a_value_from_elsewhere_is_told_with_the_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("deterministic: perhaps\n")
+    assert f"provided by {file}" in _refusal(capsys, "serve", f"--config={file}")
+    monkeypatch.setenv("PENSTOCK_MAX_NUM_SEQS", "1.5")
+    assert "provided by the environment's PENSTOCK_MAX_NUM_SEQS: " in _refusal(capsys, "serve")
+
+
 def test_a_whole_number_may_be_written_with_a_point(capsys: pytest.CaptureFixture[str]) -> None:
     """It passes; what is refused is the next flag."""
     assert "--port" in _refusal(capsys, "serve", "--max-num-seqs=30.0", "--port=x")
@@ -134,3 +144,10 @@ def test_the_engine_names_settings_as_the_user_does(config: dict[str, object], w
         validate_engine_config(EngineConfig(model_path="x", model_revision="r", **config))
     assert words in refused.value.message
     assert refused.value.param in words
+
+
+def test_a_chat_with_nobody_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with bind("127.0.0.1", 0) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    assert main(["chat", "--url", url]) == 1
+    assert capsys.readouterr().err == f"penstock: {url}: no server answers: Connection refused\n"
