@@ -92,7 +92,7 @@ def _rows(dtype: torch.dtype) -> None:
     ops.layer_norm(kernels, x, weight, weight, eps=1e-5)
     positions = torch.zeros(64, dtype=torch.int64)
     angles = ops.rope_angles(kernels, positions, torch.zeros(64), factor=1.5)
-    ops.rope(kernels, x.view(64, 32, 128), angles)
+    ops.rope(kernels, x.view(64, 32, 128), x[:, :1024].view(64, 8, 128), angles)
     gate, up = torch.split(_empty(64, 2 * 4096, dtype=dtype), 4096, dim=1)
     ops.silu_and_mul(kernels, gate, up)
     for tanh in (False, True):

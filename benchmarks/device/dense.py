@@ -277,21 +277,23 @@ def _activation(bench: Bench, rows: int) -> Case:
 
 
 def _rotation(bench: Bench, rows: int) -> Case:
-    kernels, rows, heads = bench.home(), bench.size(rows), 32
-    joined = [bench.rand(rows, heads + 16, 128) for _ in range(bench.copies(2 * rows * heads * 128))]
-    copies = [each[:, :heads] for each in joined]  # as the product of query, key and value leaves them
+    """Of queries and keys as the product of query, key and value leaves them."""
+    kernels, rows, heads, kv_heads = bench.home(), bench.size(rows), 32, 8
+    whole = heads + 2 * kv_heads
+    joined = [bench.rand(rows, whole, 128) for _ in range(bench.copies(2 * rows * whole * 128))]
+    copies = [(each[:, :heads], each[:, heads : heads + kv_heads]) for each in joined]
     positions = torch.arange(rows, device=bench.device)
     frequencies = 10_000.0 ** (-torch.arange(64, device=bench.device) / 64)
     angles = ops.rope_angles(kernels, positions, frequencies)
     cos, sin = angles.unsqueeze(1).chunk(2, dim=-1)
-    first, second = copies[0].float().chunk(2, dim=-1)
+    first, second = joined[0][:, : heads + kv_heads].float().chunk(2, dim=-1)
     expected = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return Case(
-        name=f"rotation of {heads} heads, {rows} rows",
-        calls=[lambda x=x: ops.rope(kernels, x, angles) for x in copies],  # type: ignore[misc]  # bound early
-        num_bytes=2 * 2 * rows * heads * 128 + angles.nbytes,
+        name=f"rotation of {heads} and {kv_heads} heads, {rows} rows",
+        calls=[lambda pair=pair: ops.rope(kernels, *pair, angles) for pair in copies],  # type: ignore[misc]  # bound early
+        num_bytes=2 * 2 * rows * (heads + kv_heads) * 128 + angles.nbytes,
         num_flops=0.0,
-        error=_error(ops.rope(kernels, copies[0], angles), expected),
+        error=_error(torch.cat(ops.rope(kernels, *copies[0], angles), dim=1), expected),
     )
 
 

@@ -262,16 +262,20 @@ def _activation(kernels: KernelSet, shape: ModelShape, num_rows: int) -> Case:
 
 
 def _rope(kernels: KernelSet, shape: ModelShape, num_rows: int) -> Case:
-    x = torch.randn(num_rows, shape.heads, shape.head_dim).to(torch.bfloat16)
+    query, key = (
+        torch.randn(num_rows, heads, shape.head_dim).to(torch.bfloat16)
+        for heads in (shape.heads, shape.kv_heads)
+    )
+    numel = query.numel() + key.numel()
     frequencies = 1.0 / 10_000 ** (torch.arange(shape.head_dim // 2) * 2 / shape.head_dim)
     angles = ops.rope_angles(kernels, torch.arange(num_rows), frequencies.float())
     return Case(
         operation="rope",
-        size=f"{num_rows} x {shape.heads} x {shape.head_dim}",
-        num_bytes=2.0 * 2 * x.numel() + 4.0 * angles.numel(),
-        num_operations=3.0 * x.numel(),
+        size=f"{num_rows} x ({shape.heads} + {shape.kv_heads}) x {shape.head_dim}",
+        num_bytes=2.0 * 2 * numel + 4.0 * angles.numel(),
+        num_operations=3.0 * numel,
         peak="bf16",
-        calls=(partial(ops.rope, kernels, x, angles),) * ALIKE,
+        calls=(partial(ops.rope, kernels, query, key, angles),) * ALIKE,
         rows=num_rows,
     )
 

@@ -114,7 +114,7 @@ class KernelSet(Protocol):
         """See `rope_angles`."""
         ...
 
-    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
+    def rope(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """See `rope`."""
         ...
 
@@ -304,25 +304,26 @@ def rope_angles(kernels: KernelSet, positions: Tensor, frequencies: Tensor, *, f
     return kernels.rope_angles(positions, frequencies, factor=factor)
 
 
-def rope(kernels: KernelSet, x: Tensor, angles: Tensor) -> Tensor:
+def rope(kernels: KernelSet, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the first R dimensions of every head by its token's angles; the rest passes.
 
     Dimension i is paired with i + R / 2: `(a, b) -> (a cos - b sin, b cos + a sin)`.
 
     Args:
         kernels: the home that computes it.
-        x: [T, H, D] queries or keys; not changed.
+        query: [T, H, D]; not changed.
+        key: [T, N, D] of query's dtype; not changed.
         angles: [T, R] float32, as `rope_angles` returns them, with R even and at most D.
 
     Returns:
-        [T, H, D] of x's dtype, computed in float32.
+        Both rotated, of their shapes and dtype, computed in float32.
 
     **Source:** Su et al., RoFormer, 2021, section 3.4.2, in the half-split layout of GPT-NeoX.
     """
-    assert angles.shape[0] == x.shape[0], (x.shape, angles.shape)
-    assert angles.shape[1] <= x.shape[2], (x.shape, angles.shape)
+    assert angles.shape[0] == query.shape[0] == key.shape[0], (query.shape, key.shape, angles.shape)
+    assert angles.shape[1] <= query.shape[2] == key.shape[2], (query.shape, key.shape, angles.shape)
     assert angles.dtype == torch.float32, angles.dtype
-    return kernels.rope(x, angles)
+    return kernels.rope(query, key, angles)
 
 
 def silu_and_mul(kernels: KernelSet, gate: Tensor, up: Tensor) -> Tensor:

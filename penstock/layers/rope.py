@@ -142,9 +142,9 @@ class RopeAngles:
     values: Tensor
     """[T, R] float32: cosines, then sines."""
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Queries or keys [T, heads, D], rotated."""
-        return ops.rope(self.kernels, x, self.values)
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, D] and keys [T, N, D], rotated."""
+        return ops.rope(self.kernels, query, key, self.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,8 +61,7 @@ class LlamaAttention:
         """[T, hidden_size] to the same shape."""
         per_head = (x.shape[0], -1, self.head_dim)
         query, key, value = self.query_key_value(x)
-        query_THD = angles.rotate(query.view(per_head))
-        key_TND = angles.rotate(key.view(per_head))
+        query_THD, key_TND = angles.rotate(query.view(per_head), key.view(per_head))
         value_TND = value.view(per_head)
         return self.output(self.attention(query_THD, key_TND, value_TND, batch))
 

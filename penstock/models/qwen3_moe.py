@@ -88,8 +88,8 @@ class Qwen3MoeAttention:
         """[T, hidden_size] to the same shape."""
         per_head = (x.shape[0], -1, self.head_dim)
         query, key, value = self.query_key_value(x)
-        query_THD = angles.rotate(self.query_norm(query.view(per_head)))
-        key_TND = angles.rotate(self.key_norm(key.view(per_head)))
+        query, key = self.query_norm(query.view(per_head)), self.key_norm(key.view(per_head))
+        query_THD, key_TND = angles.rotate(query, key)
         value_TND = value.view(per_head)
         return self.output(self.attention(query_THD, key_TND, value_TND, batch))
 

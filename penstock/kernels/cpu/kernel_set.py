@@ -169,8 +169,11 @@ class NativeKernels:
         writer.add(operation)
         return writer.result(out)
 
-    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
-        """As `ops.rope`."""
+    def rope(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ops.rope`: two operations, which the passes join with the write of the keys."""
+        return self._rotated(query, angles), self._rotated(key, angles)
+
+    def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:
         writer = self._writer(x.shape[0])
         out = writer.make(*x.shape[1:], dtype=x.dtype)
         writer.add(t.Rope(x=writer.take(x), head_dim=x.shape[2], angles=writer.take(angles), out=out))

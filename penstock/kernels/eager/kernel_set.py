@@ -49,9 +49,9 @@ class EagerKernels:
         """As `ops.rope_angles`."""
         return dense.rope_angles(positions, frequencies, factor=factor)
 
-    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
+    def rope(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """As `ops.rope`."""
-        return dense.rope(x, angles)
+        return dense.rope(query, angles), dense.rope(key, angles)
 
     def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """As `ops.silu_and_mul`."""

@@ -232,24 +232,23 @@ def rope_angles(positions: Tensor, frequencies: Tensor, *, factor: float) -> Ten
     return out
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _rope_kernel(
+@inlined
+def _rotate(
     x: tl.tensor,
     angles: tl.tensor,
     out: tl.tensor,
-    num_rows: tl.tensor,
+    rows: tl.tensor,
+    num_tokens: tl.tensor,
     num_heads: tl.tensor,
     half: tl.tensor,
     passed: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
-    ROWS: tl.constexpr,
     HALF: tl.constexpr,
     PASSED: tl.constexpr,
 ) -> None:
-    # A row is a head of a token.
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    is_row = rows < num_rows
+    """Some rows of x; a row is a head of a token."""
+    is_row = rows < num_tokens.to(tl.int64) * num_heads
     dims = tl.arange(0, HALF)[None, :]
     mask = is_row & (dims < half)
     token = rows // num_heads
@@ -268,30 +267,71 @@ def _rope_kernel(
         tl.store(target + 2 * half + rest, kept, mask=mask)
 
 
-def rope(x: Tensor, angles: Tensor) -> Tensor:
-    """As `ops.rope`; one read and one write, as much as turning in place would take."""
-    num_tokens, num_heads, head_dim = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    half = angles.shape[1] // 2
-    passed, num_rows = head_dim - 2 * half, num_tokens * num_heads
-    block, rows = _tile(num_rows, half, size=TILE)
-    if num_rows:
-        _rope_kernel[(cdiv(num_rows, rows),)](
-            x,
+@triton.jit(do_not_specialize=["num_tokens"])
+def _rope_kernel(
+    query: tl.tensor,
+    key: tl.tensor,
+    angles: tl.tensor,
+    query_out: tl.tensor,
+    key_out: tl.tensor,
+    num_tokens: tl.tensor,
+    query_heads: tl.tensor,
+    key_heads: tl.tensor,
+    half: tl.tensor,
+    passed: tl.tensor,
+    query_stride_t: tl.tensor,
+    query_stride_h: tl.tensor,
+    key_stride_t: tl.tensor,
+    key_stride_h: tl.tensor,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    PASSED: tl.constexpr,
+) -> None:
+    """The first programs rotate queries, the others keys."""
+    first_of_keys = tl.cdiv(num_tokens * query_heads, ROWS)
+    program, offsets = tl.program_id(0), tl.arange(0, ROWS)[:, None]
+    if program < first_of_keys:
+        rows = program.to(tl.int64) * ROWS + offsets
+        _rotate(
+            query, angles, query_out, rows, num_tokens, query_heads, half, passed,
+            query_stride_t, query_stride_h, HALF, PASSED,
+        )  # fmt: skip
+    else:
+        rows = (program - first_of_keys).to(tl.int64) * ROWS + offsets
+        _rotate(
+            key, angles, key_out, rows, num_tokens, key_heads, half, passed,
+            key_stride_t, key_stride_h, HALF, PASSED,
+        )  # fmt: skip
+
+
+def rope(query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.rope` in one launch; one read and one write, as much as turning in place would take."""
+    num_tokens, query_heads, head_dim = query.shape
+    query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
+    turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
+    half, key_heads = angles.shape[1] // 2, key.shape[1]
+    passed = head_dim - 2 * half
+    block, rows = _tile(num_tokens * (query_heads + key_heads), half, size=TILE)
+    if num_tokens:
+        _rope_kernel[(cdiv(num_tokens * query_heads, rows) + cdiv(num_tokens * key_heads, rows),)](
+            query,
+            key,
             angles,
-            out,
-            num_rows,
-            num_heads,
+            *turned,
+            num_tokens,
+            query_heads,
+            key_heads,
             half,
             passed,
-            x.stride(0),
-            x.stride(1),
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
             ROWS=rows,
             HALF=block,
             PASSED=next_power_of_2(passed) if passed else 0,
         )
-    return out
+    return turned[0], turned[1]
 
 
 @triton.jit(do_not_specialize=["num_rows"])

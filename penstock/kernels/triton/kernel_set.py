@@ -67,9 +67,9 @@ class TritonKernels:
         """As `ops.rope_angles`."""
         return elementwise.rope_angles(positions, frequencies, factor=factor)
 
-    def rope(self, x: Tensor, angles: Tensor) -> Tensor:
+    def rope(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """As `ops.rope`."""
-        return elementwise.rope(x, angles)
+        return elementwise.rope(query, key, angles)
 
     def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """As `ops.silu_and_mul`."""

@@ -119,13 +119,16 @@ def test_layer_norm_centres_and_scales(kernels: ops.KernelSet, dtype: torch.dtyp
 def test_rope_turns_pairs_half_a_rotated_part_apart(
     kernels: ops.KernelSet, dtype: torch.dtype, rotary_dim: int
 ) -> None:
-    x, angles = rand(5, 3, 8, dtype=dtype), rand(5, rotary_dim // 2, dtype=torch.float32, seed=1)
-    expected = x.double().clone()
-    for i in range(rotary_dim // 2):
-        a, b = x[..., i].double(), x[..., i + rotary_dim // 2].double()
-        cos, sin = (f(angles[:, i].double())[:, None] for f in (torch.cos, torch.sin))
-        expected[..., i], expected[..., i + rotary_dim // 2] = a * cos - b * sin, b * cos + a * sin
-    check(ops.rope(kernels, x, torch.cat([angles.cos(), angles.sin()], dim=1)), expected, kernels, dtype)
+    both = [rand(5, heads, 8, dtype=dtype, seed=heads) for heads in (3, 2)]
+    angles = rand(5, rotary_dim // 2, dtype=torch.float32, seed=1)
+    turned = ops.rope(kernels, *both, torch.cat([angles.cos(), angles.sin()], dim=1))
+    for x, got in zip(both, turned, strict=True):
+        expected = x.double().clone()
+        for i in range(rotary_dim // 2):
+            a, b = x[..., i].double(), x[..., i + rotary_dim // 2].double()
+            cos, sin = (f(angles[:, i].double())[:, None] for f in (torch.cos, torch.sin))
+            expected[..., i], expected[..., i + rotary_dim // 2] = a * cos - b * sin, b * cos + a * sin
+        check(got, expected, kernels, dtype)
 
 
 def test_rope_angles_are_cosines_then_sines_of_position_times_frequency(kernels: ops.KernelSet) -> None:
@@ -267,7 +270,7 @@ def test_parts_of_a_joined_product_are_read_where_they_lie(
     def results(*parts: Tensor) -> list[Tensor]:
         heads, gate, up = parts
         return [
-            ops.rope(kernels, heads, angles),
+            *ops.rope(kernels, heads, heads[:, 1:], angles),
             ops.rms_norm(kernels, heads, weight, eps=1e-5),
             ops.silu_and_mul(kernels, gate, up),
             ops.gelu_and_mul(kernels, gate, up, tanh=True),

@@ -48,7 +48,11 @@ def test_pieces_of_a_fused_product_are_read_where_they_lie() -> None:
         elementwise.rms_norm(query, weight, eps=1e-5, weight_offset=0.0),
         REFERENCE.rms_norm(query, weight, eps=1e-5, weight_offset=0.0),
     )
-    check(elementwise.rope(query, angles), REFERENCE.rope(query, angles))
+    key = fused[:, 64:96].view(5, 2, 16)
+    for got, expected in zip(
+        elementwise.rope(query, key, angles), REFERENCE.rope(query, key, angles), strict=True
+    ):
+        check(got, expected)
     check(elementwise.silu_and_mul(gate, up), REFERENCE.silu_and_mul(gate, up))
 
 
@@ -104,7 +108,8 @@ def test_no_rows_are_no_launch() -> None:
     x, weight = rand(0, 16), rand(16)
     assert elementwise.rms_norm(x, weight, eps=1e-5, weight_offset=0.0).shape == (0, 16)
     assert elementwise.silu_and_mul(x, x).shape == (0, 16)
-    assert elementwise.rope(x.view(0, 2, 8), torch.empty(0, 8)).shape == (0, 2, 8)
+    query, key = elementwise.rope(x.view(0, 2, 8), x[:, :8].view(0, 1, 8), torch.empty(0, 8))
+    assert (query.shape, key.shape) == ((0, 2, 8), (0, 1, 8))
     assert elementwise.embedding(torch.empty(0, dtype=torch.int64), rand(3, 16), scale=1.0).shape == (0, 16)
 
 
