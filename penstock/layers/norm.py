@@ -22,8 +22,10 @@ class RmsNorm:
         """[..., features] to the same shape."""
         return ops.rms_norm(self.kernels, x, self.weight, eps=self.eps, weight_offset=self.weight_offset)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Norm of `x + residual`, and that sum; all [T, features]."""
+    def add(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm of `x + residual`, and that sum; all [T, features]. None adds nothing."""
+        if x is None:
+            return self(residual), residual
         return ops.add_rms_norm(
             self.kernels, x, residual, self.weight, eps=self.eps, weight_offset=self.weight_offset
         )

@@ -105,11 +105,14 @@ class Gemma2Block:
         )
         self.post_mlp_norm = norm("post_feedforward_layernorm")
 
-    def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
-        """[T, hidden_size] to the same shape."""
-        attended = self.attention(self.input_norm(hidden), angles, batch)
+    def __call__(
+        self, hidden: Tensor, added: Tensor | None, angles: RopeAngles, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [T, hidden_size] and what the next norm adds to it first, from block to block."""
+        normed, hidden = self.input_norm.add(added, hidden)
+        attended = self.attention(normed, angles, batch)
         normed, hidden = self.pre_mlp_norm.add(self.post_attention_norm(attended), hidden)
-        return hidden + self.post_mlp_norm(self.mlp(normed))
+        return hidden, self.post_mlp_norm(self.mlp(normed))
 
 
 class Gemma2ForCausalLM:
@@ -136,9 +139,10 @@ class Gemma2ForCausalLM:
         """As `CausalLM.forward`."""
         hidden = self.embedding.scaled(batch.token_ids, self.config.shape.hidden_size**0.5)
         angles = self.rope.angles(batch.positions)
+        added: Tensor | None = None
         for block in self.blocks:
-            hidden = block(hidden, angles, batch)
-        return self.norm(hidden)
+            hidden, added = block(hidden, added, angles, batch)
+        return self.norm.add(added, hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `CausalLM.logits`."""

@@ -127,11 +127,14 @@ class Gemma3Block:
         )
         self.post_mlp_norm = norm("post_feedforward_layernorm")
 
-    def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
-        """[T, hidden_size] to the same shape."""
-        attended = self.attention(self.input_norm(hidden), angles, batch)
+    def __call__(
+        self, hidden: Tensor, added: Tensor | None, angles: RopeAngles, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [T, hidden_size] and what the next norm adds to it first, from block to block."""
+        normed, hidden = self.input_norm.add(added, hidden)
+        attended = self.attention(normed, angles, batch)
         normed, hidden = self.pre_mlp_norm.add(self.post_attention_norm(attended), hidden)
-        return hidden + self.post_mlp_norm(self.mlp(normed))
+        return hidden, self.post_mlp_norm(self.mlp(normed))
 
 
 class Gemma3ForCausalLM:
@@ -159,9 +162,10 @@ class Gemma3ForCausalLM:
         """As `CausalLM.forward`."""
         hidden = self.embedding.scaled(batch.token_ids, self.config.shape.hidden_size**0.5)
         full, sliding = self.full_rope.angles(batch.positions), self.sliding_rope.angles(batch.positions)
+        added: Tensor | None = None
         for block, window in zip(self.blocks, self.layer_windows, strict=True):
-            hidden = block(hidden, full if window is None else sliding, batch)
-        return self.norm(hidden)
+            hidden, added = block(hidden, added, full if window is None else sliding, batch)
+        return self.norm.add(added, hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `CausalLM.logits`."""

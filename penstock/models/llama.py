@@ -78,11 +78,14 @@ class LlamaBlock:
             "mlp", size, shape.intermediate_size, activation=config.activation, bias=config.mlp_bias
         )
 
-    def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
-        """[T, hidden_size] to the same shape."""
-        attended = self.attention(self.input_norm(hidden), angles, batch)
+    def __call__(
+        self, hidden: Tensor, added: Tensor | None, angles: RopeAngles, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [T, hidden_size] and what the next norm adds to it first, from block to block."""
+        normed, hidden = self.input_norm.add(added, hidden)
+        attended = self.attention(normed, angles, batch)
         normed, hidden = self.post_attention_norm.add(attended, hidden)
-        return hidden + self.mlp(normed)
+        return hidden, self.mlp(normed)
 
 
 class LlamaForCausalLM:
@@ -106,9 +109,10 @@ class LlamaForCausalLM:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As `CausalLM.forward`."""
         hidden, angles = self.embedding(batch.token_ids), self.rope.angles(batch.positions)
+        added: Tensor | None = None
         for block in self.blocks:
-            hidden = block(hidden, angles, batch)
-        return self.norm(hidden)
+            hidden, added = block(hidden, added, angles, batch)
+        return self.norm.add(added, hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `CausalLM.logits`."""

@@ -83,11 +83,14 @@ class Qwen2Block:
         self.post_attention_norm = parts.rms_norm("post_attention_layernorm", size, eps=eps)
         self.mlp = parts.gated_mlp("mlp", size, shape.intermediate_size, activation=config.activation)
 
-    def __call__(self, hidden: Tensor, angles: RopeAngles, batch: ForwardBatch) -> Tensor:
-        """[T, hidden_size] to the same shape."""
-        attended = self.attention(self.input_norm(hidden), angles, batch)
+    def __call__(
+        self, hidden: Tensor, added: Tensor | None, angles: RopeAngles, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The stream [T, hidden_size] and what the next norm adds to it first, from block to block."""
+        normed, hidden = self.input_norm.add(added, hidden)
+        attended = self.attention(normed, angles, batch)
         normed, hidden = self.post_attention_norm.add(attended, hidden)
-        return hidden + self.mlp(normed)
+        return hidden, self.mlp(normed)
 
 
 class Qwen2ForCausalLM:
@@ -111,9 +114,10 @@ class Qwen2ForCausalLM:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """As `CausalLM.forward`."""
         hidden, angles = self.embedding(batch.token_ids), self.rope.angles(batch.positions)
+        added: Tensor | None = None
         for block in self.blocks:
-            hidden = block(hidden, angles, batch)
-        return self.norm(hidden)
+            hidden, added = block(hidden, added, angles, batch)
+        return self.norm.add(added, hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `CausalLM.logits`."""

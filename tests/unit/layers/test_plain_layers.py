@@ -10,6 +10,7 @@ from penstock.layers.attention import PagedAttention
 from penstock.layers.embedding import Embedding, LmHead
 from penstock.layers.linear import JoinedLinears, Linear, SeparateLinears
 from penstock.layers.mlp import Activation, GatedMlp
+from penstock.layers.norm import RmsNorm
 from tests.unit.kernels.attention_case import make_case
 
 KERNELS = select_kernels("eager", device="cpu", dtype=torch.float32)
@@ -29,6 +30,16 @@ def test_fused_gate_and_up_are_the_two_halves_of_one_weight_gate_first(activatio
         GatedMlp(gate_up=each, down=linear(down), activation=activation)(x) for each in (apart, joined)
     )
     assert torch.allclose(first, second)
+
+
+def test_a_norm_takes_the_sum_with_what_the_block_before_adds() -> None:
+    """Before the first block there is nothing to add."""
+    norm = RmsNorm(kernels=KERNELS, weight=torch.tensor([1.0, 2.0]), eps=1e-5)
+    stream, added = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.5, 0.25]])
+    for given, total in ((added, stream + added), (None, stream)):
+        normed, summed = norm.add(given, stream)
+        assert torch.equal(summed, total)
+        assert torch.equal(normed, norm(total))
 
 
 def test_the_three_activations_differ() -> None:
