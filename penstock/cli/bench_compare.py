@@ -22,7 +22,7 @@ from penstock.bench.compare.peers import (
     make_contender,
 )
 from penstock.bench.compare.report import make_record, print_tables, write_record
-from penstock.bench.compare.scenarios import NAMES, Draw, make_scenario, read_vocab_size
+from penstock.bench.compare.scenarios import NAMES, Draw, read_vocab_size
 from penstock.bench.compare.server_process import hear_sigterm
 from penstock.bench.machine_limits import measure_limits
 from penstock.bench.target import TargetError, check_url
@@ -128,7 +128,7 @@ def _course(chosen: CompareSettings, *, model: Path) -> Course:
 
 
 def _setup(chosen: CompareSettings, *, course: Course, model: Path, work_dir: Path) -> Setup:
-    scenarios = [make_scenario(name, draw=course.draw) for name in course.scenario_names]
+    scenarios = course.scenarios
     return Setup(
         model=model,
         peers_dir=chosen.peers_dir.expanduser().absolute(),

@@ -40,6 +40,12 @@ class Course:
     rounds: int
     draw: Draw
 
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        """All that is asked, what warms up too: a server must have room for each."""
+        names = dict.fromkeys((*WARM_NAMES, *self.scenario_names))
+        return tuple(make_scenario(name, draw=self.draw) for name in names)
+
 
 @dataclass(slots=True, kw_only=True)
 class Standing:
@@ -130,7 +136,9 @@ class Comparison:
         try:
             standing.start_s = contender.start()
             for name in WARM_NAMES:
-                contender.ask(self._scenario(name, round_idx=WARM_ROUND))
+                seen = contender.ask(self._scenario(name, round_idx=WARM_ROUND))
+                if seen.num_failed:
+                    raise TargetError(f"the first requests failed: {seen.first_failure}")
         except TargetError as error:
             self._drop(standing, error)
             return

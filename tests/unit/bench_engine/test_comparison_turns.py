@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from penstock.bench.client import RequestRecord
+from penstock.bench.client import Failure, RequestRecord
 from penstock.bench.compare.comparison import Comparison, Course, Standing
 from penstock.bench.compare.figures import Observation
 from penstock.bench.compare.report import make_record, print_tables, write_record
@@ -90,6 +90,25 @@ def test_the_bound_is_found_anew_before_every_scenario_but_one_with_a_late_promp
     shares = [found["of_bound"] for found in standings[0].rounds["mixed"]]
     assert shares == pytest.approx([0.5, 0.75])
     assert "of_bound" not in standings[0].rounds["long"][0]
+
+
+def test_servers_get_room_for_what_warms_them_up_too():
+    course = Course(scenario_names=("http-1",), rounds=1, draw=Draw(vocab_size=5000))
+    assert [scenario.name for scenario in course.scenarios] == ["single", "prefill", "http-1"]
+    assert max(scenario.longest for scenario in course.scenarios) == 516
+
+
+def test_one_whose_first_requests_fail_is_out_with_the_reason():
+    class Failing(Fake):
+        def ask(self, scenario):
+            seen = super().ask(scenario)
+            for record in seen.records:
+                record.failure = Failure(kind="http_400", message="too long")
+            return seen
+
+    standings, _, whole, _, _ = compare([Fake("penstock", []), Failing("vllm", [])])
+    assert not whole
+    assert standings[1].error == "the first requests failed: http_400: too long"
 
 
 def test_one_that_cannot_start_is_told_and_the_rest_goes_on():
