@@ -136,14 +136,17 @@ class Comparison:
         try:
             standing.start_s = contender.start()
             for name in WARM_NAMES:
-                seen = contender.ask(self._scenario(name, round_idx=WARM_ROUND))
-                if seen.num_failed:
-                    raise TargetError(f"the first requests failed: {seen.first_failure}")
+                self._warm_up(contender, name)
         except TargetError as error:
             self._drop(standing, error)
             return
         took = "runs already" if standing.start_s is None else f"ready in {standing.start_s:.1f} s"
         self._tell(f"{standing.title}: {took}")
+
+    def _warm_up(self, contender: Contender, name: str) -> None:
+        seen = contender.ask(self._scenario(name, round_idx=WARM_ROUND))
+        if seen.num_failed:
+            raise TargetError(f"the first requests failed: {seen.first_failure}")
 
     def _drop(self, standing: Standing, error: TargetError) -> None:
         standing.error = error.message
