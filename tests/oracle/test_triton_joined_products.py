@@ -1,11 +1,13 @@
 """Models whose products of one input are one, as the Triton home has them, beside the same with all apart."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from penstock.engine.runner.stored_weights import StoredWeights, tensors_in
 from penstock.kernels import ops
@@ -156,3 +158,31 @@ def test_joined_weights_are_put_aside_and_brought_back(tmp_path: Path) -> None:
     assert not any(tensor.untyped_storage().nbytes() for tensor in own.values())
     stored.bring_back()
     assert torch.equal(logits(loaded), before)
+
+
+def test_a_decode_is_ten_launches_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside embedding, angles and the last norm."""
+    loaded = load(checkpoint("llama", tmp_path))
+    driver = PagedDriver(loaded)
+    driver.step([("a", [3, 14])])
+    batch = driver._batch([("a", [5])])
+    launched: Counter[str] = Counter()
+    launch = InterpretedFunction.run
+
+    def count(kernel: InterpretedFunction, *args: object, **options: object) -> None:
+        launched[kernel.fn.__name__] += 1
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", count)
+    with torch.inference_mode():
+        loaded.model.forward(batch)
+    assert launched == {
+        "_embedding_kernel": 1,
+        "_angles_kernel": 1,
+        "_rms_norm_kernel": 2 + 1,
+        "row_kernel": 4,
+        "_rope_kernel": 1,
+        "write_kernel": 1,
+        "short_kernel": 1,
+        "_activation_kernel": 1,
+    }
