@@ -94,8 +94,13 @@ def _device_budget(engine: LoadedEngine, memory: DeviceMemory | None) -> DeviceB
         utilization=DEFAULT_UTILIZATION if share is None else share,
         used=used_bytes,
         activations=max(peaks),
-        graphs=peaks.decodes + GRAPHS_OVERHEAD_BYTES,
+        graphs=peaks.decodes + _outputs_bytes(engine) + GRAPHS_OVERHEAD_BYTES,
     )
+
+
+def _outputs_bytes(engine: LoadedEngine) -> int:
+    """Of the logits that all recorded steps write to, float32; what else they leave is small beside them."""
+    return engine.limits.max_num_seqs * engine.loaded.model.vocab_size * 4
 
 
 def _check_ranks_memory(kv: KvConfig) -> None:

@@ -18,7 +18,8 @@ which, and where their matrices lie; so adapters may come, go and be replaced be
 A step runs launch by launch where its rung is not recorded, or where it computes more than one token of a
 sequence. Recordings are made in warm-up for as long as `RECORD_AT_START_S`
 lasts, the shortest contexts first, and the others when the engine has nothing to do: a request waits for one
-of them at most.
+of them at most. Of each length the one with the most rows is first: smaller ones find room in what it took,
+where in the order of their rows each would take memory of its own.
 
 The runner calls it. `Recorder` is the seam to CUDA; `CudaRecorder` has not run on a device yet.
 """
@@ -99,24 +100,29 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs over one pool of memory; unverified on a device."""
+    """CUDA graphs over one pool of memory, all recorded on one stream; unverified on a device.
+
+    A stream of its own, and always the same: cuBLAS keeps a workspace of 32 MiB for every stream that it has
+    met, and recordings share memory only with those of their stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
         self._pool = torch.cuda.graph_pool_handle()
         self.num_bytes = 0
 
     def record(self, run: Callable[[], None]) -> Replayable:
         """As `Recorder.record`: once without recording, so that kernels are compiled and workspaces made."""
-        torch.cuda.empty_cache()  # as the recording does: else what it frees would be subtracted
-        before = torch.cuda.memory_reserved(self._device)
-        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
-        aside.wait_stream(torch.cuda.current_stream(self._device))
+        aside, main = self._stream, torch.cuda.current_stream(self._device)
+        aside.wait_stream(main)
         with torch.cuda.stream(aside):
             run()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        main.wait_stream(aside)
+        torch.cuda.empty_cache()  # as the recording does: else what it frees would be subtracted
+        before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
             run()
         self.num_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph
@@ -238,6 +244,8 @@ class DecodeGraphs:
     def record_next(self, example: ForwardBatch) -> bool:
         """Make the recording that was missed most often, else the next of the ladder; False if all are there.
 
+        The very first is the ladder's, whatever was missed: it takes the memory that the others share.
+
         Args:
             example: any step on the host, for the slabs and the layers' groups.
         """
@@ -245,7 +253,7 @@ class DecodeGraphs:
         missing = [rung for rung in self._ladder() if rung not in known]
         if not missing or (self.max_bytes is not None and self.num_bytes >= self.max_bytes):
             return False
-        rung = max(missing, key=lambda each: self._missed.get(each, 0))
+        rung = max(missing, key=lambda each: self._missed.get(each, 0)) if self._made else missing[0]
         try:
             self._record(rung, example)
         except Exception as error:
@@ -265,7 +273,8 @@ class DecodeGraphs:
 
     def _ladder(self) -> list[Rung]:
         """All rungs, those with adapters last: a step without them is the usual one."""
-        lengths, rows = length_ladder(self.limits.max_model_len), row_ladder(self.limits.max_num_seqs)
+        *fewer, most = row_ladder(self.limits.max_num_seqs)
+        lengths, rows = length_ladder(self.limits.max_model_len), (most, *fewer)
         kinds = (False, True) if self.adapters else (False,)
         return [Rung(length, num, kind) for kind, length, num in product(kinds, lengths, rows)]
 
@@ -300,11 +309,13 @@ class DecodeGraphs:
             output.logits.copy_(logits)
             output.bad_rows.copy_(not_finite(self.kernels, hidden))
 
+        if self._output is None:
+            run()  # here, for it is not the recorder's: that would count its memory
         made.launches = self.recorder.record(run)
         self._made[rung] = made
 
     def _output_like(self, hidden: Tensor, logits: Tensor) -> PassOutput:
-        """What all rungs write to; made in the first run, which is not recorded."""
+        """What all rungs write to; made by the first run, before anything is recorded."""
         if self._output is None:
             rows = self.limits.max_num_seqs
             self._output = PassOutput(

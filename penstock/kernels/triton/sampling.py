@@ -95,20 +95,25 @@ Arguments = dict[str, Tensor | int]
 
 
 def _desk(num_draws: int, num_splits: int, *, device: torch.device) -> Arguments:
-    """Numbers of the draws under way; from torch's pool, given back after the call."""
-    floats = torch.empty(3, num_draws, num_splits, dtype=torch.float32, device=device)
-    longs = torch.empty(3, num_draws, dtype=torch.int64, device=device)
-    words = torch.empty(2, num_draws, dtype=torch.int32, device=device)
+    """Numbers of the draws under way; from torch's pool, given back after the call.
+
+    Each is a tensor of its own: planes of one would begin at addresses that depend on the number of draws,
+    and Triton compiles a kernel anew, in the middle of serving, for an address that is no multiple of 16.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
     return {
-        "raw_tops": floats[0],
-        "tops": floats[1],
-        "sums": floats[2],
-        "best": torch.empty(num_draws, num_splits, dtype=torch.int64, device=device),
-        "tokens": longs[0],
-        "firsts": longs[1],
-        "borders": longs[2],
-        "modes": words[0],
-        "statuses": words[1],
+        "raw_tops": empty(num_draws, num_splits, dtype=torch.float32),
+        "tops": empty(num_draws, num_splits, dtype=torch.float32),
+        "sums": empty(num_draws, num_splits, dtype=torch.float32),
+        "best": empty(num_draws, num_splits, dtype=torch.int64),
+        "tokens": empty(num_draws, dtype=torch.int64),
+        "firsts": empty(num_draws, dtype=torch.int64),
+        "borders": empty(num_draws, dtype=torch.int64),
+        "modes": empty(num_draws, dtype=torch.int32),
+        "statuses": empty(num_draws, dtype=torch.int32),
     }
 
 
@@ -248,10 +253,9 @@ class _Drawing:
     def _tell_logprobs(self, table: Tensor, *, num_top: int) -> None:
         number, num_tiles = self._num_draws, cdiv(self._vocab, TILE)
         room = next_power_of_2(num_top) if num_top else 0
-        tops, sums = self._empty(2, number, num_tiles, dtype=torch.float32)
         own: Arguments = {
-            "tops": tops,
-            "sums": sums,
+            "tops": self._empty(number, num_tiles, dtype=torch.float32),
+            "sums": self._empty(number, num_tiles, dtype=torch.float32),
             "ahead": self._empty(number, num_tiles, dtype=torch.int32),
             "likeliest": self._empty(number, num_tiles, max(1, room), dtype=torch.int64),
             "table": table,

@@ -16,6 +16,7 @@ from penstock.engine.sampling.sampler import Sampler
 from penstock.engine.sampling.triton_sampler import TritonSampler
 from penstock.engine.sampling.uniform import uniforms
 from penstock.engine.scheduler.plan import ForcedTokens, NewSequence, SampledToken, SampleSpec
+from penstock.kernels.triton import sampling
 
 DEVICE = os.environ.get("PENSTOCK_TEST_DEVICE", "cpu")
 """`cuda` where `benchmarks.device` runs the tests on a device, without the interpreter."""
@@ -54,6 +55,32 @@ def on_device(sampler, logits, *, num, rows=None, output_idx=0, masks=None):
     )
     found = draws_of_table(table.cpu().numpy(), num_top=[state.params.logprobs for state in states])
     return list(zip(found.statuses, found.token_ids, found.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_what_kernels_are_given_begins_at_multiples_of_16_bytes_whatever_the_number_of_draws(
+    monkeypatch, num
+):
+    """Any other address would be another kernel to compile while somebody waits."""
+    launched = []
+
+    def launch(self, kernel, grid, own=sampling.NOTHING, *, num_warps=4):
+        given = {name: own.get(name, self._known.get(name)) for name in kernel.arg_names}
+        launched.extend((name, each) for name, each in given.items() if isinstance(each, torch.Tensor))
+
+    monkeypatch.setattr(sampling._Drawing, "_launch", launch)
+    kinds = [{"top_k": 5, "top_p": 0.5, "logprobs": 2, "presence_penalty": 1.0}] * num
+    draws = sampler_of(kinds, prompt=(1, 2))
+    draws.commit(SampledToken(i, 4, None) for i in range(num))
+    TritonSampler().draw(
+        torch.zeros(num, 4720, device=DEVICE),
+        rows=list(range(num)),
+        states=[draws.state(i) for i in range(num)],
+        output_idxs=[1] * num,
+        masks=None,
+    )
+    assert {"statuses", "borders", "sums", "table", "ids", "likeliest"} <= {name for name, _ in launched}
+    assert {name for name, each in launched if each.data_ptr() % 16} == set()
 
 
 def by_numpy(sampler, logits, *, num, rows=None, output_idx=0, masks=None):

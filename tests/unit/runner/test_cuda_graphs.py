@@ -135,12 +135,13 @@ def test_a_step_of_decodes_takes_the_smallest_rung_and_answers_as_it_would_witho
     three = [seq(1, [3], 0, [1]), seq(2, [5], 0, [2]), seq(3, [7], 0, [4])]
     wanted = step(runner, *three, new_sequences=[new(1), new(2), new(3)])
     assert wanted == {1: 4, 2: 6, 3: 8}
-    assert runner.record_next(), "the rung that was missed comes first"
-    assert graphs.rungs == [Rung(1024, 4)]
+    assert runner.record_next(), "the first is the largest"
+    assert runner.record_next(), "then the rung that was missed"
+    assert graphs.rungs == [Rung(1024, 4), Rung(1024, 8)]
     model.batches.clear()
     assert step(runner, *three) == wanted
     assert len(model.batches[-1].token_ids) == 4, "three rows and one that nobody owns"
-    assert graphs.recorder.made[0].num_replays == 1
+    assert [each.num_replays for each in graphs.recorder.made] == [0, 1]
 
 
 def test_rows_that_nobody_owns_write_to_the_scratch_block_alone(recorded):
@@ -194,7 +195,7 @@ def test_tokens_that_the_step_before_draws_are_put_in_place_on_the_device(record
 def test_chunks_and_longer_contexts_than_are_recorded_run_launch_by_launch(recorded):
     runner, _, graphs = recorded
     runner.record_next()
-    assert graphs.rungs == [Rung(1024, 1)]
+    assert graphs.rungs == [Rung(1024, 8)]
     assert step(runner, seq(1, [3, 4], 0, [1]), new_sequences=[new(1), new(2)]) == {1: 9}
     assert step(runner, seq(1, [1], 2, [1]), seq(2, [1], 0, [2])) == {1: 11, 2: 2}
     assert graphs.recorder.made[0].num_replays == 0
@@ -259,6 +260,29 @@ def test_a_step_in_parts_replays_nothing_since_the_parts_would_share_their_outpu
     assert all(not each.num_replays for each in runner._recordings.graphs.recorder.made)
 
 
+def test_the_largest_step_of_a_length_is_recorded_before_those_that_find_room_in_its_memory(recorded):
+    runner, model, _ = recorded
+    while runner.record_next():
+        pass
+    rows = [len(batch.token_ids) for batch in model.batches]
+    assert rows == [8, 8, 1, 2, 4, 8, 1, 2, 4], "one run makes the outputs, each other is a recording's"
+
+
+def test_what_all_recordings_write_to_is_not_counted_as_the_recorders(recorded):
+    """It is there before the first recording begins, which would take its memory for its own."""
+    runner, _, graphs = recorded
+    seen = []
+
+    def record(run):
+        seen.append(graphs._output)
+        run()
+        return Again(run)
+
+    graphs.recorder.record = record
+    runner.record_next()
+    assert seen[0] is not None
+
+
 def test_recording_ends_where_its_memory_does(recorded):
     runner, _, graphs = recorded
     assert runner.record_next()
@@ -279,7 +303,7 @@ def test_steps_with_adapters_replay_a_recording_of_their_own(adapted):
     assert graphs.rungs == [Rung(100, 1, False), Rung(100, 1, True), Rung(100, 2, False), Rung(100, 2, True)]
     told = [(len(batch.token_ids), batch.adapter_tables) for batch in model.batches[-4:]]
     tables = graphs.adapters
-    assert told == [(1, None), (2, None), (1, tables), (2, tables)], "the usual steps come first"
+    assert told == [(2, None), (1, None), (2, tables), (1, tables)], "the usual steps come first"
     tables.filled.clear()
     bindings = [AdapterBinding(0, "a"), AdapterBinding(1, "b")]
     mixed = [adapted_seq(1, 0, -1, [1]), adapted_seq(2, 0, 1, [2])]
@@ -291,7 +315,7 @@ def test_steps_with_adapters_replay_a_recording_of_their_own(adapted):
     rebound = [AdapterBinding(1, "a")]
     step(runner, adapted_seq(2, 2, 1, [2]), adapter_bindings=rebound)
     assert tables.filled[1:] == [(((0, 1, "weights of a"),), 1)]
-    assert [each.num_replays for each in graphs.recorder.made] == [0, 1, 1, 1]
+    assert [each.num_replays for each in graphs.recorder.made] == [1, 0, 1, 1]
 
 
 def test_without_tables_steps_with_adapters_run_launch_by_launch(adapted):
