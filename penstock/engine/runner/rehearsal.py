@@ -18,6 +18,7 @@ from penstock.engine.runner.warmup import (
     heaviest_steps,
     largest_steps,
     load_of,
+    short_chunks,
     touched_blocks,
 )
 from penstock.engine.sampling.sampler import Sampler
@@ -41,6 +42,7 @@ class Rehearsal:
         drafter: RunnerProposer | None,
         forward: Forward,
         draws: StepDraws,
+        compiles: bool,
     ) -> None:
         """Take what a step goes through.
 
@@ -51,7 +53,9 @@ class Rehearsal:
             drafter: guesses tokens; None if nobody does.
             forward: computes.
             draws: draws.
+            compiles: kernels are compiled or read from a cache when a step first needs them.
         """
+        self._compiles = compiles
         self._pool = pool
         self._num_groups = num_groups
         self._sampler = sampler
@@ -63,6 +67,9 @@ class Rehearsal:
         self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
     ) -> list[TimedStep]:
         """Run a large chunk and decode batches, clear their blocks and forget their sequences.
+
+        Where kernels are compiled every step is run before it is timed, or the cost model would take the
+        compiler's seconds for the step's; so are chunks of a few tokens, which have kernels of their own.
 
         Args:
             max_num_seqs: decodes in the largest batch.
@@ -78,11 +85,11 @@ class Rehearsal:
         """
         max_num_tokens = min(max_num_batched_tokens, max_model_len, MAX_WARM_UP_TOKENS)
         limits = self._limits(max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens)
-        timed = []
-        for plan in largest_steps(limits):
-            timed.append(TimedStep(load_of(plan), self._run(plan)))
-            self._pool.zero_blocks(touched_blocks(plan))
-        return timed
+        steps = largest_steps(limits)
+        if self._compiles:
+            for plan in (*steps, *short_chunks(limits)):
+                self._run_and_clear(plan)
+        return [TimedStep(load_of(plan), self._run_and_clear(plan)) for plan in steps]
 
     def measure_peaks(
         self, memory: DeviceMemory, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
@@ -120,6 +127,11 @@ class Rehearsal:
         before_bytes = memory.allocated_bytes
         self._run(plan)
         return max(0, memory.peak_bytes - before_bytes)
+
+    def _run_and_clear(self, plan: StepPlan) -> float:
+        time_s = self._run(plan)
+        self._pool.zero_blocks(touched_blocks(plan))
+        return time_s
 
     def _run(self, plan: StepPlan) -> float:
         """One step; returns how long it took without the drafter."""

@@ -145,6 +145,7 @@ class Runner:
             drafter=self._drafter,
             forward=self._forward,
             draws=self._draws,
+            compiles=loaded.device.type == "cuda",
         )
 
     def _make_queue(self, device_sampler: DeviceSampler, faults: FaultPoints | None) -> DeviceDraws:

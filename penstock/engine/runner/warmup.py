@@ -16,6 +16,7 @@ FIRST_SEQ_ID: Final = -2
 """Ids run down from here; the scheduler's are not negative."""
 PROFILED_CONTEXT_TOKENS: Final = 1 << 19
 """Of all decodes of a profiled step together: more would take long and no other memory."""
+SHORT_CHUNKS: Final = (2, 4, 8, 16, 32)
 KINDS: Final = (
     SamplingParams(temperature=0.0),
     SamplingParams(),
@@ -53,16 +54,27 @@ def largest_steps(limits: WarmUpLimits) -> list[StepPlan]:
 
     Together they tell what a token, a sequence and a step cost, before the first request needs to know.
     """
-    num_tokens = min(limits.max_num_tokens, limits.num_tables * limits.block_size)
-    num_blocks = -(-num_tokens // limits.block_size)
-    chunk = _sequence(0, num_tokens=num_tokens, start=0, limits=limits, first_block=0, num_blocks=num_blocks)
     decodes = [
         _sequence(
             idx, num_tokens=1, start=limits.block_size - 1, limits=limits, first_block=idx, num_blocks=1
         )
         for idx in range(min(limits.max_num_seqs, limits.num_tables))
     ]
-    return [_plan([chunk]), _plan(decodes), _plan(decodes[:1])]
+    return [_chunk(limits.max_num_tokens, limits), _plan(decodes), _plan(decodes[:1])]
+
+
+def short_chunks(limits: WarmUpLimits) -> list[StepPlan]:
+    """Chunks of a few tokens, as prefix hits and ends of prompts leave them, in the sizes of kernels."""
+    return [_chunk(num, limits) for num in SHORT_CHUNKS if num <= limits.max_num_tokens]
+
+
+def _chunk(num_tokens: int, limits: WarmUpLimits) -> StepPlan:
+    """One sequence's first tokens, as many as the pool holds of them."""
+    num_tokens = min(num_tokens, limits.num_tables * limits.block_size)
+    num_blocks = -(-num_tokens // limits.block_size)
+    return _plan(
+        [_sequence(0, num_tokens=num_tokens, start=0, limits=limits, first_block=0, num_blocks=num_blocks)]
+    )
 
 
 def heaviest_steps(

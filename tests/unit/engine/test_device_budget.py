@@ -57,7 +57,10 @@ def test_the_pool_gets_what_the_share_leaves(path: Path, monkeypatch: pytest.Mon
     assert memory.num_resets == 2
     report = core.memory()
     outputs = 4 * 97 * 4  # logits of 4 sequences
-    assert (report.activation_bytes, report.graph_bytes) == (5 * MIB, 5 * MIB + outputs + GRAPHS_OVERHEAD_BYTES)
+    assert (report.activation_bytes, report.graph_bytes) == (
+        5 * MIB,
+        5 * MIB + outputs + GRAPHS_OVERHEAD_BYTES,
+    )
     scratch = core.info.bytes_per_block
     taken = memory.used_bytes + report.activation_bytes + report.graph_bytes + report.kv_bytes_total + scratch
     limit = (share or 0.9) * memory.total_bytes

@@ -40,6 +40,17 @@ def test_it_says_what_each_step_was_and_how_long_it_took():
     assert min(step.step_time_s for step in steps) > 0
 
 
+def test_where_kernels_are_compiled_each_step_runs_before_it_is_timed_and_short_chunks_run_too():
+    runner, model = make_runner(num_blocks=64)
+    runner._rehearsal._compiles = True
+    steps = runner.warm_up(max_num_seqs=8, max_num_batched_tokens=20, max_model_len=1000)
+    largest, short = [(1, 20), (8, 8), (1, 1)], [(1, 2), (1, 4), (1, 8), (1, 16)]
+    assert shapes(model) == [*largest, *short, *largest]
+    assert [step.load.num_tokens for step in steps] == [20, 8, 1]
+    assert not runner._pool._storage.any()
+    assert runner._sampler.num_sequences == 0
+
+
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
