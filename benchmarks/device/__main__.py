@@ -1,22 +1,31 @@
 """Checks and measurements on a CUDA device, in stages: `python -m benchmarks.device [STAGE ...]`.
 
 Every stage runs in a process of its own with its own time limit, so that none takes the others with it. Its
-numbers go to OUT/STAGE.json; a short table of what has something to reach is printed at the end. `--dry-run`
-runs everything with tiny sizes on the CPU, kernels interpreted.
+numbers go to OUT/STAGE.json; a short table of what has something to reach is printed at the end. Where the
+environment has a folder $OUT, of which few files come back, all that was found so far is in its device.json
+after each stage. `--dry-run` runs everything with tiny sizes on the CPU, kernels interpreted.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import environment
 
-DEFAULT_OUT = Path(__file__).parent.parent / "results" / "device"
+COLLECTED = os.environ.get("OUT")
+"""A folder whose files are carried away, a few of them."""
+DEFAULT_OUT = (
+    Path("/tmp/penstock-results")  # noqa: S108  kept from call to call, by choice
+    if COLLECTED
+    else Path(__file__).parent.parent / "results" / "device"
+)
 
 
 def _parser(names: list[str]) -> argparse.ArgumentParser:
@@ -24,7 +33,7 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(names)}; all if none")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
     parser.add_argument("--models", type=Path, default=Path("/tmp/penstock-models"))  # noqa: S108  large, kept by choice
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", DEFAULT_OUT)))
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--limit-s", type=int, default=560, help="seconds for all stages together")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -75,11 +84,22 @@ def _run_apart(name: str, options: argparse.Namespace, *, limit_s: float) -> str
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if options.dry_run:
         env["TRITON_INTERPRET"] = "1"
+    process = subprocess.Popen(command, env=env, process_group=0)
     try:
-        done = subprocess.run(command, env=env, check=False, timeout=limit_s)
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return f"took more than {limit_s:.0f} s"
-    return "done" if done.returncode == 0 else f"failed with {done.returncode}"
+    finally:  # and whatever it has started, which would go on using the device
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return "done" if code == 0 else f"failed with {code}"
+
+
+def _collect(out: Path, folder: Path) -> None:
+    """All results so far as one file of a folder."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
+    (folder / "device.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _table(names: list[str], ends: dict[str, str], out: Path) -> bool:
@@ -120,6 +140,8 @@ def main() -> int:
         ends[name] = (
             _run_apart(name, options, limit_s=min(left_s, STAGES[name][1])) if left_s > 5 else "no time left"
         )
+        if COLLECTED:
+            _collect(options.out, Path(COLLECTED))
     return 0 if _table(names, ends, options.out) or options.dry_run else 1
 
 

@@ -108,11 +108,12 @@ class Setup:
         )
 
     def earlier(self, stage: str) -> dict[str, Any]:
-        """Results of a stage that ran before; empty if it did not."""
+        """Results of a stage that ran before, as dry as this one; empty if it did not."""
         path = self.out / f"{stage}.json"
         if not path.exists():
             return {}
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = record["results"] if record["is_dry_run"] == self.is_dry else {}
         return found
 
 
