@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Iterable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -124,9 +124,7 @@ class FeatureEngine:
             _let_launches_take_turns()
         # Ranks as threads: as processes they cost seconds each, for the same plans and sums.
         with patch("penstock.engine.build.StartedRanks", new=ThreadRanks):
-            self._local: LocalModel = self._thread.run(
-                open_local_model(source, config, events=self._totals)
-            )
+            self._local: LocalModel = self._thread.run(open_local_model(source, config, events=self._totals))
 
     @property
     def execution(self) -> str:
@@ -178,7 +176,8 @@ class FeatureEngine:
             asked = EmbedRequest(request_id=key, model=request.model, prompt=POOLED_PROMPT, pooling=name)
             return (await self._local.service.embed(asked)).values
         ids = await self._local.service.tokenize(
-            GenerateRequest(request_id=key, model=request.model, prompt=POOLED_PROMPT), add_special_tokens=True
+            GenerateRequest(request_id=key, model=request.model, prompt=POOLED_PROMPT),
+            add_special_tokens=True,
         )
         params = SamplingParams(max_tokens=0)
         pooling = Pooling("logits", (5, 6))
@@ -206,8 +205,11 @@ class FeatureEngine:
         preempted, found = self._totals.num_preemptions, self._totals.num_offload_hit_tokens
         drafted = self._totals.num_draft_tokens
         self._totals.max_step_tokens = 0
-        neighbours = [await self._generate(each) for each in self._neighbours(request)]
-        async with aclosing(await self._generate(request)) as stream:
+        with self._without_steps():
+            neighbours = [await self._generate(each) for each in self._neighbours(request)]
+            own = await self._generate(request)
+        await self._local.engine.memory()  # a message, after which there is work again
+        async with aclosing(own) as stream:
             async for delta in stream:
                 run.deltas.append(delta)
                 run.usage = delta.usage or run.usage
@@ -223,6 +225,15 @@ class FeatureEngine:
         memory = await self._local.engine.memory()
         run.num_owned_after = memory.kv_bytes_owned // self._local.info.bytes_per_block
         return run
+
+    def _without_steps(self) -> AbstractContextManager[object]:
+        """Where blocks are short all requests are there before the first step: they must meet.
+
+        The engine answers messages meanwhile.
+        """
+        if not self._features & SHORT_OF_BLOCKS:
+            return nullcontext()
+        return patch.object(EngineCore, "has_work", new=False)
 
     async def _order(self, request: GenerateRequest) -> list[Priority]:
         params = SamplingParams(n=NUM_SEATS, max_tokens=2, ignore_eos=True)
@@ -254,7 +265,14 @@ class FeatureEngine:
         if not self._features & SHORT_OF_BLOCKS:
             return
         params = msgspec.structs.replace(
-            request.params, n=1, best_of=None, use_beam_search=False, max_tokens=20, ignore_eos=True, stop=(), logprobs=None
+            request.params,
+            n=1,
+            best_of=None,
+            use_beam_search=False,
+            max_tokens=20,
+            ignore_eos=True,
+            stop=(),
+            logprobs=None,
         )
         params = msgspec.structs.replace(params, stop_token_ids=(), min_tokens=0)
         for number in range(NUM_NEIGHBOURS):
