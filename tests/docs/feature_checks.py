@@ -114,7 +114,7 @@ def _prompt_logprobs(run: Run, _: Run, case: Case) -> None:
         assert len(rest) == case.engine.num_prompt_tokens(case.request) - 1
         assert all(entry.logprob <= 0 and len(entry.top) == 3 for entry in rest)
     again = case.again()
-    assert [d.prompt_logprobs for d in again.deltas if d.prompt_logprobs][0] is not None
+    assert next(d.prompt_logprobs for d in again.deltas if d.prompt_logprobs)
 
 
 def _filters(run: Run, alone: Run, case: Case) -> None:

@@ -202,7 +202,18 @@ def test_refused_engine_feature(refused: str) -> None:
         refuse_flags([f"--{refused.replace('_', '-')}", "2"])
 
 
-ROUNDING = {"eager_bfloat16", "native_bfloat16", "kv_int8", "kv_fp8", "int8", "int4", "fp8", "gptq", "gguf", "sliding_window"}
+ROUNDING = {
+    "eager_bfloat16",
+    "native_bfloat16",
+    "kv_int8",
+    "kv_fp8",
+    "int8",
+    "int4",
+    "fp8",
+    "gptq",
+    "gguf",
+    "sliding_window",
+}
 """Engine features under which the model itself is another, or rounded; the others change nothing."""
 NOT_A_FIELD = {"chat": "messages", "echo": "echo", "cancel": "stream"}
 BODIES: dict[str, dict[str, object]] = {

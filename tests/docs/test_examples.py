@@ -31,7 +31,17 @@ def _run(*command: str, timeout_s: float = 90) -> str:
 @contextmanager
 def _serving(*flags: str) -> Iterator[tuple[str, str]]:
     """Address of `penstock serve`, and the curl line that it printed; ends with exit code 0."""
-    command = [sys.executable, "-m", "penstock.cli.main", "serve", "--port", "0", "--max-num-seqs", "8", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "penstock.cli.main",
+        "serve",
+        "--port",
+        "0",
+        "--max-num-seqs",
+        "8",
+        *flags,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: list[str] = []
@@ -95,7 +105,9 @@ def test_the_guided_example_gets_what_it_asks_for(server: tuple[str, str]) -> No
     assert re.search(r"number: [0-9]{3}-[0-9]{4}\n", out)
 
 
-def test_the_agent_example_calls_its_functions_and_answers_with_their_results(server: tuple[str, str]) -> None:
+def test_the_agent_example_calls_its_functions_and_answers_with_their_results(
+    server: tuple[str, str],
+) -> None:
     out = _run(sys.executable, "examples/tool_agent.py", server[0])
     assert 'calls: get_weather {"city": "Paris"}' in out
     assert "answer: The weather in Paris is sunny, 21 degrees." in out

@@ -19,9 +19,7 @@ COMMANDS: Final = ("serve", "chat", "run", "doctor")
 BENCHMARKS: Final = ("serve", "sweep", "offline", "kernels", "ladder", "compare", "peer")
 OTHERS_FLAGS: Final = {"--help", "--no-index", "--no-deps", "--target"}
 """Of every command, and of pip."""
-FIRST_PARTS: Final = (
-    "v1|v2|admin|health|metrics|score|rerank|classify|tokenize|detokenize|generate|stream"
-)
+FIRST_PARTS: Final = "v1|v2|admin|health|metrics|score|rerank|classify|tokenize|detokenize|generate|stream"
 ROUTE: Final = rf"(?<![\w/.:])(/(?:{FIRST_PARTS})\b[a-z0-9_/]*)"
 
 

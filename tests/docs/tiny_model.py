@@ -98,9 +98,7 @@ def make_tiny_model(
     return folder
 
 
-def make_tiny_adapter(
-    folder: Path, *, head_dim: int = HEAD_DIM, mlp: int = MLP, seed: int = 7
-) -> Path:
+def make_tiny_adapter(folder: Path, *, head_dim: int = HEAD_DIM, mlp: int = MLP, seed: int = 7) -> Path:
     """Write a LoRA adapter of the checkpoint, in the form of PEFT; it changes what is said."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
