@@ -29,6 +29,7 @@ from penstock.engine.build import build_core
 from tools.make_checkpoint.shapes import SHAPES
 
 ROOT: Final = Path(__file__).parent.parent.parent
+TEST_PROCESSES: Final = 8
 Outcome = tuple[dict[str, Any], list[Bar]]
 """Numbers, and those of them that have something to reach."""
 
@@ -74,9 +75,11 @@ def _ceilings(setup: Setup) -> dict[str, Any]:
 def _pytest(setup: Setup, *arguments: str) -> Outcome:
     """Tests in a process of their own; on the device without the interpreter."""
     env = {**os.environ, "PENSTOCK_TEST_DEVICE": setup.device}
-    # What only that machine warns of is no reason to know nothing of its kernels.
-    quiet = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "-W", "default"]
-    command = [sys.executable, "-m", "pytest", *quiet, *arguments]
+    # What only that machine warns of is no reason to know nothing of its kernels, nor is a first compilation.
+    usual = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "-W", "default", "-o", "timeout=300"]
+    if not setup.is_dry and importlib.util.find_spec("xdist"):
+        usual += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]  # most of the time is the compiler's
+    command = [sys.executable, "-m", "pytest", *usual, *arguments]
     code, tail = _told(command, env=env)
     return {"command": " ".join(command[1:]), "tail": tail}, [
         Bar(name="tests pass", value=float(code == 0), at_least=1.0)
@@ -355,7 +358,7 @@ def sampling(setup: Setup) -> Outcome:
 STAGES: Final[dict[str, tuple[Callable[[Setup], Outcome], int]]] = {
     "ceilings": (ceilings, 60),
     "kernels": (kernels, 420),
-    "families": (families, 180),
+    "families": (families, 300),
     "attention": (attention, 180),
     "dense": (dense, 180),
     "sampling": (sampling, 120),
