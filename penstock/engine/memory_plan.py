@@ -94,13 +94,14 @@ def _device_budget(engine: LoadedEngine, memory: DeviceMemory | None) -> DeviceB
         utilization=DEFAULT_UTILIZATION if share is None else share,
         used=used_bytes,
         activations=max(peaks),
-        graphs=peaks.decodes + _outputs_bytes(engine) + GRAPHS_OVERHEAD_BYTES,
+        graphs=0 if engine.config.enforce_eager else _graphs_bytes(engine, peaks),
     )
 
 
-def _outputs_bytes(engine: LoadedEngine) -> int:
-    """Of the logits that all recorded steps write to, float32; what else they leave is small beside them."""
-    return engine.limits.max_num_seqs * engine.loaded.model.vocab_size * 4
+def _graphs_bytes(engine: LoadedEngine, peaks: StepPeaks) -> int:
+    """Of recorded steps: what they compute in, the float32 logits that all write to, and the driver's own."""
+    outputs = engine.limits.max_num_seqs * engine.loaded.model.vocab_size * 4
+    return peaks.decodes + outputs + GRAPHS_OVERHEAD_BYTES
 
 
 def _check_ranks_memory(kv: KvConfig) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import StartupError
-from penstock.engine import memory_plan
+from penstock.engine import build, memory_plan
 from penstock.engine.build import build_core
 from penstock.engine.config import EngineConfig, KvConfig, SchedulerConfig
 from penstock.engine.runner.kv_budget import GRAPHS_OVERHEAD_BYTES
@@ -36,7 +36,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("budget") / "llama", vocab_size=97)
 
 
-def core_on(path: Path, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch, **kv):
+def core_on(
+    path: Path, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch, *, enforce_eager: bool = False, **kv
+):
     monkeypatch.setattr(memory_plan, "memory_of", lambda _device: memory)
     config = EngineConfig(
         model_path=str(path),
@@ -46,6 +48,7 @@ def core_on(path: Path, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch, **k
         scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16),
         max_model_len=40,
         warmup=False,
+        enforce_eager=enforce_eager,
     )
     return build_core(config)
 
@@ -67,6 +70,14 @@ def test_the_pool_gets_what_the_share_leaves(path: Path, monkeypatch: pytest.Mon
     assert limit - core.info.bytes_per_block < taken <= limit
     assert report.kv_bytes_total == report.kv_bytes_free + report.kv_bytes_cached + report.kv_bytes_owned
     assert (report.device_bytes_total, report.device_bytes_used) == (1000 * MIB, 100 * MIB)
+
+
+def test_nothing_is_set_aside_for_graphs_where_none_are_recorded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_refuse_eager_without_device", lambda *_: None)
+    report = core_on(path, FakeMemory(1000 * MIB), monkeypatch, enforce_eager=True).memory()
+    assert (report.activation_bytes, report.graph_bytes) == (5 * MIB, 0)
 
 
 def test_a_device_that_is_too_small_says_what_takes_how_much(
