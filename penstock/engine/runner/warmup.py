@@ -21,7 +21,7 @@ KINDS: Final = (
     SamplingParams(temperature=0.0),
     SamplingParams(),
     SamplingParams(top_k=50, top_p=0.95),
-    SamplingParams(presence_penalty=0.1, logprobs=0),
+    SamplingParams(presence_penalty=0.1, repetition_penalty=1.1, logprobs=0),
 )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.params import SamplingParams
+from penstock.engine.runner.warmup import KINDS
 from penstock.engine.sampling import sampler as numpy_sampler
 from penstock.engine.sampling.ports import DrawStatus, draws_of_table
 from penstock.engine.sampling.sampler import Sampler
@@ -81,6 +82,26 @@ def test_what_kernels_are_given_begins_at_multiples_of_16_bytes_whatever_the_num
     )
     assert {"statuses", "borders", "sums", "table", "ids", "likeliest"} <= {name for name, _ in launched}
     assert {name for name, each in launched if each.data_ptr() % 16} == set()
+
+
+def test_the_draws_of_the_warm_up_need_every_kernel(monkeypatch):
+    """What it leaves out would be compiled while somebody waits."""
+    launched = []
+    monkeypatch.setattr(sampling._Drawing, "_launch", lambda self, kernel, *_, **__: launched.append(kernel))
+    draws, num = Sampler(), len(KINDS)
+    draws.add(
+        NewSequence(seq_id=i, params=kind, seed=i, prompt_token_ids=[0]) for i, kind in enumerate(KINDS)
+    )
+    TritonSampler().draw(
+        torch.zeros(num, 97, device=DEVICE),
+        rows=list(range(num)),
+        states=[draws.state(i) for i in range(num)],
+        output_idxs=[0] * num,
+        masks=None,
+    )
+    known = [each for name, each in vars(sampling.kernels).items() if name.endswith("_kernel")]
+    assert all(each in launched for each in known)
+    assert len(known) == len(launched)
 
 
 def by_numpy(sampler, logits, *, num, rows=None, output_idx=0, masks=None):
