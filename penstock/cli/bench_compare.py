@@ -1,5 +1,6 @@
 """`penstock bench compare`: reads the options, makes who takes part, runs the comparison."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ def compare(model: Model = None, *, settings: CompareSettings | None = None) -> 
     course = _course(chosen, model=folder)
     with work_folder(chosen.log_dir, prefix="penstock-compare-") as work_dir:
         standings = _standings(chosen, setup=_setup(chosen, course=course, model=folder, work_dir=work_dir))
+        _tell_if_alone(standings, peers_dir=chosen.peers_dir)
         bound = _bound_of(folder, num_threads=threads_or_all(chosen.num_threads))
         return _run(standings, course=course, model=folder.name, bound=bound, output=chosen.output)
 
@@ -169,6 +171,15 @@ def _asked(chosen: CompareSettings, *, peers_dir: Path) -> list[tuple[str, str |
             param="peers",
         )
     return [(name, running.get(name)) for name in names]
+
+
+def _tell_if_alone(standings: list[Standing], *, peers_dir: Path) -> None:
+    """Say why there will be no ratios, before minutes have gone by."""
+    if {standing.name for standing in standings} == {OURS}:
+        sys.stderr.write(
+            f"no peer is installed in {peers_dir}, Penstock is measured alone; "
+            "`make bench-peers` installs them\n"
+        )
 
 
 def _running(word: str) -> tuple[str, str]:

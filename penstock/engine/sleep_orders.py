@@ -9,6 +9,7 @@ Each order ends before the next begins. `supervisor` owns it, and the process.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final
 
@@ -19,6 +20,8 @@ SLEEP_RETRY_S: Final = 10.0
 """For requests to a model that sleeps: an operator must wake it."""
 WAKE_TIMEOUT_S: Final = 600.0
 """An engine is ready again within this time."""
+
+log = logging.getLogger("penstock.supervisor")
 
 
 class SleepOrders:
@@ -61,6 +64,7 @@ class SleepOrders:
                 await self._give_up_process()
             else:
                 await self._fall_asleep()
+            log.info("the model is asleep, level %d", level)
 
     async def wake_up(self) -> None:
         """See `EngineAdmin`."""
@@ -70,6 +74,9 @@ class SleepOrders:
             elif self.level == 1:
                 await self._while_memory_moves(self._table.wake_up())
                 self.level = 0
+            else:
+                return
+            log.info("the model is awake")
 
     async def wait_for_wake_up(self) -> None:
         """Return when a new process is wanted."""

@@ -69,6 +69,13 @@ class _Job:
     waiting: list[EngineRequest] = field(default_factory=list)
     began_s: float = 0.0
 
+    def drop(self, request_id: RequestId) -> int:
+        """Forget a request; returns how many there were, 0 or 1."""
+        kept = [request for request in self.waiting if request.request_id != request_id]
+        num_dropped = len(self.waiting) - len(kept)
+        self.waiting = kept
+        return num_dropped
+
 
 class CompilePool:
     """See the module. `wake` and the threads aside, one step loop owns it."""
@@ -97,6 +104,8 @@ class CompilePool:
         self._has_warmed_up = False
         self._lock = threading.Lock()
         self._jobs: dict[GrammarSpec, _Job] = {}
+        self._ending: list[_Job] = []
+        """Those whose outcome is known and whose requests are on their way to `take_done`."""
         self._num_waiting = 0
         self._done: list[CompiledRequest] = []
         self.wake: Callable[[], None] = _nobody_waits
@@ -136,10 +145,10 @@ class CompilePool:
         try:
             compiled = self.compiler.cached(request.grammar)
         except PenstockError as error:
-            self._finish([request], error, compile_s=0.0)
+            self._finish(_Job(spec=request.grammar, waiting=[request]), error, compile_s=0.0)
             return
         if compiled is not None:
-            self._finish([request], compiled, compile_s=0.0)
+            self._finish(_Job(spec=request.grammar, waiting=[request]), compiled, compile_s=0.0)
         else:
             self._enqueue(request, request.grammar)
 
@@ -147,9 +156,9 @@ class CompilePool:
         """Forget a request that is not done yet; unknown ids are ignored."""
         with self._lock:
             for job in self._jobs.values():
-                kept = [request for request in job.waiting if request.request_id != request_id]
-                self._num_waiting -= len(job.waiting) - len(kept)
-                job.waiting = kept
+                self._num_waiting -= job.drop(request_id)
+            for job in self._ending:
+                job.drop(request_id)
             self._done = [done for done in self._done if done.request.request_id != request_id]
 
     def take_done(self) -> list[CompiledRequest]:
@@ -220,11 +229,11 @@ class CompilePool:
                 return  # ended before, late or in time
             del self._jobs[job.spec]
             self._num_waiting -= len(job.waiting)
-        self._finish(job.waiting, outcome, compile_s=time.monotonic() - job.began_s)
+            self._ending.append(job)
+        self._finish(job, outcome, compile_s=time.monotonic() - job.began_s)
 
-    def _finish(
-        self, requests: list[EngineRequest], outcome: Compiled | PenstockError, *, compile_s: float
-    ) -> None:
+    def _finish(self, job: _Job, outcome: Compiled | PenstockError, *, compile_s: float) -> None:
+        """Hand over those that wait for the job; who is aborted meanwhile is not among them."""
         done = [
             CompiledRequest(
                 request=request,
@@ -233,10 +242,12 @@ class CompilePool:
                 else outcome,
                 compile_s=compile_s,
             )
-            for request in requests
+            for request in job.waiting
         ]
         with self._lock:
-            self._done = [*self._done, *done]
+            kept = {request.request_id for request in job.waiting}
+            self._done = [*self._done, *(each for each in done if each.request.request_id in kept)]
+            self._ending = [other for other in self._ending if other is not job]
         self.wake()
 
 

@@ -120,14 +120,14 @@ def resolve_num_blocks(
         max_model_len=max_model_len,
     )
     if config.num_blocks is not None:
-        source, num_blocks = f"num_blocks={config.num_blocks}", config.num_blocks
+        source, num_blocks = f"num_kv_blocks={config.num_blocks}", config.num_blocks
     elif config.kv_cache_memory_bytes is not None:
         source = f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
         num_blocks = config.kv_cache_memory_bytes // bytes_per_block
     else:
         source = f"half of the free memory ({free_memory_bytes} bytes)"
         num_blocks = _default_blocks(needs, free_memory_bytes=free_memory_bytes)
-    param = "num_blocks" if config.num_blocks is not None else "kv_cache_memory_bytes"
+    param = "num_kv_blocks" if config.num_blocks is not None else "kv_cache_memory_bytes"
     _check_enough(num_blocks, needs=needs, source=source, param=param)
     _check_free(num_blocks * bytes_per_block, free_memory_bytes=free_memory_bytes, source=source, param=param)
     return num_blocks

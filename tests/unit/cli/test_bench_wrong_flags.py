@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from penstock.bench.compare.comparison import OURS, Standing
+from penstock.cli.bench_compare import _tell_if_alone
 from penstock.cli.main import main
 from penstock.core.errors import StartupError
 from penstock.kernels.cpu import extension
@@ -36,6 +38,16 @@ def test_a_wrong_flag_of_a_benchmark_is_exit_code_2(
 def test_a_comparison_of_nobody_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "compare", "--no-penstock", "--peers-dir", str(tmp_path)]) == 2
     assert "nobody to compare" in capsys.readouterr().err
+
+
+def test_a_comparison_with_nobody_says_so_before_it_measures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ours, theirs = (Standing(name=name, precision="bf16", contender=None) for name in (OURS, "vllm"))
+    _tell_if_alone([ours, theirs], peers_dir=tmp_path)
+    assert capsys.readouterr().err == ""
+    _tell_if_alone([ours], peers_dir=tmp_path)
+    assert "no peer is installed" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(extension.why_missing() is not None, reason="the extension module is not there")

@@ -264,14 +264,16 @@ async def test_questions_are_refused_while_nobody_can_answer(
 
 
 async def test_a_wake_up_that_comes_while_an_engine_ends_leaves_the_next_one_alone(
-    engine: SubprocessEngine, children: list[Child]
+    engine: SubprocessEngine, children: list[Child], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Orders take their turns: the end of level 2 closed the process that the wake-up had just made."""
+    caplog.set_level("INFO", "penstock.supervisor")
     await engine.start()
     await asyncio.gather(engine.sleep(2), engine.wake_up())
     await turns()
     assert [child.exited.done() for child in children] == [True, False]
     assert (engine.not_ready_reason, engine.is_sleeping) == (None, False)
+    assert caplog.messages == ["the model is asleep, level 2", "the model is awake"]
 
 
 async def test_a_drain_does_not_wait_for_what_sleeps(engine: SubprocessEngine) -> None:

@@ -152,6 +152,23 @@ def test_a_request_aborted_when_it_is_done_does_not_come_back():
     rung.pool.close()
 
 
+def test_a_request_aborted_while_it_is_handed_over_does_not_come_back(monkeypatch):
+    """Else the engine would generate for nobody until `max_tokens`."""
+    rung = Rung(compiler())
+
+    def start_while_one_leaves(*args, **kwargs):
+        rung.pool.abort("a")
+        return start_matcher(*args, **kwargs)
+
+    start_matcher = compile_pool.start_matcher
+    monkeypatch.setattr(compile_pool, "start_matcher", start_while_one_leaves)
+    for name in ("a", "b"):
+        rung.pool.submit(request(spec("regex", "handed over"), name=name))
+    assert [done.request.request_id for done in rung.next_done()] == ["b"]
+    assert rung.pool._ending == []
+    rung.pool.close()
+
+
 def test_too_many_waiting_are_told_to_come_again(gated, monkeypatch):
     monkeypatch.setattr(compile_pool, "MAX_PENDING", 1)
     rung = Rung(gated)

@@ -53,7 +53,7 @@ def test_two_gib_is_the_most_by_default_unless_one_context_needs_more():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"num_blocks": 4}, ["num_blocks=4", "max_model_len=64", "needs 5", "5120 bytes"]),
+        ({"num_blocks": 4}, ["num_kv_blocks=4", "max_model_len=64", "needs 5", "5120 bytes"]),
         ({"kv_cache_memory_bytes": 4 * KIB}, ["kv_cache_memory_bytes=4096", "4 KV blocks"]),
         ({"free": 8 * KIB}, ["half of the free memory (8192 bytes)", "4 KV blocks"]),
         ({"num_blocks": 8, "windows": (None, 32)}, ["needs 9"]),
@@ -64,7 +64,7 @@ def test_less_than_one_context_and_a_block_per_group_is_refused_with_the_numbers
     with pytest.raises(StartupError) as refusal:
         blocks(**given)
     assert all(word in refusal.value.message for word in words), refusal.value.message
-    assert refusal.value.param in {"num_blocks", "kv_cache_memory_bytes"}
+    assert refusal.value.param in {"num_kv_blocks", "kv_cache_memory_bytes"}
 
 
 def test_an_explicit_size_beyond_the_free_memory_is_refused():
@@ -104,7 +104,7 @@ def test_explicit_sizes_go_before_the_share_and_may_take_what_it_keeps_free():
     [
         ({"utilization": 0.39}, ["gpu_memory_utilization=0.39", "20480 in use", "10240 for act", "needs 5"]),
         ({"utilization": 0.1}, ["gpu_memory_utilization=0.1", "holds -1 KV blocks"]),
-        ({"num_blocks": 66}, ["num_blocks=66", "only 66560 bytes are free"]),
+        ({"num_blocks": 66}, ["num_kv_blocks=66", "only 66560 bytes are free"]),
     ],
     ids=str,
 )
