@@ -41,9 +41,10 @@ class RequestMeter:
         "_num_tokens",
         "_request",
         "_start_s",
+        "_stats_s",
+        "_stats_so_far",
         "is_accepted",
         "num_tool_calls",
-        "stats_so_far",
         "ttft_s",
     )
 
@@ -69,8 +70,14 @@ class RequestMeter:
         self.is_accepted = False
         """Set by the stream: there is one only after the engine has accepted the request."""
         self.ttft_s: float | None = None
-        self.stats_so_far = _NO_STATS
-        """Used when the request ends before the engine's last word, by a stop string or its client."""
+        self._stats_so_far = _NO_STATS
+        self._stats_s: float | None = None
+        """When they came."""
+
+    def on_stats(self, stats: RequestStats) -> None:
+        """What holds if the request ends before the engine's last word, by a stop string or its client."""
+        self._stats_so_far = stats
+        self._stats_s = self._clock.monotonic()
 
     def on_tokens(self, index: int, *, num_tokens: int) -> None:
         """Tokens of answer `index` arrived; it has `num_tokens` now."""
@@ -106,8 +113,10 @@ class RequestMeter:
         if self._is_done:
             return
         self._is_done = True
-        e2e_s = max(self._clock.monotonic() - self._start_s, 0.0)
-        known = stats or self.stats_so_far
+        now_s = self._clock.monotonic()
+        e2e_s = max(now_s - self._start_s, 0.0)
+        known = stats or self._stats_so_far
+        since_s = now_s - self._stats_s if stats is None and self._stats_s is not None else 0.0
         self._events.on_request(
             RequestRecord(
                 request_id=self._request.client_request_id or self._request.request_id,
@@ -126,7 +135,7 @@ class RequestMeter:
                 batch_size=known.batch_size,
                 kv_usage=known.kv_usage,
                 num_preemptions=known.num_preemptions,
-                inference_s=known.inference_s,
+                inference_s=known.inference_s + since_s,
                 num_tool_calls=self.num_tool_calls,
                 adapter=self._request.adapter,
                 is_accepted=self.is_accepted,
@@ -214,7 +223,7 @@ class TextStream(ClosingStream[TextDelta]):
             self._ready.extend(self._prompt.deltas(delta.prompt_logprobs))
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.stats_so_far is not None:
-            self._meter.stats_so_far = delta.stats_so_far
+            self._meter.on_stats(delta.stats_so_far)
         text = answer.push(delta)
         if delta.token_ids:
             self._meter.on_tokens(delta.index, num_tokens=answer.num_tokens)

@@ -579,6 +579,22 @@ async def test_closing_the_generator_cancels_the_engines_work_once(num_read):
     assert (record.finish_reason, record.completion_tokens) == (FinishReason.CANCELLED, num_read)
 
 
+@pytest.mark.parametrize("stop", [(), ("fox",)], ids=["cancelled", "stop string"])
+async def test_the_time_of_inference_goes_on_until_an_early_end(stop):
+    """The engine's figures came with the first token; the clock ticks at each of the four and at the end."""
+    first, *others = ids_of("hello world the fox")
+    script = [tokens([first], stats_so_far=STATS), *(tokens([each]) for each in others), None]
+    service, _, sink = make_service(script)
+    stream = await service.generate(make_request(params=SamplingParams(stop=stop)))
+    if stop:
+        assert [delta.finish_reason async for delta in stream][-1] is FinishReason.STOP
+    else:
+        for _ in range(4):
+            await anext(stream)
+        await stream.aclose()
+    assert [record.inference_s for record in sink.records] == [STATS.inference_s + 5]
+
+
 async def test_cancelling_a_waiting_reader_cancels_the_engines_work():
     service, engine, sink = make_service([*one_by_one("hello"), None])
     stream = await service.generate(make_request())
