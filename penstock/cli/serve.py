@@ -102,10 +102,10 @@ def _named(source: ModelSource, settings: ServeSettings) -> ModelSource:
 def _show(
     console: Console, side: ModelSide, *, settings: ServeSettings, source: ModelSource, addresses: "Addresses"
 ) -> None:
-    """The table and the address, for people; the same once in the log."""
+    """The log's line, then the table and the address for people: the `curl` to copy comes last."""
     choices = resolved_choices(settings, side.backend.info)
+    told = {choice.name: f"{choice.value} ({choice.reason})" for choice in choices}
+    log.info("ready", extra={"address": addresses.public, "admin": addresses.admin, "choices": told})
     print_choices(console, model=source.name, choices=choices)
     has_key = settings.api_key is not None
     print_address(addresses.public, model=source.name, has_key=has_key, admin=addresses.admin)
-    told = {choice.name: f"{choice.value} ({choice.reason})" for choice in choices}
-    log.info("ready", extra={"address": addresses.public, "admin": addresses.admin, "choices": told})

@@ -2,15 +2,17 @@
 
 import io
 import json
+import logging
 import shlex
 import warnings
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from rich.console import Console
 
 from penstock.cli.resolved import concurrent_requests, readable_bytes, resolved_choices
-from penstock.cli.serve import logged_warnings
+from penstock.cli.serve import _show, logged_warnings
 from penstock.cli.settings import ServeSettings
 from penstock.cli.start_table import LoadingBar, curl_line, print_address, print_choices
 from penstock.core.tokens import AdapterReport, EngineInfo
@@ -110,6 +112,21 @@ def test_the_address_and_the_curl_line_are_plain_lines_on_stdout(
     assert ready.startswith("ready at http://127.0.0.1:8000, ")
     assert curl == curl_line("http://127.0.0.1:8000", model="m", has_key=False)
     assert captured.err == ""
+
+
+def test_the_curl_line_comes_after_the_line_of_the_log(
+    info: EngineInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal both are seen, and what is to be copied must not be lost above a dozen lines of JSON."""
+    monkeypatch.setattr(logging.getLogger("penstock.cli"), "info", lambda words, **_: print(f"log: {words}"))
+    _show(
+        Console(file=io.StringIO()),
+        SimpleNamespace(backend=SimpleNamespace(info=info)),
+        settings=ServeSettings(),
+        source=SimpleNamespace(name="m"),
+        addresses=SimpleNamespace(public="http://127.0.0.1:8000", admin=None),
+    )
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["log:", "ready", "curl"]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
