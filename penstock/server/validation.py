@@ -63,9 +63,9 @@ _BOUNDED: Final[dict[str, tuple[str, str]]] = {
     "greater_than_equal": ("ge", "at least {}"),
     "less_than": ("lt", "less than {}"),
     "less_than_equal": ("le", "at most {}"),
-    "string_too_short": ("min_length", "a string of at least {} characters"),
+    "string_too_short": ("min_length", "a string of {} or more characters"),
     "string_too_long": ("max_length", "a string of at most {} characters"),
-    "too_short": ("min_length", "of at least {} entries"),
+    "too_short": ("min_length", "of {} or more entries"),
     "too_long": ("max_length", "of at most {} entries"),
     "literal_error": ("expected", "{}"),
 }
@@ -79,9 +79,9 @@ def describe(value: object) -> str:
         text = repr(value)
         return text if len(text) <= 32 else "a number of many digits"
     if isinstance(value, str):
-        return f"a string of {len(value)} characters"
+        return f"a string of {len(value)} character{'s' * (len(value) != 1)}"
     if isinstance(value, (list, tuple)):
-        return f"an array of {len(value)} entries"
+        return f"an array of {len(value)} {'entry' if len(value) == 1 else 'entries'}"
     return "an object"
 
 
