@@ -108,7 +108,7 @@ async def test_structured_outputs_is_understood_by_every_dialect(where, wanted, 
         ),
         ({"guided_json": "{"}, "guided_json", ["is not JSON"]),
         ({"guided_json": "[" * 100}, "guided_json", ["nested 100 levels", "64"]),
-        ({"guided_choice": []}, "guided_choice", ["at least 1"]),
+        ({"guided_choice": []}, "guided_choice", ["1 or more entries"]),
     ],
 )
 async def test_a_wrong_or_second_form_is_refused_by_name(fields, param, words):
