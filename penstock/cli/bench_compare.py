@@ -1,6 +1,5 @@
 """`penstock bench compare`: reads the options, makes who takes part, runs the comparison."""
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from penstock.cli.bench_options import (
 )
 from penstock.cli.model_source import find_model
 from penstock.cli.setting import Range, setting
-from penstock.core.errors import InvalidParameterError
+from penstock.core.errors import CheckpointError, InvalidParameterError
 
 PEERS_DIR: Final = Path("~/.cache/penstock/peers")
 ALL_PEERS: Final = "installed"
@@ -112,9 +111,16 @@ def compare(model: Model = None, *, settings: CompareSettings | None = None) -> 
         return _run(standings, course=course, model=folder.name, bound=bound, output=chosen.output)
 
 
-def _bound_of(model: Path, *, num_threads: int) -> FindBound:
-    """Measures the machine each time that it is asked: its speed may have changed."""
-    size = read_model_size(model)
+def _bound_of(model: Path, *, num_threads: int) -> FindBound | None:
+    """Measures the machine each time that it is asked: its speed may have changed.
+
+    None for a model that only peers know.
+    """
+    try:
+        size = read_model_size(model)
+    except CheckpointError as error:
+        tell(f"shares of the bound are left out: {error.message}")
+        return None
 
     def find(load: Workload, precision: str) -> float:
         limits = measure_limits(num_threads=num_threads)
@@ -176,9 +182,9 @@ def _asked(chosen: CompareSettings, *, peers_dir: Path) -> list[tuple[str, str |
 def _tell_if_alone(standings: list[Standing], *, peers_dir: Path) -> None:
     """Say why there will be no ratios, before minutes have gone by."""
     if {standing.name for standing in standings} == {OURS}:
-        sys.stderr.write(
+        tell(
             f"no peer is installed in {peers_dir}, Penstock is measured alone; "
-            "`make bench-peers` installs them\n"
+            "`make bench-peers` installs them"
         )
 
 
@@ -205,7 +211,7 @@ def _standing(name: str, precision: Precision, *, url: str | None, setup: Setup)
 
 
 def _run(
-    standings: list[Standing], *, course: Course, model: str, bound: FindBound, output: Path | None
+    standings: list[Standing], *, course: Course, model: str, bound: FindBound | None, output: Path | None
 ) -> int:
     def keep(so_far: Sequence[Standing]) -> None:
         if output is not None:

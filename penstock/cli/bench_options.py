@@ -4,7 +4,6 @@ import contextlib
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from penstock.cli.setting import Range, setting
 from penstock.core.errors import InvalidParameterError, StartupError
+from penstock.engine.owned_folder import OwnedFolder
 
 Row = TypeVar("Row")
 
@@ -110,8 +110,8 @@ def work_folder(log_dir: Path | None, *, prefix: str) -> Iterator[Path]:
         make_folder(log_dir, param="log_dir")
         yield log_dir
         return
-    with tempfile.TemporaryDirectory(prefix=prefix) as scratch:
-        yield Path(scratch)
+    with contextlib.closing(OwnedFolder(prefix=prefix)) as scratch:
+        yield scratch.path
 
 
 def threads_or_all(num_threads: int | None) -> int:

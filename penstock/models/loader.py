@@ -125,9 +125,7 @@ def load_model(
     if kernel_set is None:
         kernel_set = select_kernels(kernels, device=device.type, dtype=checked.dtype, options=options)
     served_len = _max_model_len(max_model_len, checked.shape.max_position_embeddings)
-    weights = checked.weights(on_progress)
-    weights.is_packed, weights.device = kernel_set.copies_weights, device
-    weights.rounded_methods = kernel_set.rounded_methods
+    weights = checked.weights(on_progress, kernels=kernel_set, device=device)
     sites = LoraSites() if options.enable_lora else None
     parts = Parts(
         weights=weights,
@@ -173,10 +171,27 @@ class _Checked:
     file_bytes: int
     """Of the tensors that the model takes."""
 
-    def weights(self, on_progress: Progress | None) -> Weights:
-        """Its tensors, to be read."""
+    def weights(self, on_progress: Progress | None, *, kernels: KernelSet, device: torch.device) -> Weights:
+        """Its tensors, to be read for these kernels on this device."""
         on_tensor = None if on_progress is None else lambda done: on_progress(done, self.file_bytes)
-        return Weights(checkpoint=self.checkpoint, dtype=self.dtype, is_check=False, on_tensor=on_tensor)
+        return Weights(
+            checkpoint=self.checkpoint,
+            dtype=self.dtype,
+            is_check=False,
+            on_tensor=on_tensor,
+            is_packed=kernels.copies_weights,
+            device=device,
+            rounded_methods=kernels.rounded_methods,
+        )
+
+
+def read_shape(path: Path) -> DecoderShape:
+    """The sizes of a checkpoint's model, whatever its family calls them; reads no data.
+
+    Raises:
+        PenstockError: as `load_model`.
+    """
+    return _check(path, dtype="auto").shape
 
 
 def _check(path: Path, *, dtype: str) -> _Checked:

@@ -6,7 +6,6 @@ multiply over half of the peak. Half, because tiles that come from a cache reach
 no scheduling, no sampling, no HTTP. A prefix that an earlier prompt had is computed once.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Final
 from penstock.bench.machine_limits import MachineLimits
 from penstock.bench.model_cost import ModelCost, read_model_cost
 from penstock.bench.workload import LoadRequest, Workload
-from penstock.core.errors import CheckpointError
+from penstock.core.errors import CheckpointError, PenstockError
+from penstock.models.loader import read_shape
 
 STEP_TOKENS: Final = 2048
 SHARE_OF_PEAK: Final = 0.5
@@ -43,23 +43,19 @@ class ModelSize:
 
 
 def read_model_size(folder: Path) -> ModelSize:
-    """From a checkpoint's headers and config; every layer counts as full attention.
+    """From a checkpoint of any family; every layer counts as full attention.
 
     Raises:
-        CheckpointError: they cannot be read, or the config does not say.
+        CheckpointError: it is damaged, or of a family that is not built here.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
-        num_layers, num_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or config["hidden_size"] // num_heads)
-        kv_heads = int(config.get("num_key_value_heads") or num_heads)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"config.json of {folder.name} does not say its size: {error!r}") from error
+        shape = read_shape(folder)
+    except PenstockError as error:
+        raise CheckpointError(f"{folder.name} does not say its size: {error.message}") from error
     return ModelSize(
         cost=read_model_cost(folder),
-        kv_numbers=2 * num_layers * kv_heads * head_dim,
-        attention_flops=4 * num_layers * num_heads * head_dim,
+        kv_numbers=2 * shape.num_layers * shape.kv_size,
+        attention_flops=4 * shape.num_layers * shape.query_size,
     )
 
 

@@ -8,6 +8,8 @@ from penstock.bench.model_cost import ModelCost
 from penstock.bench.workload import from_lists
 from penstock.core.errors import CheckpointError
 from penstock.models.embedded_model import embedded_path
+from penstock.models.loader import load_model
+from tests.oracle.checkpoints import tiny_checkpoint
 
 SIZE = ModelSize(cost=ModelCost(body_flops=2_000, head_flops=400), kv_numbers=0, attention_flops=0)
 """1,000 weights in the layers and 200 in the head: 2,400 bytes in bf16."""
@@ -65,3 +67,12 @@ def test_the_size_of_a_checkpoint_is_read(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not say its size"):
         read_model_size(tmp_path)
+
+
+def test_a_family_with_names_of_its_own_has_a_size_too(tmp_path):
+    """GPT-2 says `n_layer`, `n_head` and `n_embd`."""
+    folder = tiny_checkpoint("gpt2", tmp_path)
+    shape = load_model(folder, kernels="reference").config.shape
+    size = read_model_size(folder)
+    assert size.kv_numbers == 2 * shape.num_layers * shape.hidden_size
+    assert size.attention_flops == 4 * shape.num_layers * shape.hidden_size

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from penstock.bench.compare.comparison import OURS, Standing
-from penstock.cli.bench_compare import _tell_if_alone
+from penstock.cli.bench_compare import _bound_of, _tell_if_alone
 from penstock.cli.main import main
 from penstock.core.errors import StartupError
 from penstock.kernels.cpu import extension
@@ -56,3 +56,9 @@ def test_a_wrong_instruction_set_is_told_by_the_name_it_was_given_by() -> None:
         extension.choose_isa("nonsense", environ={})
     with pytest.raises(StartupError, match="^PENSTOCK_ISA is 'nonsense'"):
         extension.choose_isa(environ={"PENSTOCK_ISA": "nonsense"})
+
+
+def test_a_model_that_only_peers_know_is_compared_without_a_bound(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["UnheardOfForCausalLM"]}')
+    assert _bound_of(tmp_path, num_threads=1) is None
+    assert "shares of the bound are left out" in capsys.readouterr().err
